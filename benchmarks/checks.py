@@ -1,0 +1,119 @@
+"""Are a contender's results right? Asked before anything is timed.
+
+The yardstick is :mod:`diffrate_ext.reference` in float64. A floating-point result may be twice as far from it as the
+reference in the contender's own dtype is, plus one rounding of the input's dtype. Discrete results: the order must be exact; a match is
+right when its cosine is within rounding of the best.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffrate_ext import reference
+
+
+class WrongResultError(AssertionError):
+    """A contender's result differs from the reference by more than rounding."""
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """``|actual - exact| / |exact|``; NaN becomes infinity."""
+    actual, exact = actual.double(), exact.double()
+    error = float((actual - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    return error if error == error else float("inf")
+
+
+def wide(value: Any) -> Any:
+    """Floating-point tensors in float64, everything else as it is."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def check_close(name: str, actual: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    """Raises WrongResultError unless ``actual`` is about as close to ``exact`` as ``eager`` is; returns its error.
+
+    ``dtype`` is that of the inputs: eager code computes importances, though float32, from logits of that dtype.
+    """
+    if actual.shape != exact.shape:
+        raise WrongResultError(f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
+    error = relative_error(actual, exact)
+    allowed = 2 * relative_error(eager, exact) + torch.finfo(dtype).eps
+    if not error <= allowed:
+        raise WrongResultError(f"{name}: relative error {error:.2e}, allowed {allowed:.2e}")
+    return error
+
+
+def check_equal(name: str, actual: Tensor, expected: Tensor) -> None:
+    if actual.shape != expected.shape or not torch.equal(actual, expected):
+        raise WrongResultError(f"{name} differs from the reference")
+
+
+def check_function(name: str, function: Any, actual: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Checks all outputs of a continuous operator against ``function`` of the reference; returns the largest error."""
+    eager = function(*args, **kwargs)
+    exact = function(*map(wide, args), **{key: wide(value) for key, value in kwargs.items()})
+    if isinstance(actual, Tensor):
+        actual, eager, exact = (actual,), (eager,), (exact,)
+    dtype = args[0].dtype
+    return max(
+        check_close(f"{name}[{i}]", *triple, dtype) for i, triple in enumerate(zip(actual, eager, exact, strict=True))
+    )
+
+
+def check_sort_tokens(
+    actual: tuple[Tensor, Tensor, Tensor], x: Tensor, importance: Tensor, size: Tensor, *, prefix: int = 1
+) -> float:
+    """Nothing is computed, so everything is exact."""
+    expected = reference.sort_tokens(x, importance, size, prefix=prefix)
+    for name, a, b in zip(("x", "size", "order"), actual, expected, strict=True):
+        check_equal(f"sort_tokens: {name}", a, b)
+    return 0.0
+
+
+def check_prune_merge(
+    actual: tuple[Tensor, Tensor, Tensor],
+    x: Tensor,
+    importance: Tensor,
+    k_p: int,
+    k_m: int,
+    size: Tensor,
+    *,
+    residual: Tensor | None = None,
+    prefix: int = 1,
+) -> float:
+    """Order exact, matches within rounding of the best; features and sizes given the contender's own matches."""
+    out, out_size, slot = actual
+    eps = torch.finfo(x.dtype).eps
+    features = wide(x) if residual is None else wide(x) + wide(residual)
+    order = reference.sort_order(importance[:, importance.shape[1] - (x.shape[1] - prefix) :], prefix)
+    by_order = slot.gather(1, order)
+    check_equal("prune_merge: slot of kept tokens", by_order[:, :k_m], torch.arange(k_m).to(slot).expand(len(x), -1))
+    check_equal("prune_merge: slot of pruned tokens", by_order[:, k_p:], torch.full_like(by_order[:, k_p:], -1))
+
+    match = by_order[:, k_m:k_p]
+    merged_size = wide(size).gather(1, order[:, :k_m])
+    if k_m < k_p:
+        if not bool(((match >= prefix) & (match < k_m)).all()):
+            raise WrongResultError("prune_merge: a token was merged into something that is no destination")
+        unit = torch.nn.functional.normalize(reference.gather_tokens(features, order[:, :k_p]), dim=-1)
+        cosine = unit[:, k_m:] @ unit[:, prefix:k_m].transpose(1, 2)
+        chosen = cosine.gather(2, (match - prefix).unsqueeze(-1)).squeeze(-1)
+        worst = float((cosine.amax(-1) - chosen).max())
+        if not worst <= 4 * eps:
+            raise WrongResultError(f"prune_merge: a match misses the best cosine by {worst:.2e}")
+        gained = wide(size).gather(1, order[:, k_m:k_p]) * chosen
+        merged_size = merged_size.scatter_add(1, match, gained)
+
+    narrow = x if residual is None else x + residual
+    features_error = check_close(
+        "prune_merge: x",
+        out,
+        reference.merge_reduce(narrow, slot, k_m),
+        reference.merge_reduce(features, slot, k_m),
+        x.dtype,
+    )
+    # half-precision features give half-precision cosines in eager code
+    size_error = check_close("prune_merge: size", out_size, merged_size.to(x.dtype), merged_size, x.dtype)
+    return max(features_error, size_error)

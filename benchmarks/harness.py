@@ -1,0 +1,156 @@
+"""Timing side by side: every contender once per round, in the same process, until there are rounds enough."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import synchronize
+
+Call = Callable[..., object]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds per call of each contender, one entry per round; entry i of all contenders belongs to the same round."""
+
+    seconds: dict[str, list[float]]
+
+    @property
+    def rounds(self) -> int:
+        return len(next(iter(self.seconds.values())))
+
+    def time(self, name: str) -> Spread:
+        return Spread.of(self.seconds[name])
+
+    def ratio(self, slower: str, faster: str) -> Spread:
+        """How often ``faster`` runs while ``slower`` runs once: per round, so that drift of the machine cancels."""
+        return Spread.of([s / f for s, f in zip(self.seconds[slower], self.seconds[faster], strict=True)])
+
+
+def _seconds(call: Call, inputs: Sequence[tuple[Any, ...]], calls: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for i in range(calls):
+            call(*inputs[i % len(inputs)])
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+    begin = time.perf_counter()
+    for i in range(calls):
+        call(*inputs[i % len(inputs)])
+    return (time.perf_counter() - begin) / calls
+
+
+def measure(
+    contenders: Mapping[str, Call],
+    inputs: Sequence[tuple[Any, ...]],
+    *,
+    device: torch.device,
+    rounds: int,
+    min_seconds: float,
+    max_seconds: float = math.inf,
+) -> Timings:
+    """Times ``call(*inputs[i])`` for all contenders, A B C A B C ...
+
+    Args:
+        contenders: callables by name.
+        inputs: sets of arguments to rotate through.
+        rounds: measurements per contender, at least 3.
+        min_seconds: a measurement repeats its call until it takes about this long.
+        max_seconds: no new round is begun after this long, except to have 5 (or ``rounds``, if those are fewer).
+    """
+    if rounds < 3:
+        raise ValueError(f"rounds must be at least 3 to have quartiles, got {rounds}")
+    calls = {}
+    for name, call in contenders.items():
+        _seconds(call, inputs, len(inputs), device)
+        synchronize(device)
+        once = _seconds(call, inputs, len(inputs), device)
+        calls[name] = max(1, math.ceil(min_seconds / once))
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    begin = time.monotonic()
+    for done in range(rounds):
+        if done >= 5 and time.monotonic() - begin > max_seconds:
+            break
+        for name, call in contenders.items():
+            seconds[name].append(_seconds(call, inputs, calls[name], device))
+    return Timings(seconds)
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that one call adds to the memory in use at its peak, its result included.
+
+    On a GPU by torch's allocator. On a CPU by the resident pages of the process, so that a kernel's own scratch memory
+    counts too; needs Linux (None elsewhere). Call it once beforehand, so that one-time set-up does not count.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # pages that malloc merely holds on to would hide the call's own
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak to the present value
+    except (AttributeError, OSError):
+        return None
+    before = _resident("VmRSS")
+    result = call()
+    peak = _resident("VmHWM")
+    del result
+    return max(0, peak - before)
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    match = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f"/proc/self/status has no {field}")
+    return int(match[1]) * 1024
+
+
+def compiled(call: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Callable[..., Any] | None, str | None]:
+    """``torch.compile`` of a callable for these input shapes.
+
+    Returns:
+        the compiled callable and None, or None and the reason why this machine cannot compile it.
+    """
+    # whatever other shapes made of the same function, it does not count towards this one's recompilation limit
+    torch._dynamo.reset()
+    fast = torch.compile(call, fullgraph=True, dynamic=False)
+    try:
+        fast(*inputs)
+    except Exception as error:  # the toolchain can fail in many ways, and all of them mean the same here
+        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+    return fast, None

@@ -1,0 +1,51 @@
+"""proportional_attention: fused attention with log-size bias and importance, against explicit attention maps."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import rivals
+import torch.nn.functional as F
+from cases import Case, Settings, Shape, main
+from checks import check_function
+from torch import Tensor
+
+from diffrate_ext import ops, reference
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    def inputs(shape: Shape) -> tuple[Any, ...]:
+        return (*settings.qkv(shape), settings.sizes(shape))
+
+    def check(actual: tuple[Tensor, Tensor], *inputs: Any) -> float:
+        return check_function("proportional_attention", reference.proportional_attention, actual, inputs, {})
+
+    for shape in settings.shapes:
+        elements = shape.batch * shape.tokens * shape.channels
+        yield Case(
+            operator="proportional_attention",
+            label=shape.label,
+            shape=shape,
+            ours=ops.proportional_attention,
+            rivals={"eager": rivals.proportional_attention},
+            make_inputs=partial(inputs, shape),
+            check=check,
+            moved=4 * elements * settings.dtype.itemsize + shape.batch * shape.tokens * 8,
+            operations=4 * elements * shape.tokens,
+            yardsticks={"fused attention alone": fused_attention},
+        )
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    """What an uncompressed model pays: no sizes, no importance."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+if __name__ == "__main__":
+    main(cases)

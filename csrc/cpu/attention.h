@@ -1,0 +1,62 @@
+// What the two kernels that turn queries and keys into importance share.
+#pragma once
+
+#include <limits>
+
+#include "cpu/images.h"
+#include "cpu/sort.h"
+
+namespace diffrate::cpu::DIFFRATE_SIMD {
+namespace {
+
+// Rows of logits are padded to whole vectors; the padding is -inf and becomes (nearly) nothing in the softmax.
+template <class W>
+int64_t padded(int64_t tokens) {
+  return (tokens + kLanes<W> - 1) / kLanes<W> * kLanes<W>;
+}
+
+// log(size) of every key, (padded), -inf in the padding.
+template <class W>
+void log_sizes(const AttentionArgs& a, int64_t image, W* bias) {
+  for (int64_t j = 0; j < a.tokens; ++j) {
+    W size = size_of<W>(a.size, image, j);
+    bias[j] =
+        a.size.data ? static_cast<W>(__builtin_log(size > W(kTinySize) || size != size ? size : W(kTinySize))) : 0;
+  }
+  for (int64_t j = a.tokens; j < padded<W>(a.tokens); ++j) bias[j] = -std::numeric_limits<W>::infinity();
+}
+
+// sums += softmax(logits), over a padded row.
+template <class W>
+void add_softmax(W* logits, int64_t length, W* sums) {
+  Vec<W> top = load(logits);
+  for (int64_t j = kLanes<W>; j < length; j += kLanes<W>) {
+    Vec<W> value = load(logits + j);
+    top = value > top ? value : top;
+  }
+  W highest = top[0];
+  for (int64_t i = 1; i < kLanes<W>; ++i) highest = top[i] > highest ? top[i] : highest;
+  Vec<W> total = {};
+  for (int64_t j = 0; j < length; j += kLanes<W>) {
+    Vec<W> value = exp_nonpositive(load(logits + j) - highest);
+    total += value;
+    store(logits + j, value);
+  }
+  W scale = 1 / sum<W>(total);
+  for (int64_t j = 0; j < length; j += kLanes<W>) store(sums + j, load(sums + j) + load(logits + j) * scale);
+}
+
+// Importance from one row of attention sums for each head, (heads, padded).
+template <class W>
+void write_importance(const AttentionArgs& a, int64_t image, const W* rows, W count) {
+  W* importance = static_cast<W*>(a.importance) + image * (a.tokens - a.prefix);
+  int64_t length = padded<W>(a.tokens);
+  for (int64_t j = a.prefix; j < a.tokens; ++j) {
+    W total = 0;
+    for (int64_t head = 0; head < a.heads; ++head) total += rows[head * length + j];
+    importance[j - a.prefix] = total / count;
+  }
+}
+
+}  // namespace
+}  // namespace diffrate::cpu::DIFFRATE_SIMD

@@ -1,0 +1,221 @@
+// Sort, prune and merge, reading each kept token about once.
+//
+// The sources of an image (k_p - k_m tokens, few) are loaded first and stay in cache. Then the destinations stream by
+// in blocks: a block is copied to the output and, while it is at hand, compared with all sources. At the end only the
+// destinations that received a source are read again, from the output.
+#include <limits>
+
+#include "cpu/images.h"
+#include "cpu/sort.h"
+#include "cpu/tables.h"
+
+namespace diffrate::cpu::DIFFRATE_SIMD {
+namespace {
+
+constexpr int64_t kBlock = 8;  // destinations that are compared while they are in the first-level cache
+
+// Dot products of ROWS destinations with COLUMNS sources: enough independent sums to keep the multipliers busy, few
+// enough for the registers.
+constexpr int64_t kRows = DIFFRATE_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int64_t kColumns = 4;
+
+template <class W, int64_t ROWS, int64_t COLUMNS>
+void dots(const W* rows, const W* columns, int64_t stride, W (*out)[kColumns]) {
+  Vec<W> sums[ROWS][COLUMNS] = {};
+  for (int64_t c = 0; c < stride; c += kLanes<W>) {
+    Vec<W> column[COLUMNS];
+    for (int64_t j = 0; j < COLUMNS; ++j) column[j] = load(columns + j * stride + c);
+    for (int64_t i = 0; i < ROWS; ++i) {
+      Vec<W> row = load(rows + i * stride + c);
+      for (int64_t j = 0; j < COLUMNS; ++j) sums[i][j] += row * column[j];
+    }
+  }
+  for (int64_t i = 0; i < ROWS; ++i)
+    for (int64_t j = 0; j < COLUMNS; ++j) out[i][j] = sum<W>(sums[i][j]);
+}
+
+template <class W>
+struct Match {
+  W cosine;  // before division by the source's norm
+  int32_t position;
+};
+
+template <class T>
+struct PruneMerge {
+  using W = Wide<T>;
+  const PruneMergeArgs& a;
+  int64_t stride;   // of a row in scratch memory: channels, rounded up to whole vectors
+  int64_t sources;  // and to whole groups of kColumns
+  int64_t source_rows;
+
+  explicit PruneMerge(const PruneMergeArgs& args) : a(args) {
+    stride = (a.channels + kLanes<W> - 1) / kLanes<W> * kLanes<W>;
+    sources = a.k_p - a.k_m;
+    source_rows = (sources + kColumns - 1) / kColumns * kColumns;
+  }
+
+  struct Scratch {
+    W* sums;
+    SortItem<W>* items;
+    int32_t* order;
+    W* source;          // (source_rows, stride)
+    W* source_inverse;  // 1 / norm
+    int32_t* head;      // of each destination's list of sources, -1 where it has none
+    int32_t* next;
+    Match<W>* best;  // (parts, sources)
+    W* block;        // (parts, kBlock, stride)
+    int64_t bytes;
+    Scratch(const PruneMerge& op, int64_t parts, char* memory) {
+      Arena arena(memory);
+      sums = arena.take<W>(op.a.tokens);
+      items = arena.take<SortItem<W>>(op.a.tokens);
+      order = arena.take<int32_t>(op.a.tokens);
+      source = arena.take<W>(op.source_rows * op.stride);
+      source_inverse = arena.take<W>(op.source_rows);
+      head = arena.take<int32_t>(op.a.k_m);
+      next = arena.take<int32_t>(op.sources);
+      best = arena.take<Match<W>>(parts * op.sources);
+      block = arena.take<W>(parts * kBlock * op.stride);
+      bytes = arena.take<char>(0) - memory;
+    }
+  };
+
+  int64_t scratch_bytes(int64_t parts) const { return Scratch(*this, parts, nullptr).bytes; }
+
+  // Loads one input token, with the residual added as eager PyTorch would (rounded to T), widened into `row`; copies it
+  // to `out` where one is given. Returns 1 / norm.
+  W load_token(int64_t image, int64_t token, W* row, T* out) const {
+    const T* x = static_cast<const T*>(a.x.data) + image * a.x.stride_image + token * a.x.stride_token;
+    const T* residual = nullptr;
+    if (a.residual.data)
+      residual =
+          static_cast<const T*>(a.residual.data) + image * a.residual.stride_image + token * a.residual.stride_token;
+    Vec<W> squares = {};
+    for_vectors<W>(a.channels, [&](int64_t c, auto load_at, auto store_at) {
+      Vec<W> value = load_at(x + c);
+      if (residual) {
+        value += load_at(residual + c);
+        if constexpr (sizeof(T) < sizeof(W)) {
+          T rounded[kLanes<W>];
+          store(rounded, value);
+          value = load(rounded);
+        }
+      }
+      if (out) store_at(out + c, value);
+      store(row + c, value);  // a whole vector: rows are padded, and the padding is zero
+      squares += value * value;
+    });
+    W norm = static_cast<W>(__builtin_sqrt(sum<W>(squares)));
+    return 1 / (norm > W(kNormEpsilon) || norm != norm ? norm : W(kNormEpsilon));
+  }
+
+  void copy_token(int64_t image, int64_t token, T* out) const {
+    const T* x = static_cast<const T*>(a.x.data) + image * a.x.stride_image + token * a.x.stride_token;
+    if (!a.residual.data) {
+      std::memcpy(out, x, a.channels * sizeof(T));
+      return;
+    }
+    const T* residual =
+        static_cast<const T*>(a.residual.data) + image * a.residual.stride_image + token * a.residual.stride_token;
+    for_vectors<W>(a.channels, [&](int64_t c, auto load_at, auto store_at) {
+      store_at(out + c, load_at(x + c) + load_at(residual + c));
+    });
+  }
+
+  T* out_row(int64_t image, int64_t position) const {
+    return static_cast<T*>(a.out) + (image * a.k_m + position) * a.channels;
+  }
+
+  void prepare(int64_t image, char* memory) const {
+    Scratch s(*this, 1, memory);
+    sort_image<W>(a.importance, image, a.tokens, a.prefix, s.sums, s.items, s.order);
+    int64_t* slot = a.slot + image * a.tokens;
+    for (int64_t j = 0; j < a.tokens; ++j) slot[s.order[j]] = j < a.k_m ? j : -1;  // sources: in finish()
+    W* size = static_cast<W*>(a.out_size) + image * a.k_m;
+    for (int64_t j = 0; j < a.k_m; ++j) size[j] = size_of<W>(a.size, image, s.order[j]);
+    for (int64_t i = 0; i < sources; ++i)
+      s.source_inverse[i] = load_token(image, s.order[a.k_m + i], s.source + i * stride, nullptr);
+    fill(s.source + sources * stride, (source_rows - sources) * stride, W(0));
+  }
+
+  // Copies the kept tokens of this part and finds the best destination of every source among them.
+  void part(int64_t image, char* memory, int64_t p, int64_t parts) const {
+    Scratch s(*this, parts, memory);
+    int64_t begin = a.k_m * p / parts, end = a.k_m * (p + 1) / parts;
+    Match<W>* best = s.best + p * sources;
+    fill(best, sources, Match<W>{-std::numeric_limits<W>::infinity(), -1});
+    for (; begin < end && (begin < a.prefix || sources == 0); ++begin)
+      copy_token(image, s.order[begin], out_row(image, begin));
+
+    W* block = s.block + p * kBlock * stride;
+    for (; begin < end; begin += kBlock) {
+      int64_t rows = std::min(kBlock, end - begin);
+      W inverse[kBlock];
+      for (int64_t i = 0; i < rows; ++i)
+        inverse[i] = load_token(image, s.order[begin + i], block + i * stride, out_row(image, begin + i));
+      for (int64_t i = rows; i % kRows != 0; ++i) fill(block + i * stride, stride, W(0));
+      for (int64_t j = 0; j < sources; j += kColumns) {
+        W product[kBlock][kColumns];
+        for (int64_t i = 0; i < rows; i += kRows)
+          dots<W, kRows, kColumns>(block + i * stride, s.source + j * stride, stride, product + i);
+        for (int64_t i = 0; i < rows; ++i)  // in ascending position, so that ties go to the lower one
+          for (int64_t k = 0; k < kColumns && j + k < sources; ++k)
+            if (W cosine = product[i][k] * inverse[i]; cosine > best[j + k].cosine)
+              best[j + k] = {cosine, static_cast<int32_t>(begin + i)};
+      }
+    }
+  }
+
+  // Chooses among the parts' destinations and merges the sources into them.
+  void finish(int64_t image, char* memory, int64_t parts) const {
+    if (sources == 0) return;
+    Scratch s(*this, parts, memory);
+    fill(s.head, a.k_m, int32_t{-1});
+    int64_t* slot = a.slot + image * a.tokens;
+    W* size = static_cast<W*>(a.out_size) + image * a.k_m;
+    // last to first, so that each list ends up in ascending order
+    for (int64_t i = sources - 1; i >= 0; --i) {
+      Match<W> match = s.best[i];
+      for (int64_t p = 1; p < parts; ++p)
+        if (s.best[p * sources + i].cosine > match.cosine) match = s.best[p * sources + i];
+      // a source that is similar to nothing (NaN features) goes to the first destination
+      int32_t to = match.position < 0 ? static_cast<int32_t>(a.prefix) : match.position;
+      s.best[i] = {match.position < 0 ? std::numeric_limits<W>::quiet_NaN() : match.cosine * s.source_inverse[i], to};
+      s.next[i] = s.head[to];
+      s.head[to] = static_cast<int32_t>(i);
+      slot[s.order[a.k_m + i]] = to;
+    }
+    for (int64_t to = a.prefix; to < a.k_m; ++to)
+      if (s.head[to] >= 0) size[to] += merge_into(image, s, to);
+  }
+
+  // Turns one output row into the mean over itself and its sources. Returns what its size gains.
+  W merge_into(int64_t image, const Scratch& s, int64_t to) const {
+    auto weight = [&](int64_t position) {
+      W size = a.weighted ? size_of<W>(a.size, image, s.order[position]) : W(1);
+      return size > W(kTinySize) ? size : W(kTinySize);
+    };
+    W own = weight(to), total = own, gained = 0;
+    for (int32_t i = s.head[to]; i >= 0; i = s.next[i]) {
+      W source_size = size_of<W>(a.size, image, s.order[a.k_m + i]);
+      gained += a.cosine_sizes ? source_size * s.best[i].cosine : source_size;
+      total += weight(a.k_m + i);
+    }
+    T* out = out_row(image, to);
+    for_vectors<W>(a.channels, [&](int64_t c, auto load_at, auto store_at) {
+      Vec<W> sum = load_at(out + c) * own;
+      for (int32_t i = s.head[to]; i >= 0; i = s.next[i]) sum += load(s.source + i * stride + c) * weight(a.k_m + i);
+      store_at(out + c, sum / total);
+    });
+    return gained;
+  }
+};
+
+}  // namespace
+
+void prune_merge(const PruneMergeArgs& a, const Threads& threads) {
+  int64_t blocks = (a.k_m + kBlock - 1) / kBlock;
+  dispatch(a.type, [&](auto example) { for_images(threads, a.images, blocks, PruneMerge<decltype(example)>(a)); });
+}
+
+}  // namespace diffrate::cpu::DIFFRATE_SIMD

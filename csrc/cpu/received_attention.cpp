@@ -1,0 +1,84 @@
+// The column means of the attention map, without the map: a few of its rows at a time.
+#include "cpu/attention.h"
+#include "cpu/tables.h"
+
+namespace diffrate::cpu::DIFFRATE_SIMD {
+namespace {
+
+constexpr int64_t kQueries = 4;  // rows of the map that are computed together
+
+template <class T>
+struct ReceivedAttention {
+  using W = Wide<T>;
+  const AttentionArgs& a;
+
+  struct Scratch {
+    W* bias;
+    W* rows;    // (heads, padded): the column sums of each head
+    W* keys;    // (parts, head_dim, padded): transposed, so that a vector holds one channel of many keys
+    W* logits;  // (parts, kQueries, padded)
+    W* query;   // (parts, kQueries, head_dim)
+    int64_t bytes;
+    Scratch(const AttentionArgs& a, int64_t parts, char* memory) {
+      int64_t length = padded<W>(a.tokens);
+      Arena arena(memory);
+      bias = arena.take<W>(length);
+      rows = arena.take<W>(a.heads * length);
+      keys = arena.take<W>(parts * a.head_dim * length);
+      logits = arena.take<W>(parts * kQueries * length);
+      query = arena.take<W>(parts * kQueries * a.head_dim);
+      bytes = arena.take<char>(0) - memory;
+    }
+  };
+
+  int64_t scratch_bytes(int64_t parts) const { return Scratch(a, parts, nullptr).bytes; }
+
+  void prepare(int64_t image, char* memory) const { log_sizes<W>(a, image, Scratch(a, 1, memory).bias); }
+
+  void part(int64_t image, char* memory, int64_t p, int64_t parts) const {
+    Scratch s(a, parts, memory);
+    int64_t length = padded<W>(a.tokens);
+    W* keys = s.keys + p * a.head_dim * length;
+    W* logits = s.logits + p * kQueries * length;
+    W* query = s.query + p * kQueries * a.head_dim;
+    for (int64_t head = a.heads * p / parts; head < a.heads * (p + 1) / parts; ++head) {
+      const T* q = static_cast<const T*>(a.q) + image * a.q_stride_image + head * a.q_stride_head;
+      const T* k = static_cast<const T*>(a.k) + image * a.k_stride_image + head * a.k_stride_head;
+      W* sums = s.rows + head * length;
+      fill(sums, length, W(0));
+      fill(keys, a.head_dim * length, W(0));
+      for (int64_t j = 0; j < a.tokens; ++j)
+        for (int64_t d = 0; d < a.head_dim; ++d) keys[d * length + j] = to_wide(k[j * a.k_stride_token + d]);
+      for (int64_t i = 0; i < a.tokens; i += kQueries) {
+        int64_t queries = std::min(kQueries, a.tokens - i);
+        for (int64_t r = 0; r < kQueries; ++r)
+          for (int64_t d = 0; d < a.head_dim; ++d)  // past the last query its row is computed again and not used
+            query[r * a.head_dim + d] =
+                to_wide(q[(i + std::min(r, queries - 1)) * a.q_stride_token + d]) * static_cast<W>(a.scale);
+        for (int64_t j = 0; j < length; j += kLanes<W>) {
+          Vec<W> dot[kQueries];
+          for (int64_t r = 0; r < kQueries; ++r) dot[r] = load(s.bias + j);
+          for (int64_t d = 0; d < a.head_dim; ++d) {
+            Vec<W> key = load(keys + d * length + j);
+            for (int64_t r = 0; r < kQueries; ++r) dot[r] += key * query[r * a.head_dim + d];
+          }
+          for (int64_t r = 0; r < kQueries; ++r) store(logits + r * length + j, dot[r]);
+        }
+        for (int64_t r = 0; r < queries; ++r) add_softmax(logits + r * length, length, sums);
+      }
+    }
+  }
+
+  void finish(int64_t image, char* memory, int64_t) const {
+    write_importance<W>(a, image, Scratch(a, 1, memory).rows, static_cast<W>(a.heads * a.tokens));
+  }
+};
+
+}  // namespace
+
+void received_attention(const AttentionArgs& a, const Threads& threads) {
+  dispatch(a.type,
+           [&](auto example) { for_images(threads, a.images, a.heads, ReceivedAttention<decltype(example)>{a}); });
+}
+
+}  // namespace diffrate::cpu::DIFFRATE_SIMD

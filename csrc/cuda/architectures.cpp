@@ -1,0 +1,7 @@
+#include "cuda/kernels.h"
+
+namespace diffrate::cuda {
+
+const char* architectures() { return DIFFRATE_CUDA_ARCHITECTURES; }
+
+}  // namespace diffrate::cuda

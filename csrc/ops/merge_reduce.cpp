@@ -1,0 +1,63 @@
+#include "cuda/kernels.h"
+#include "ops/device.h"
+
+namespace diffrate::ops {
+namespace {
+
+// Forward reads x (B, N, C) and writes (B, kept, C); backward reads the gradient (B, kept, C) and writes (B, N, C).
+Tensor reduce(Tensor x, Tensor dst, int64_t kept, const std::optional<Tensor>& weights, bool backward) {
+  DIFFRATE_CHECK(x.dim() == 3, "x must be (B, N, C)");
+  DIFFRATE_CHECK(dst.dim() == 2 && dst.size(0) == x.size(0), "dst must be (B, N)");
+  DIFFRATE_CHECK(dst.scalar_type() == ScalarType::Long, "dst must be int64");
+  DIFFRATE_CHECK(kept >= 0, "kept must not be negative");
+  check_same_device(dst, x, "dst");
+  x = with_unit_last_stride(x);
+  int64_t images = x.size(0), tokens = dst.size(1), channels = x.size(2);
+  DIFFRATE_CHECK(tokens < INT32_MAX && kept < INT32_MAX, "there are too many tokens");
+  check_shape(x, {images, backward ? kept : tokens, channels}, backward ? "grad" : "x");
+  Tensor out = empty_like(x, {images, backward ? tokens : kept, channels}, x.scalar_type());
+  MergeReduceArgs args{type_of(x, "x"),
+                       images,
+                       tokens,
+                       kept,
+                       channels,
+                       tokens_of(x),
+                       static_cast<const int64_t*>(dst.const_data_ptr()),
+                       dst.stride(0),
+                       dst.stride(1),
+                       vector_of(weights, x, tokens, "weights"),
+                       out.mutable_data_ptr()};
+  run_on_device(
+      x,
+      [&](const cpu::Kernels& kernels, const cpu::Threads& pool) {
+        (backward ? kernels.merge_reduce_backward : kernels.merge_reduce)(args, pool);
+      },
+      [&](void* stream) { return (backward ? cuda::merge_reduce_backward : cuda::merge_reduce)(args, stream); });
+  return out;
+}
+
+Tensor merge_reduce(Tensor x, Tensor dst, int64_t kept, std::optional<Tensor> weights) {
+  return reduce(x, dst, kept, weights, false);
+}
+
+Tensor merge_reduce_backward(Tensor grad, Tensor dst, std::optional<Tensor> weights) {
+  DIFFRATE_CHECK(grad.dim() == 3, "grad must be (B, kept, C)");
+  return reduce(grad, dst, grad.size(1), weights, true);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(diffrate, library) {
+  library.def("merge_reduce(Tensor x, Tensor dst, int kept, Tensor? weights=None) -> Tensor");
+  library.def("merge_reduce_backward(Tensor grad, Tensor dst, Tensor? weights=None) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(diffrate, CPU, library) {
+  library.impl("merge_reduce", TORCH_BOX(&merge_reduce));
+  library.impl("merge_reduce_backward", TORCH_BOX(&merge_reduce_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(diffrate, CUDA, library) {
+  library.impl("merge_reduce", TORCH_BOX(&merge_reduce));
+  library.impl("merge_reduce_backward", TORCH_BOX(&merge_reduce_backward));
+}
+
+}  // namespace diffrate::ops

@@ -1,0 +1,19 @@
+#include "ops/attention.h"
+
+namespace diffrate::ops {
+namespace {
+
+Tensor received_attention(Tensor q, Tensor k, std::optional<Tensor> size, double scale, int64_t prefix) {
+  return attention_importance(q, k, size, scale, prefix, &cpu::Kernels::received_attention);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(diffrate, library) {
+  library.def("received_attention(Tensor q, Tensor k, Tensor? size, float scale, int prefix=0) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(diffrate, CPU, library) {
+  library.impl("received_attention", TORCH_BOX(&received_attention));
+}
+
+}  // namespace diffrate::ops

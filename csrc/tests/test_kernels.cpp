@@ -1,0 +1,283 @@
+// Tests of the torch-free CPU kernels, mostly for the sanitizers: every buffer is exactly as long as it must be, so
+// that one read or write too far is an error. Values are compared with plain loops in double. CTest runs this once for
+// each instruction set (DIFFRATE_CPU_CAPABILITY), and Python tests the operators in depth.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/kernels.h"
+#define DIFFRATE_SIMD plain
+#include "cpu/simd.h"
+
+namespace {
+
+using namespace diffrate;
+namespace simd = diffrate::cpu::plain;
+
+int passed = 0, failed = 0;
+
+void check(bool good, const char* what, int64_t tokens = 0, int64_t channels = 0) {
+  ++(good ? passed : failed);
+  if (!good) std::printf("FAILED: %s (N = %ld, C = %ld)\n", what, long(tokens), long(channels));
+}
+
+bool near(double value, double expected, double tolerance = 2e-5) {
+  return std::abs(value - expected) <= tolerance * (1 + std::abs(expected));
+}
+
+template <class T>
+std::unique_ptr<T[]> exact(size_t count) {
+  return std::unique_ptr<T[]>(new T[count]);  // not a vector: no spare capacity for a sanitizer to overlook
+}
+
+void run_on_threads(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < n; ++i) threads.emplace_back(body, context, i, i + 1);
+  for (auto& thread : threads) thread.join();
+}
+
+const cpu::Threads kPools[] = {{1, run_on_threads}, {3, run_on_threads}, {16, run_on_threads}};
+
+struct Case {
+  int64_t images, tokens, channels, prefix, k_p, k_m;
+};
+
+const Case kCases[] = {{2, 17, 24, 1, 12, 8}, {1, 65, 37, 0, 65, 33}, {3, 5, 1, 2, 4, 3},        {2, 1, 3, 1, 1, 1},
+                       {2, 9, 16, 1, 1, 1},   {4, 40, 65, 1, 39, 2},  {1, 197, 96, 1, 168, 156}, {0, 8, 8, 1, 4, 3}};
+
+std::unique_ptr<float[]> random_floats(int64_t count, unsigned seed, float low = -1, float high = 1) {
+  std::mt19937 generator(seed);
+  std::uniform_real_distribution<float> uniform(low, high);
+  auto values = exact<float>(count);
+  for (int64_t i = 0; i < count; ++i) values[i] = uniform(generator);
+  return values;
+}
+
+Importance given(const float* importance, const Case& c) {
+  int64_t patches = c.tokens - c.prefix;
+  return {importance, Type::f32, 1, 1, patches, 0, 0, 1};
+}
+
+void test_sort_tokens(const Case& c, const cpu::Threads& threads) {
+  auto x = random_floats(c.images * c.tokens * c.channels, 1);
+  auto importance = random_floats(c.images * (c.tokens - c.prefix), 2);
+  auto out = exact<float>(c.images * c.tokens * c.channels);
+  auto size = exact<float>(c.images * c.tokens);
+  auto order = exact<int64_t>(c.images * c.tokens);
+  SortArgs args{Type::f32,
+                c.images,
+                c.tokens,
+                c.channels,
+                c.prefix,
+                {x.get(), c.tokens * c.channels, c.channels},
+                given(importance.get(), c),
+                {nullptr, 0, 0},
+                out.get(),
+                size.get(),
+                order.get()};
+  cpu::kernels().sort_tokens(args, threads);
+  bool sorted = true, moved = true;
+  for (int64_t b = 0; b < c.images; ++b) {
+    const float* scores = importance.get() + b * (c.tokens - c.prefix) - c.prefix;
+    for (int64_t j = 0; j < c.tokens; ++j) {
+      int64_t from = order[b * c.tokens + j];
+      if (j < c.prefix) sorted = sorted && from == j;
+      if (j > c.prefix) sorted = sorted && scores[order[b * c.tokens + j - 1]] >= scores[from];
+      moved = moved && !std::memcmp(&out[(b * c.tokens + j) * c.channels], &x[(b * c.tokens + from) * c.channels],
+                                    c.channels * sizeof(float));
+    }
+  }
+  check(sorted, "sort_tokens: order", c.tokens, c.channels);
+  check(moved, "sort_tokens: features", c.tokens, c.channels);
+}
+
+// The mean of the tokens that share a slot, and every source in the slot of its most similar destination.
+void test_prune_merge(const Case& c, const cpu::Threads& threads, bool with_residual) {
+  auto x = random_floats(c.images * c.tokens * c.channels, 3);
+  auto residual = random_floats(c.images * c.tokens * c.channels, 4);
+  auto importance = random_floats(c.images * (c.tokens - c.prefix), 5);
+  auto size = random_floats(c.images * c.tokens, 6, 0.5f, 3);
+  auto out = exact<float>(c.images * c.k_m * c.channels);
+  auto out_size = exact<float>(c.images * c.k_m);
+  auto slot = exact<int64_t>(c.images * c.tokens);
+  PruneMergeArgs args{Type::f32,
+                      c.images,
+                      c.tokens,
+                      c.channels,
+                      c.prefix,
+                      c.k_p,
+                      c.k_m,
+                      {x.get(), c.tokens * c.channels, c.channels},
+                      {with_residual ? residual.get() : nullptr, c.tokens * c.channels, c.channels},
+                      given(importance.get(), c),
+                      {size.get(), c.tokens, 1},
+                      false,
+                      false,
+                      out.get(),
+                      out_size.get(),
+                      slot.get()};
+  cpu::kernels().prune_merge(args, threads);
+  bool counts = true, means = true, sizes = true;
+  for (int64_t b = 0; b < c.images; ++b) {
+    int64_t pruned = 0;
+    std::vector<double> sum(c.k_m * c.channels), members(c.k_m), total(c.k_m);
+    for (int64_t i = 0; i < c.tokens; ++i) {
+      int64_t to = slot[b * c.tokens + i];
+      counts = counts && to >= -1 && to < c.k_m;
+      if (to < 0 || to >= c.k_m) {
+        ++pruned;
+        continue;
+      }
+      ++members[to];
+      total[to] += size[b * c.tokens + i];
+      for (int64_t k = 0; k < c.channels; ++k) {
+        int64_t at = (b * c.tokens + i) * c.channels + k;
+        sum[to * c.channels + k] += with_residual ? x[at] + residual[at] : x[at];
+      }
+    }
+    counts = counts && pruned == c.tokens - c.k_p;
+    for (int64_t j = 0; j < c.k_m; ++j) {
+      counts = counts && members[j] >= 1 && (j >= c.prefix || members[j] == 1);
+      sizes = sizes && near(out_size[b * c.k_m + j], total[j]);
+      for (int64_t k = 0; k < c.channels; ++k)
+        means = means && near(out[(b * c.k_m + j) * c.channels + k], sum[j * c.channels + k] / members[j]);
+    }
+  }
+  check(counts, "prune_merge: slots", c.tokens, c.channels);
+  check(means, "prune_merge: features", c.tokens, c.channels);
+  check(sizes, "prune_merge: sizes", c.tokens, c.channels);
+}
+
+void test_merge_reduce(const Case& c, const cpu::Threads& threads) {
+  auto x = random_floats(c.images * c.tokens * c.channels, 7);
+  auto dst = exact<int64_t>(c.images * c.tokens);
+  for (int64_t i = 0; i < c.images * c.tokens; ++i)
+    dst[i] = i % 7 == 3 ? 1000 + c.k_m : (i * 5) % (c.k_m + 1) - 1;  // out of range: goes nowhere
+  auto out = exact<float>(c.images * c.k_m * c.channels);
+  MergeReduceArgs args{
+      Type::f32, c.images, c.tokens, c.k_m,           c.channels, {x.get(), c.tokens * c.channels, c.channels},
+      dst.get(), c.tokens, 1,        {nullptr, 0, 0}, out.get()};
+  cpu::kernels().merge_reduce(args, threads);
+  auto back = exact<float>(c.images * c.tokens * c.channels);
+  MergeReduceArgs backward = args;
+  backward.x = {out.get(), c.k_m * c.channels, c.channels};
+  backward.out = back.get();
+  cpu::kernels().merge_reduce_backward(backward, threads);
+  // <mean(x), out> = <x, gradient of the mean at out>
+  double left = 0, right = 0;
+  for (int64_t i = 0; i < c.images * c.k_m * c.channels; ++i) left += double(out[i]) * out[i];
+  for (int64_t i = 0; i < c.images * c.tokens * c.channels; ++i) right += double(x[i]) * back[i];
+  check(near(left, right), "merge_reduce: the backward is the forward's transpose", c.tokens, c.channels);
+}
+
+void test_attention(const Case& c, const cpu::Threads& threads) {
+  const int64_t heads = 3;
+  int64_t patches = c.tokens - c.prefix;
+  auto q = random_floats(c.images * heads * c.tokens * c.channels, 8);
+  auto k = random_floats(c.images * heads * c.tokens * c.channels, 9);
+  auto size = random_floats(c.images * c.tokens, 10, 0.5f, 3);
+  auto first = exact<float>(c.images * patches), received = exact<float>(c.images * patches);
+  AttentionArgs args{Type::f32,
+                     c.images,
+                     heads,
+                     c.tokens,
+                     c.channels,
+                     c.prefix,
+                     q.get(),
+                     heads * c.tokens * c.channels,
+                     c.tokens * c.channels,
+                     c.channels,
+                     k.get(),
+                     heads * c.tokens * c.channels,
+                     c.tokens * c.channels,
+                     c.channels,
+                     {size.get(), c.tokens, 1},
+                     0.5,
+                     first.get()};
+  cpu::kernels().class_attention(args, threads);
+  args.importance = received.get();
+  cpu::kernels().received_attention(args, threads);
+  bool class_right = true, received_right = true;
+  for (int64_t b = 0; b < c.images; ++b) {
+    std::vector<double> row(c.tokens), class_mean(c.tokens), received_mean(c.tokens);
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t i = 0; i < c.tokens; ++i) {
+        double total = 0;
+        for (int64_t j = 0; j < c.tokens; ++j) {
+          double dot = 0;
+          for (int64_t d = 0; d < c.channels; ++d)
+            dot += double(q[((b * heads + h) * c.tokens + i) * c.channels + d]) *
+                   k[((b * heads + h) * c.tokens + j) * c.channels + d];
+          total += row[j] = std::exp(0.5 * dot) * size[b * c.tokens + j];
+        }
+        for (int64_t j = 0; j < c.tokens; ++j) {
+          if (i == 0) class_mean[j] += row[j] / total / heads;
+          received_mean[j] += row[j] / total / heads / c.tokens;
+        }
+      }
+    }
+    for (int64_t j = 0; j < patches; ++j) {
+      class_right = class_right && near(first[b * patches + j], class_mean[j + c.prefix]);
+      received_right = received_right && near(received[b * patches + j], received_mean[j + c.prefix]);
+    }
+  }
+  check(class_right, "class_attention", c.tokens, c.channels);
+  check(received_right, "received_attention", c.tokens, c.channels);
+}
+
+// float16 and bfloat16 as every value's round trip and as rounding to nearest even.
+template <class T>
+void test_half_format(T, const char* name) {
+  bool round_trip = true, nearest = true;
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    T value{static_cast<uint16_t>(bits)};
+    float wide = simd::to_wide(value);
+    T back;
+    simd::store_some(&back, wide - simd::Vec<float>{}, 1);  // adding to zero would lose the sign of -0
+    round_trip = round_trip && (wide != wide ? simd::to_wide(back) != simd::to_wide(back) : back.bits == value.bits);
+    T next{static_cast<uint16_t>(bits + 1)};
+    float above = simd::to_wide(next);
+    if (!std::isfinite(wide) || !std::isfinite(above) || ((bits + 1) & 0x7fff) == 0) continue;
+    T middle;
+    simd::store_some(&middle, simd::Vec<float>{} + (wide + (above - wide) / 2), 1);
+    nearest = nearest && middle.bits == ((bits & 1) ? next.bits : value.bits);
+  }
+  check(round_trip, name);
+  check(nearest, name);
+}
+
+void test_exp() {
+  double worst = 0;
+  for (float x = 0; x > -87; x -= 0.01f) {
+    double expected = std::exp(double(x));
+    worst = std::fmax(worst, std::abs(simd::exp_nonpositive(simd::Vec<float>{} + x)[0] - expected) / expected);
+  }
+  check(worst < 3e-7, "exp_nonpositive");
+  check(simd::exp_nonpositive(simd::Vec<float>{} - INFINITY)[0] < 1.2e-38f, "exp_nonpositive of -inf");
+}
+
+}  // namespace
+
+int main() {
+  const char* wanted = std::getenv("DIFFRATE_CPU_CAPABILITY");
+  if (wanted && std::strcmp(wanted, cpu::kernels().name)) std::printf("this processor lacks %s\n", wanted);
+  for (const auto& threads : kPools) {
+    for (const Case& c : kCases) {
+      test_sort_tokens(c, threads);
+      test_prune_merge(c, threads, false);
+      test_prune_merge(c, threads, true);
+      test_merge_reduce(c, threads);
+      test_attention(c, threads);
+    }
+  }
+  test_half_format(simd::Half{}, "float16: round trip, rounding to nearest even");
+  test_half_format(simd::BFloat16{}, "bfloat16: round trip, rounding to nearest even");
+  test_exp();
+  std::printf("%s: %d passed, %d failed\n", cpu::kernels().name, passed, failed);
+  return failed != 0;
+}

@@ -1,0 +1,7 @@
+"""``python -m diffrate_ext``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

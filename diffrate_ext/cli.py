@@ -1,0 +1,328 @@
+"""The command line: ``diffrate demo | benchmark | visualize | info``.
+
+Nothing heavy is imported until a command runs, so that ``--help`` and wrong arguments answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from torch import nn
+
+    from .demo import NamedSchedule, Workload
+
+PICTURES_BY_DEFAULT = 64
+"""Of the user's own; large models take seconds for each on a CPU."""
+
+
+class UsageError(Exception):
+    """Arguments that argparse does not accept."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports errors to :func:`main` instead of printing the usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, or 2 after one line on stderr that says what is wrong."""
+    try:
+        arguments = build_parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], None] = arguments.command
+        command(arguments)
+    except (UsageError, OSError, ValueError) as error:
+        # what the library raises for bad input; its messages are written to be read by users
+        return _fail(str(error) or type(error).__name__)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        return _fail("out of memory: try a smaller --batch-size")
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"diffrate: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = OneLineParser(prog="diffrate", description="Fewer tokens for Vision Transformers: DiffRate token compression.")
+    parser.add_argument("--version", action="version", version=f"diffrate_ext {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="accuracy and speed of a model with and without compression, and a picture",
+        description="Without arguments: the embedded Vision Transformer on the embedded Fashion-MNIST test images. "
+        "With --model and --images: any supported timm model on your pictures.",
+    )
+    _add_model_options(demo)
+    _add_picture_options(demo, f"default: all 2,000 embedded ones; {PICTURES_BY_DEFAULT} of yours, evenly spread")
+    _add_schedule_options(demo)
+    demo.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images in a batch (default: 32)")
+    demo.add_argument("--rounds", type=_positive, default=12, metavar="N", help="rounds of timing (default: 12)")
+    demo.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+    demo.add_argument("--output", type=Path, default=Path("diffrate_demo.png"), metavar="FILE", help="the picture (default: diffrate_demo.png)")
+    demo.set_defaults(command=_demo)
+
+    benchmark = commands.add_parser(
+        "benchmark",
+        help="speed of a model on this machine, with and without compression",
+        description="Times the uncompressed and the compressed model in turn, on random images and with random weights, "
+        "neither of which changes the speed: nothing is downloaded.",
+    )
+    benchmark.add_argument("--model", metavar="NAME", help="a timm model (default: the embedded one)")
+    _add_schedule_options(benchmark)
+    benchmark.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="images in a batch (default: 16)")
+    benchmark.add_argument("--rounds", type=_positive, default=10, metavar="N", help="rounds of timing (default: 10)")
+    benchmark.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+    benchmark.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(default: float32)")
+    benchmark.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    benchmark.set_defaults(command=_benchmark)
+
+    visualize = commands.add_parser(
+        "visualize",
+        help="a picture of what happens to the tokens",
+        description="Draws which tokens are pruned and which are merged into which, by the strongest of the schedules.",
+    )
+    _add_model_options(visualize)
+    _add_picture_options(visualize, "default: 4")
+    _add_schedule_options(visualize)
+    visualize.add_argument("--output", type=Path, default=Path("diffrate_tokens.png"), metavar="FILE", help="the picture (default: diffrate_tokens.png)")
+    visualize.set_defaults(command=_visualize)
+
+    info = commands.add_parser("info", help="what was built, and what it runs on")
+    info.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    info.set_defaults(command=_info)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME", help="a timm model, e.g. deit_small_patch16_224 (default: the embedded one)")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--weights", type=Path, metavar="FILE", help="local checkpoint (.safetensors, .pth) instead of a download")
+    weights.add_argument("--no-pretrained", action="store_true", help="random weights: to try the speed without a download")
+
+
+def _add_picture_options(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--images", type=Path, metavar="PATH", help="a picture, or a folder of pictures (with sub-folders)")
+    parser.add_argument("--n-images", type=_positive, metavar="N", help=f"how many images ({default})")
+
+
+def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--gflops", type=float, nargs="+", metavar="G", help="compress to so many GFLOPs, by a simple rule")
+    choice.add_argument("--schedule", type=Path, nargs="+", metavar="FILE", help="schedules as Schedule.save writes them")
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return number
+
+
+def _version() -> str:
+    try:
+        return metadata.version("diffrate-ext")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _consoles() -> tuple[Console, Console]:
+    """For results, on stdout, and for progress and remarks, on stderr."""
+    from rich.console import Console
+
+    return Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device: no such device: {name!r}; expected e.g. cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: this torch sees no CUDA device")
+    return device
+
+
+def _workload(arguments: argparse.Namespace, pictures: int, embedded_images: int | None, remarks: Console) -> Workload:
+    """The model and the images that the arguments name; at most ``pictures`` of the user's own by default."""
+    from .demo import Workload, embedded_workload
+
+    if arguments.model is None:
+        for option, value in (("images", arguments.images), ("weights", arguments.weights)):
+            if value is not None:
+                raise UsageError(f"--{option} needs --model NAME: the embedded model has weights and images of its own")
+        if arguments.no_pretrained:
+            raise UsageError("--no-pretrained needs --model NAME: the embedded model has weights of its own")
+        return embedded_workload(arguments.n_images or embedded_images)
+    if arguments.images is None:
+        raise UsageError("--model needs --images PATH, a picture or a folder of pictures")
+
+    from timm.data import create_transform, resolve_model_data_config
+
+    from .model_loading import load_timm_model
+    from .pictures import find_pictures, load_pictures, spread
+
+    found = find_pictures(arguments.images)
+    chosen = spread(found, arguments.n_images or pictures)
+    model = load_timm_model(arguments.model, pretrained=not arguments.no_pretrained, weights=arguments.weights)
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    loaded = load_pictures(chosen, transform)
+    for path, reason in loaded.skipped:
+        remarks.print(f"skipped {path}: {reason}", style="yellow", markup=False, soft_wrap=True)
+    if len(chosen) < len(found):
+        remarks.print(f"{len(chosen)} of {len(found)} pictures, evenly spread (--n-images takes more or fewer)")
+    titles = [path.name if len(path.name) <= 20 else f"{path.name[:19]}…" for path in loaded.paths]
+    return Workload(arguments.model, model, loaded.images, titles)
+
+
+def _schedules(arguments: argparse.Namespace, model: nn.Module) -> list[NamedSchedule]:
+    """What the arguments ask for; else the published schedules of this model, else the default targets."""
+    from .demo import NamedSchedule, published_schedules, uniform_schedules
+    from .models import adapter_for
+    from .schedule import Schedule
+
+    try:
+        adapter_for(model)
+    except TypeError as error:
+        raise UsageError(str(error)) from None
+    if arguments.gflops:
+        return [NamedSchedule(f"{g:g} GFLOPs", Schedule.uniform(model, g)) for g in arguments.gflops]
+    if arguments.schedule:
+        return [NamedSchedule(path.name, Schedule.load(path)) for path in arguments.schedule]
+    return published_schedules(arguments.model or "") or uniform_schedules(model)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from .demo import draw, measure, results_table
+    from .visualization import check_output
+
+    output = check_output(arguments.output)
+    results, remarks = _consoles()
+    workload = _workload(arguments, PICTURES_BY_DEFAULT, None, remarks)
+    workload.model.to(_device(arguments.device))
+    schedules = _schedules(arguments, workload.model)
+    if arguments.no_pretrained:
+        remarks.print("Random weights: the speed is real, the agreement says nothing about the trained model.")
+    result = measure(workload, schedules, batch_size=arguments.batch_size, rounds=arguments.rounds, console=remarks)
+    results.print(results_table(workload, schedules, result))
+    draw(workload, schedules, output)
+    results.print(f"Picture: {output}", soft_wrap=True, markup=False)
+
+
+def _benchmark(arguments: argparse.Namespace) -> None:
+    import torch
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from . import embedded
+    from .model_loading import load_timm_model
+    from .timing import Comparison, random_images
+
+    results, remarks = _consoles()
+    model = load_timm_model(arguments.model, pretrained=False) if arguments.model else embedded.build_model()
+    model.to(_device(arguments.device), getattr(torch, arguments.dtype)).eval()
+    schedules = _schedules(arguments, model)
+    comparison = Comparison(model, [named.schedule for named in schedules], random_images(model, arguments.batch_size))
+    with Progress(console=remarks) as progress:
+        task = progress.add_task("timing, interleaved", total=arguments.rounds)
+        for done in comparison.run(arguments.rounds):
+            progress.update(task, completed=done)
+    measured = comparison.results()
+    name = arguments.model or "embedded ViT"
+    if arguments.json:
+        content = [
+            {
+                "model": name,
+                "schedule": named.name,
+                "device": arguments.device,
+                "dtype": arguments.dtype,
+                "threads": torch.get_num_threads(),
+                "batch_size": speed.batch_size,
+                "rounds": speed.rounds,
+                "gflops": speed.gflops,
+                "uncompressed_gflops": speed.uncompressed_gflops,
+                "images_per_second": speed.images_per_second,
+                "uncompressed_images_per_second": speed.uncompressed_images_per_second,
+                "speed_up": speed.speed_up,
+                "speed_up_quartiles": speed.speed_up_quartiles,
+                "flops_ratio": speed.flops_ratio,
+                "realised_gain": speed.realised_gain,
+            }
+            for named, speed in zip(schedules, measured, strict=True)
+        ]
+        print(json.dumps(content, indent=2))
+        return
+    where = f"{torch.get_num_threads()} CPU threads" if arguments.device == "cpu" else arguments.device
+    table = Table(
+        title=f"{name}, batches of {arguments.batch_size}, {arguments.dtype}, {where}",
+        caption=f"medians of {arguments.rounds} interleaved rounds; gain: speed-up / FLOPs ratio",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("GFLOPs", "images/s", "speed-up", "quartiles", "FLOPs ratio", "gain"):
+        table.add_column(heading, justify="right")
+    first = measured[0]
+    table.add_row(
+        "uncompressed", f"{first.uncompressed_gflops:.3g}", f"{first.uncompressed_images_per_second:.4g}", "1.00x", "", "1.00x", ""
+    )
+    for named, speed in zip(schedules, measured, strict=True):
+        low, high = speed.speed_up_quartiles
+        table.add_row(
+            named.name,
+            f"{speed.gflops:.3g}",
+            f"{speed.images_per_second:.4g}",
+            f"{speed.speed_up:.2f}x",
+            f"{low:.2f}-{high:.2f}",
+            f"{speed.flops_ratio:.2f}x",
+            f"{speed.realised_gain:.2f}",
+        )
+    results.print(table)
+
+
+def _visualize(arguments: argparse.Namespace) -> None:
+    from .demo import draw
+    from .visualization import check_output
+
+    output = check_output(arguments.output)
+    results, remarks = _consoles()
+    n_images = arguments.n_images or 4
+    workload = _workload(arguments, n_images, 40, remarks)
+    draw(workload, _schedules(arguments, workload.model), output, n_images=n_images)
+    results.print(f"Picture: {output}", soft_wrap=True, markup=False)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    import diffrate_ext
+
+    info: dict[str, Any] = {"version": _version(), **diffrate_ext.build_info()}
+    if arguments.json:
+        print(json.dumps(info, indent=2, default=str))
+        return
+    table = Table(show_header=False)
+    for key, value in info.items():
+        listed = isinstance(value, (list, tuple, set, frozenset))
+        table.add_row(key.replace("_", " "), (", ".join(map(str, value)) or "none") if listed else str(value))
+    _consoles()[0].print(table)

@@ -1,0 +1,185 @@
+"""What compression does to one model, on labelled or unlabelled images: accuracy, speed, and a picture of the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from . import embedded
+from .evaluation import Evaluation, evaluate
+from .flops import flops
+from .schedule import Schedule, published_gflops
+from .sharing import compressed_copy
+from .timing import Benchmark, Comparison
+from .visualization import visualize
+
+SHARES = (0.80, 0.65, 0.50)
+"""Of the uncompressed model's FLOPs: the targets when nobody names others."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and the images it is shown on."""
+
+    name: str
+    model: nn.Module
+    images: Tensor
+    """(n, C, H, W), normalised as the model expects them."""
+    titles: list[str]
+    """A short text for each image."""
+    labels: Tensor | None = None
+    """(n,) int64, where they are known."""
+
+    def batches(self, size: int) -> list[Tensor | list[Tensor]]:
+        """The images in batches, with their labels where they are known."""
+        if self.labels is None:
+            return list(self.images.split(size))
+        return [[i, t] for i, t in zip(self.images.split(size), self.labels.split(size), strict=True)]
+
+
+@dataclass(frozen=True)
+class NamedSchedule:
+    """A schedule and what to call it in a table."""
+
+    name: str
+    schedule: Schedule
+
+
+def embedded_workload(n_images: int | None = None) -> Workload:
+    """The embedded model on the first ``n_images`` (default: all 2,000) of the embedded test images.
+
+    Raises:
+        ValueError: fewer than one image, or more than there are.
+    """
+    images, labels = embedded.load_images("test")
+    n = len(images) if n_images is None else n_images
+    if not 1 <= n <= len(images):
+        raise ValueError(f"the number of images must lie in 1 .. {len(images)}, the embedded test images; got {n}")
+    titles = [embedded.CLASSES[label] for label in labels[:n]]
+    return Workload("embedded ViT", embedded.load_model(), embedded.normalize(images[:n]), titles, labels[:n])
+
+
+def uniform_schedules(model: nn.Module) -> list[NamedSchedule]:
+    """The simple rule at the default targets."""
+    uncompressed = flops(model) / 1e9
+    return [
+        NamedSchedule(f"{share:.0%} FLOPs", Schedule.uniform(model, share * uncompressed)) for share in SHARES
+    ]
+
+
+def published_schedules(name: str) -> list[NamedSchedule]:
+    """The authors' schedules for a model of timm, the mildest first; none where they published none."""
+    return [
+        NamedSchedule(f"published {gflops:g}", Schedule.published(name, gflops))
+        for gflops in sorted(published_gflops(name), reverse=True)
+    ]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """All that the demo measured, the schedules in their given order."""
+
+    uncompressed: Evaluation
+    compressed: list[Evaluation]
+    speed: list[Benchmark]
+
+
+def measure(
+    workload: Workload, schedules: Sequence[NamedSchedule], *, batch_size: int, rounds: int, console: Console
+) -> DemoResult:
+    """Accuracy on all images of the workload, and speed on one batch of them, with progress bars on ``console``."""
+    device = next(workload.model.parameters()).device
+    batches = workload.batches(batch_size)
+    with Progress(
+        TextColumn("{task.description:<19}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        names = ["uncompressed", *(named.name for named in schedules)]
+        tasks = [progress.add_task(name, total=len(batches), unit="batches") for name in names]
+        timing = progress.add_task("timing, interleaved", total=rounds, unit="rounds")
+        uncompressed = evaluate(workload.model, progress.track(batches, task_id=tasks[0]))
+        compressed = [
+            evaluate(
+                compressed_copy(workload.model, named.schedule),
+                progress.track(batches, task_id=task),
+                uncompressed.predictions,
+            )
+            for named, task in zip(schedules, tasks[1:], strict=True)
+        ]
+        comparison = Comparison(
+            workload.model, [named.schedule for named in schedules], workload.images[:batch_size].to(device)
+        )
+        for done in comparison.run(rounds):
+            progress.update(timing, completed=done)
+    return DemoResult(uncompressed, compressed, comparison.results())
+
+
+def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result: DemoResult) -> Table:
+    """The measurements as a table: one row for the uncompressed model, one for each schedule."""
+    first = result.speed[0]
+    device = next(workload.model.parameters()).device
+    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
+    table = Table(
+        title=f"{workload.name}, {result.uncompressed.n:,} images",
+        caption=f"agreement: same class as uncompressed; speed: medians of {first.rounds} interleaved rounds, "
+        f"batches of {first.batch_size}, {where}",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("GFLOPs", "top-1", "agreement", "images/s", "speed-up", "FLOPs ratio"):
+        table.add_column(heading, justify="right")
+    table.add_row(
+        "uncompressed",
+        f"{first.uncompressed_gflops:.3g}",
+        _percent(result.uncompressed.top1),
+        _percent(1.0),
+        f"{first.uncompressed_images_per_second:.4g}",
+        "1.00x",
+        "1.00x",
+    )
+    for named, evaluation, speed in zip(schedules, result.compressed, result.speed, strict=True):
+        table.add_row(
+            named.name,
+            f"{speed.gflops:.3g}",
+            _percent(evaluation.top1),
+            _percent(evaluation.agreement),
+            f"{speed.images_per_second:.4g}",
+            f"{speed.speed_up:.2f}x",
+            f"{speed.flops_ratio:.2f}x",
+        )
+    return table
+
+
+def draw(workload: Workload, schedules: Sequence[NamedSchedule], output: Path, *, n_images: int = 4) -> None:
+    """Write a picture of the strongest of the schedules on a few images, all different in title where possible."""
+    strongest = min((named.schedule for named in schedules), key=lambda schedule: schedule.gflops(workload.model))
+    first_of_title = {title: i for i, title in reversed(list(enumerate(workload.titles)))}
+    chosen = sorted(first_of_title.values())
+    chosen = (chosen + [i for i in range(len(workload.titles)) if i not in chosen])[:n_images]
+    own = next(workload.model.parameters())
+    figure = visualize(
+        workload.model,
+        workload.images[chosen].to(own.device, own.dtype),
+        strongest,
+        others=[named.schedule for named in schedules if named.schedule is not strongest],
+        titles=[workload.titles[i] for i in chosen],
+    )
+    cost, uncompressed = strongest.gflops(workload.model), flops(workload.model) / 1e9
+    figure.suptitle(
+        f"Tokens of {workload.name} at {cost:.3g} of {uncompressed:.3g} GFLOPs", fontsize=13, fontweight="bold"
+    )
+    figure.savefig(output, dpi=110)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

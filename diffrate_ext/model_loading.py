@@ -1,0 +1,56 @@
+"""timm models by name, with errors that say what to do."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from torch import nn
+
+HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def load_timm_model(name: str, *, pretrained: bool = True, weights: str | Path | None = None) -> nn.Module:
+    """A timm model in evaluation mode.
+
+    Args:
+        name: as for ``timm.create_model``, e.g. ``"deit_small_patch16_224.fb_in1k"``.
+        pretrained: load the published weights, from the cache or over the network; else weights are random.
+        weights: a local checkpoint (.safetensors, .pth) instead of the published weights.
+
+    Raises:
+        ValueError: timm does not know the model, or the weights cannot be had or do not fit.
+        FileNotFoundError: there is no file ``weights``.
+    """
+    import timm
+
+    registered = not name.startswith(HUB_PREFIXES)
+    if registered and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; the nearest names are {', '.join(near)}" if near else ""
+        raise ValueError(f"timm has no model {name!r}{hint}")
+    pretrained = pretrained and weights is None
+    if pretrained and registered and not timm.is_model_pretrained(name):
+        # before the model is built: a large one takes a while
+        raise _no_pretrained(name, "timm names none")
+    if weights is not None and not Path(weights).is_file():
+        raise FileNotFoundError(f"no such file of weights: {weights}")
+    try:
+        model = timm.create_model(
+            name, pretrained=pretrained, checkpoint_path="" if weights is None else str(weights)
+        )
+    except Exception as error:  # the hub clients raise errors of their own HTTP libraries, torch of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if weights is not None:
+            raise ValueError(f"the weights {weights} do not load into {name}: {' '.join(str(error).split())[:300]}") from error
+        if pretrained:
+            raise _no_pretrained(name, reason.rstrip(".")) from error
+        raise ValueError(f"timm cannot build {name}: {reason}") from error
+    return model.eval()
+
+
+def _no_pretrained(name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"no pretrained weights for {name}: {reason}. "
+        "Give local ones with --weights FILE, or try it with random ones: --no-pretrained"
+    )

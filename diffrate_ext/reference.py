@@ -1,0 +1,180 @@
+"""The operators of :mod:`diffrate_ext.ops` in plain PyTorch: their specification, and the oracle of the tests.
+
+Written to be read, not to be fast: each function follows the formulas of DiffRate (Chen et al., ICCV 2023) step by step
+and takes the same arguments as its operator. Arguments are not checked here. Any floating-point dtype works, so a test
+can compute the same thing in float64. Notation: B images, N tokens of which the first P (``prefix``) are class and
+register tokens, C channels, H heads, D channels per head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The smallest normal float32. Cosine-weighted merging can drive a size to zero or below; its logarithm must stay finite.
+TINY = torch.finfo(torch.float32).tiny
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of importances and sizes beside ``x``: half precision would tie importances and lose sums."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """``x[b, index[b, j]]`` for x (B, N, C) and index (B, K)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def token_importance(attn: Tensor, prefix: int, kind: str, dtype: torch.dtype) -> Tensor:
+    """Importance (B, N-P) of the patches, from attention (B, H, N, N), its class rows (B, H, N), or importance itself."""
+    attn = attn.to(dtype)
+    if attn.ndim == 4:
+        attn = attn[:, :, 0] if kind == "class" else attn.mean(2)
+    if attn.ndim == 3:
+        attn = attn.mean(1)
+    else:
+        # (B, N) and (B, N-P) both come in two dimensions; the caller tells them apart by the number of tokens
+        return attn
+    return attn[:, prefix:]
+
+
+def sort_order(importance: Tensor, prefix: int) -> Tensor:
+    """Input position of each sorted position, (B, N): prefix first, then patches by descending importance.
+
+    Ties keep their order; NaN comes last.
+    """
+    by_value = importance.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    order = by_value.argsort(dim=1, descending=True, stable=True)
+    is_nan = importance.isnan().gather(1, order)
+    order = order.gather(1, is_nan.to(torch.int8).argsort(dim=1, stable=True))
+    first = torch.arange(prefix, device=importance.device).expand(len(importance), -1)
+    return torch.cat([first, order + prefix], dim=1)
+
+
+def sort_tokens(
+    x: Tensor, importance: Tensor, size: Tensor | None = None, *, prefix: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Section 3.2 of the paper: tokens in descending importance."""
+    patches = importance[:, importance.shape[1] - (x.shape[1] - prefix) :]
+    order = sort_order(patches, prefix)
+    if size is None:
+        size = torch.ones(x.shape[:2], dtype=wide_dtype(x), device=x.device)
+    return gather_tokens(x, order), size.gather(1, order), order
+
+
+def match_tokens(x: Tensor, k_p: int, k_m: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """The most similar destination of each source, for x (B, N, C) in sorted order.
+
+    Sources are positions k_m .. k_p-1, destinations prefix .. k_m-1.
+
+    Returns:
+        the destinations' positions and the cosines, both (B, k_p - k_m). Ties: the lower position.
+    """
+    unit = F.normalize(x.to(wide_dtype(x)), dim=-1)
+    cosine = unit[:, k_m:k_p] @ unit[:, prefix:k_m].transpose(1, 2)
+    # a NaN feature is similar to nothing
+    best, index = cosine.nan_to_num(nan=-torch.inf).max(dim=-1)
+    return index + prefix, torch.where(best.isinf(), torch.nan, best)
+
+
+def prune_merge(
+    x: Tensor,
+    attn: Tensor,
+    k_p: int,
+    k_m: int,
+    size: Tensor | None = None,
+    *,
+    prefix: int = 1,
+    importance: str = "class",
+    features: str = "mean",
+    sizes: str = "cosine",
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sections 3.2 and 3.3 of the paper at inference: sort, prune to k_p tokens, merge to k_m."""
+    if residual is not None:
+        x = x + residual
+    patches = token_importance(attn, prefix, importance, wide_dtype(x))
+    x, size, order = sort_tokens(x, patches, size, prefix=prefix)
+
+    position = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    target = torch.where(position < k_m, position, -1)  # output position of each sorted position
+    merged_size = size[:, :k_m]
+    if k_m < k_p:
+        match, cosine = match_tokens(x.detach(), k_p, k_m, prefix)
+        target = torch.cat([target[:, :k_m], match, target[:, k_p:]], dim=1)
+        gained = size[:, k_m:k_p] * cosine if sizes == "cosine" else size[:, k_m:k_p]
+        merged_size = merged_size.scatter_add(1, match, gained.to(merged_size.dtype))
+    out = merge_reduce(x, target, k_m, weights=size.clamp_min(TINY) if features == "weighted" else None)
+    slot = torch.empty_like(target).scatter_(1, order, target)
+    return out, merged_size, slot
+
+
+def merge_reduce(x: Tensor, dst: Tensor, kept: int, *, weights: Tensor | None = None) -> Tensor:
+    """Mean of the tokens that share a destination, optionally weighted: (B, N, C) -> (B, kept, C).
+
+    ``dst`` (B, N) is -1 for tokens that go nowhere. A destination without tokens is zero.
+    """
+    dtype = wide_dtype(x)
+    weights = torch.ones(dst.shape, dtype=dtype, device=x.device) if weights is None else weights.to(dtype)
+    weights = torch.where(dst < 0, 0, weights)
+    # one more row takes what goes nowhere
+    index = torch.where(dst < 0, kept, dst)
+    total = torch.zeros(len(x), kept + 1, dtype=dtype, device=x.device).scatter_add(1, index, weights)
+    weighted = torch.where((dst < 0)[..., None], 0, x.to(dtype) * weights[..., None])
+    summed = torch.zeros(len(x), kept + 1, x.shape[2], dtype=dtype, device=x.device)
+    summed = summed.scatter_add(1, index[..., None].expand_as(weighted), weighted)
+    filled = total[..., None] != 0
+    return torch.where(filled, summed / torch.where(filled, total[..., None], 1), 0)[:, :kept].to(x.dtype)
+
+
+def attention_map(q: Tensor, k: Tensor, size: Tensor | None, scale: float | None) -> Tensor:
+    """softmax(scale q k^T + log size), (B, H, N, N)."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = (q.to(wide_dtype(q)) @ k.to(wide_dtype(q)).transpose(-1, -2)) * scale
+    if size is not None:
+        logits = logits + size.to(logits.dtype).clamp_min(TINY).log()[:, None, None]
+    return logits.softmax(-1)
+
+
+def class_attention(
+    q: Tensor, k: Tensor, size: Tensor | None = None, *, scale: float | None = None, prefix: int = 1
+) -> Tensor:
+    """Class attention of the patches, mean over heads: (B, N-P). Section 3.2 of the paper."""
+    return token_importance(attention_map(q, k, size, scale).detach(), prefix, "class", wide_dtype(q))
+
+
+def received_attention(
+    q: Tensor, k: Tensor, size: Tensor | None = None, *, scale: float | None = None, prefix: int = 0
+) -> Tensor:
+    """Attention that each patch receives, mean over heads and queries: (B, N-P)."""
+    return token_importance(attention_map(q, k, size, scale).detach(), prefix, "received", wide_dtype(q))
+
+
+def proportional_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    prefix: int = 1,
+    importance: str = "class",
+) -> tuple[Tensor, Tensor]:
+    """Attention in which a token counts as often as it has tokens merged in, and the importance that follows."""
+    attn = attention_map(q, k, size, scale)
+    out = (attn @ v.to(attn.dtype)).to(v.dtype)
+    return out, token_importance(attn.detach(), prefix, importance, attn.dtype)
+
+
+def compose_slots(first: Tensor, second: Tensor) -> Tensor:
+    """Where a token ends up after two compressions: ``second[first]``, -1 once it is pruned."""
+    through = second.gather(1, first.clamp_min(0))
+    return torch.where(first < 0, -1, through)
+
+
+def restore_tokens(x: Tensor, slot: Tensor, fill: Tensor | None = None) -> Tensor:
+    """Every token's place gets the token that absorbed it; pruned places get ``fill`` (C,), or zeros."""
+    restored = gather_tokens(x, slot.clamp_min(0))
+    fill = torch.zeros(x.shape[-1], dtype=x.dtype, device=x.device) if fill is None else fill
+    return torch.where((slot < 0)[..., None], fill, restored)

@@ -1,0 +1,185 @@
+"""Speed of compressed models on this machine, beside the uncompressed model in the same run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .flops import flops
+from .sharing import compressed_copy, uncompressed_copy
+
+if TYPE_CHECKING:
+    from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Speed of one compressed model against the uncompressed one: medians over interleaved rounds."""
+
+    batch_size: int
+    rounds: int
+    gflops: float
+    """Of the compressed model, for one image; multiply-accumulates / 1e9."""
+    uncompressed_gflops: float
+    seconds: float
+    """Median time of one batch through the compressed model."""
+    uncompressed_seconds: float
+    speed_up: float
+    """Median over the rounds of uncompressed / compressed time. Both were timed within seconds of each other in each
+    round, so that a machine that is slower for a while does not move it."""
+    speed_up_quartiles: tuple[float, float]
+    """The quarter of the rounds below and the quarter above lie beyond these."""
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch_size / self.seconds
+
+    @property
+    def uncompressed_images_per_second(self) -> float:
+        return self.batch_size / self.uncompressed_seconds
+
+    @property
+    def flops_ratio(self) -> float:
+        """Uncompressed / compressed FLOPs: the speed-up if compression itself cost nothing."""
+        return self.uncompressed_gflops / self.gflops
+
+    @property
+    def realised_gain(self) -> float:
+        """Speed-up / FLOPs ratio: 1.0 when every FLOP saved is time saved."""
+        return self.speed_up / self.flops_ratio
+
+
+def benchmark(
+    model: nn.Module,
+    schedule: Schedule,
+    *,
+    batch_size: int = 16,
+    images: Tensor | None = None,
+    rounds: int = 10,
+    warmup: int = 2,
+) -> Benchmark:
+    """How much faster ``model`` becomes under ``schedule`` on this machine.
+
+    Runs on the device and in the dtype of the model's parameters, in evaluation mode, without gradients. What is timed
+    are copies that share the model's weights; the model is left as it is.
+
+    Args:
+        model: a model that :func:`diffrate_ext.compress` supports (compressed or not: both forms are timed).
+        batch_size: images in a batch of random pixels (the speed does not depend on what they show).
+        images: (B, C, H, W), to be used instead of random ones; B replaces ``batch_size``.
+        rounds: how often both models are timed, in turn.
+        warmup: untimed runs of each model before the first round.
+
+    Raises:
+        ValueError: a batch size or a number of rounds below one, a negative number of warm-up runs, no images.
+        TypeError, ValueError: as :func:`diffrate_ext.compress`, for a model or schedule that does not fit.
+    """
+    if images is None:
+        images = random_images(model, batch_size)
+    comparison = Comparison(model, [schedule], images, warmup=warmup)
+    for _ in comparison.run(rounds):
+        pass
+    return comparison.results()[0]
+
+
+def random_images(model: nn.Module, batch_size: int) -> Tensor:
+    """A batch of random images (batch_size, C, H, W) of the size that a timm model expects, on its device."""
+    from timm.data import resolve_model_data_config
+
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    shape = resolve_model_data_config(model)["input_size"]
+    # a model made for another image size than its weights knows that in its patch embedding only
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or shape[1:]
+    own = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch_size, shape[0], *size, generator=generator).to(own.device, own.dtype)
+
+
+class Comparison:
+    """A model uncompressed and compressed by several schedules, timed in turn on the same images.
+
+    All are copies that share the model's weights; the model is left as it is. Arguments and errors as for
+    :func:`benchmark`.
+    """
+
+    def __init__(self, model: nn.Module, schedules: Sequence[Schedule], images: Tensor, *, warmup: int = 2) -> None:
+        if len(images) == 0:
+            raise ValueError("images must hold at least one image")
+        if warmup < 0:
+            raise ValueError(f"warmup must not be negative, got {warmup}")
+        self.images = images
+        self.gflops = [schedule.gflops(model) for schedule in schedules]
+        self.uncompressed_gflops = flops(model) / 1e9
+        self.models = [uncompressed_copy(model), *(compressed_copy(model, schedule) for schedule in schedules)]
+        self.warmup = warmup
+        self.seconds: list[list[float]] = []
+
+    def run(self, rounds: int) -> Iterator[int]:
+        """Time every model ``rounds`` times; yields after each round, so that the caller can show progress."""
+        if rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {rounds}")
+        calls = [self._call(model.eval()) for model in self.models]
+        for times in interleaved(calls, rounds, warmup=self.warmup, device=self.images.device):
+            self.seconds.append(times)
+            yield len(self.seconds)
+
+    def _call(self, model: nn.Module) -> Callable[[], object]:
+        def call() -> object:
+            with torch.inference_mode():
+                return model(self.images)
+
+        return call
+
+    def results(self) -> list[Benchmark]:
+        """One result for each schedule."""
+        if not self.seconds:
+            raise ValueError("nothing was timed yet: run() comes before results()")
+        uncompressed, *compressed = ([times[i] for times in self.seconds] for i in range(len(self.models)))
+        results = []
+        for gflops, seconds in zip(self.gflops, compressed, strict=True):
+            ratios = sorted(slow / fast for slow, fast in zip(uncompressed, seconds, strict=True))
+            results.append(
+                Benchmark(
+                    batch_size=len(self.images),
+                    rounds=len(ratios),
+                    gflops=gflops,
+                    uncompressed_gflops=self.uncompressed_gflops,
+                    seconds=statistics.median(seconds),
+                    uncompressed_seconds=statistics.median(uncompressed),
+                    speed_up=statistics.median(ratios),
+                    speed_up_quartiles=(ratios[(len(ratios) - 1) // 4], ratios[len(ratios) - 1 - (len(ratios) - 1) // 4]),
+                )
+            )
+        return results
+
+
+def interleaved(
+    calls: Sequence[Callable[[], object]], rounds: int, *, warmup: int = 2, device: torch.device | None = None
+) -> Iterator[list[float]]:
+    """Time several calls in turn, ``rounds`` times; yields the seconds of each call, once for each round.
+
+    Every round starts with another call, so that none always follows the same one.
+    """
+    on_cuda = device is not None and device.type == "cuda"
+    for _ in range(warmup):
+        for call in calls:
+            call()
+    for turn in range(rounds):
+        seconds = [0.0] * len(calls)
+        for i in range(len(calls)):
+            index = (turn + i) % len(calls)
+            if on_cuda:
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            calls[index]()
+            if on_cuda:
+                torch.cuda.synchronize(device)
+            seconds[index] = time.perf_counter() - start
+        yield seconds

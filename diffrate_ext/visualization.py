@@ -1,0 +1,308 @@
+"""Pictures of what a compressed model does to the tokens: which it drops, which it merges into which, and how many stay."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from .compression import token_slots
+from .flops import flops
+from .models import adapter_for
+from .sharing import compressed_copy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .schedule import Schedule
+
+PRUNED, SINGLE = -1, 0
+"""Marks in :func:`group_ids` for patches that are gone, and for patches that are a token of their own."""
+
+PAPER = np.array([0.965, 0.96, 0.945])  # pruned patches fade towards it
+STROKE = np.array([0.72, 0.71, 0.68])  # the hatching on them
+OWN = "#9aa0a6"
+INK = "#2b2b2b"
+CURVES = ("#c1432e", "#e0952b", "#2f7f73", "#33608f", "#7a4e8a")
+CELL = 24  # pixels per patch
+
+
+def visualize(
+    model: nn.Module,
+    images: Tensor,
+    schedule: Schedule,
+    *,
+    others: Sequence[Schedule] = (),
+    blocks: Sequence[int] | None = None,
+    titles: Sequence[str] | None = None,
+) -> Figure:
+    """Draw what happens to the tokens of some images under a schedule.
+
+    One row for each image: the image, then the image after several blocks. Patches without colour are tokens of their
+    own; patches of one colour have become one token (it keeps its colour through the blocks); hatched pale patches are
+    pruned. Beside them, over all blocks: the number of tokens under each schedule, and the share of the patches of these
+    images that are tokens of their own, merged, or pruned.
+
+    Args:
+        model: a model that :func:`diffrate_ext.compress` supports. It is left as it is.
+        images: (B, C, H, W), normalised as the model expects them.
+        schedule: the schedule to draw.
+        others: further schedules, for the plot only.
+        blocks: after which blocks to draw, counted from 1 (of a hierarchical model: the attention blocks of the first
+            stage that has them). Default: four, evenly spread, without the last, where little is left to see.
+        titles: one text for each image.
+
+    Returns:
+        a matplotlib figure (``figure.savefig(path)`` writes it), made without pyplot: nothing global changes.
+
+    Raises:
+        ValueError: no images, images of another size than the model's, blocks that the model does not have, or
+            another number of titles than of images.
+        TypeError, ValueError: as :func:`diffrate_ext.compress`, for a model or schedule that does not fit.
+    """
+    from matplotlib.figure import Figure
+
+    if images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"images must have shape (B, C, H, W) with B >= 1, got {tuple(images.shape)}")
+    if titles is not None and len(titles) != len(images):
+        raise ValueError(f"got {len(titles)} titles for {len(images)} images")
+    slots = [block.cpu() for block in token_slots(compressed_copy(model, schedule), images)]
+    adapter = adapter_for(model)
+    stage, prefix = adapter.stages(model)[0], adapter.prefix(model)
+    depth, n_tokens = len(stage.blocks), stage.tokens
+    if slots[0].shape[1] != n_tokens:
+        raise ValueError(
+            f"images of {images.shape[-2]} x {images.shape[-1]} pixels become {slots[0].shape[1]} tokens; only images of "
+            f"the model's own size, of {n_tokens} tokens, can be drawn"
+        )
+    if blocks is None:
+        blocks = sorted({math.ceil(depth * part / 5) for part in range(1, 5)})
+    elif not blocks or not all(1 <= block <= depth for block in blocks):
+        raise ValueError(f"blocks must be numbers from 1 to {depth}, got {list(blocks)}")
+
+    pictures = displayable(model, images)
+
+    rows, columns = len(images), 1 + len(blocks)
+    figure = Figure(figsize=(1.72 * columns + 5.2, max(1.72 * rows + 1.15, 4.6)), layout="constrained", facecolor="white")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.72 * columns, 5.2))
+    axes = left.subplots(rows, columns, squeeze=False)
+    # (images, blocks, patches)
+    ids = np.stack([group_ids(torch.stack([s[row, prefix:] for s in slots[:depth]]).numpy()) for row in range(rows)])
+    for row, picture in enumerate(pictures):
+        whole = enlarge(picture, stage.grid)
+        _show(axes[row, 0], whole)
+        for column, block in enumerate(blocks, start=1):
+            _show(axes[row, column], paint_tokens(whole, ids[row, block - 1].reshape(stage.grid)))
+        if titles is not None:
+            axes[row, 0].set_ylabel(titles[row], fontsize=9, color=INK)
+    axes[0, 0].set_title(f"input\n{n_tokens} tokens", fontsize=10, color=INK)
+    for column, block in enumerate(blocks, start=1):
+        kept = n_kept(slots[block - 1][0])
+        axes[0, column].set_title(f"after block {block}\n{kept} tokens", fontsize=10, color=INK)
+    _draw_key(left)
+    upper, lower = right.subplots(2, 1, height_ratios=(1.25, 1))
+    _plot_counts(upper, model, [schedule, *(s for s in others if s is not schedule)])
+    _plot_fates(lower, ids)
+    return figure
+
+
+def n_kept(slots: Tensor) -> int:
+    """Number of tokens that slots (N,) stand for."""
+    return len(slots[slots >= 0].unique())
+
+
+def group_ids(slots: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which patches to paint alike, after each block.
+
+    Args:
+        slots: (blocks, n) slot of each patch after each block: equal slots were merged, -1 is pruned.
+
+    Returns:
+        (blocks, n): PRUNED, SINGLE, or the number (from 1) of the group of patches that are one token. A group keeps
+        its number as it grows; when groups merge, the number of the largest (of equal ones the lowest) stays.
+    """
+    ids = np.full(slots.shape, SINGLE, dtype=np.int64)
+    ids[slots < 0] = PRUNED
+    numbers = 0
+    before = np.full(slots.shape[1], SINGLE, dtype=np.int64)
+    for after, here in zip(slots, ids, strict=True):
+        alive, counts = np.unique(after[after >= 0], return_counts=True)
+        for slot in alive[counts > 1]:
+            members = after == slot
+            earlier, sizes = np.unique(before[members & (before > SINGLE)], return_counts=True)
+            if len(earlier):
+                here[members] = earlier[sizes.argmax()]
+            else:
+                numbers += 1
+                here[members] = numbers
+        before = here
+    return ids
+
+
+def group_colour(number: int) -> tuple[float, float, float]:
+    """RGB of a group: hues a golden angle apart, so that groups numbered close together look different."""
+    hue = (0.08 + number * 0.618033988749895) % 1
+    return colorsys.hsv_to_rgb(hue, (0.85, 0.6, 1.0)[number % 3], (1.0, 0.95, 0.8)[number % 3])
+
+
+def paint_tokens(picture: NDArray[np.float64], ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Paint groups and pruned patches over a picture.
+
+    Args:
+        picture: (rows * CELL, columns * CELL, 3) in [0, 1].
+        ids: (rows, columns) as :func:`group_ids` numbers them.
+
+    Returns:
+        the painted picture: pruned patches pale and hatched, groups tinted in their colour and outlined where
+        they border on anything else, single tokens untouched.
+    """
+    painted = picture.copy()
+    of_pixel = ids.repeat(CELL, 0).repeat(CELL, 1)
+    y, x = np.indices(of_pixel.shape)
+
+    pruned = of_pixel == PRUNED
+    painted[pruned] = 0.15 * painted[pruned] + 0.85 * PAPER
+    painted[pruned & ((x + y) % (CELL // 2) < 2)] = STROKE
+
+    colours = np.array([(0.0, 0.0, 0.0), *(group_colour(number) for number in range(1, max(ids.max(), 0) + 1))])
+    merged = of_pixel > SINGLE
+    painted[merged] = 0.4 * painted[merged] + 0.6 * colours[of_pixel[merged]]
+    outline = merged & _near_border(ids)
+    painted[outline] = colours[of_pixel[outline]]
+    return painted
+
+
+def _near_border(ids: NDArray[np.int64], width: int = 3) -> NDArray[np.bool_]:
+    """Pixels within ``width`` of a patch with another id, or of the edge of the picture."""
+    padded = np.pad(ids, 1, constant_values=PRUNED - 1)
+    rows, columns = ids.shape
+    near = np.zeros((rows * CELL, columns * CELL), dtype=bool)
+    strip = {-1: np.arange(CELL) < width, 0: np.ones(CELL, dtype=bool), 1: np.arange(CELL) >= CELL - width}
+    for down in (-1, 0, 1):
+        for across in (-1, 0, 1):
+            neighbour = padded[1 + down : 1 + down + rows, 1 + across : 1 + across + columns]
+            near |= np.kron(neighbour != ids, np.outer(strip[down], strip[across])).astype(bool)
+    return near
+
+
+def displayable(model: nn.Module, images: Tensor) -> NDArray[np.float64]:
+    """Normalised images (B, C, H, W) as RGB (B, H, W, 3) in [0, 1]."""
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[name], dtype=torch.float64).reshape(-1, 1, 1) for name in ("mean", "std"))
+    pixels = (images.detach().cpu().double() * std + mean).clamp(0, 1)
+    if pixels.shape[1] != 3:
+        pixels = pixels.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    return pixels.permute(0, 2, 3, 1).numpy()
+
+
+def enlarge(picture: NDArray[np.float64], grid: tuple[int, int]) -> NDArray[np.float64]:
+    """Resize to CELL pixels per patch; small pictures keep their square pixels."""
+    height, width = grid[0] * CELL, grid[1] * CELL
+    small = picture.shape[0] * 2 <= height
+    resized = Image.fromarray((picture * 255).round().astype(np.uint8)).resize(
+        (width, height), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    )
+    return np.asarray(resized, dtype=np.float64) / 255
+
+
+def check_output(path: str | Path) -> Path:
+    """The path, if a figure can be written there: better said before the work than after it.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        ValueError: it is a folder, or matplotlib does not write files of that kind.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    path = Path(path)
+    kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder for the picture {path} does not exist")
+    if path.is_dir():
+        raise ValueError(f"the picture {path} cannot be written: it is a folder")
+    if path.suffix.lower().removeprefix(".") not in kinds:
+        raise ValueError(f"the picture {path} must end in one of: {', '.join('.' + kind for kind in kinds)}")
+    return path
+
+
+def _show(axes: Axes, picture: NDArray[np.float64]) -> None:
+    axes.imshow(picture, interpolation="antialiased")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _draw_key(figure: Any) -> None:
+    from matplotlib.patches import Patch
+
+    figure.legend(
+        handles=[
+            Patch(facecolor=OWN, edgecolor="none", label="a token of its own"),
+            Patch(
+                facecolor=(*group_colour(1), 0.6),
+                edgecolor=group_colour(1),
+                linewidth=1.8,
+                label="merged: one colour = one token",
+            ),
+            Patch(facecolor=tuple(PAPER), edgecolor=tuple(STROKE), linewidth=0, hatch="/////", label="pruned"),
+        ],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=INK,
+    )
+
+
+def _plot_counts(axes: Axes, model: nn.Module, schedules: Sequence[Schedule]) -> None:
+    adapter = adapter_for(model)
+    uncompressed = flops(model)
+    entering = adapter.stages(model)[0].tokens
+    full = [entering, *(stage.tokens for stage in adapter.stages(model) for _ in stage.blocks)]
+    axes.plot(full, color="#8a8a8a", linestyle=(0, (4, 3)), linewidth=1.4, label=f"uncompressed, {uncompressed / 1e9:.3g} GFLOPs")
+    for number, schedule in enumerate(sorted(schedules, key=lambda s: -flops(model, s))):
+        kept = [entering, *(merged for steps in adapter.steps(model, schedule) for _, merged in steps)]
+        cost = flops(model, schedule)
+        label = f"{cost / 1e9:.3g} GFLOPs ({cost / uncompressed:.0%})"
+        drawn = {"linewidth": 2.6, "label": f"{label}, shown"} if schedule is schedules[0] else {"linewidth": 1.5, "label": label}
+        axes.plot(kept, color=CURVES[number % len(CURVES)], marker="o", markersize=3.6, **drawn)
+    axes.set_title("tokens after each block", fontsize=11, color=INK)
+    axes.set_ylim(0, 1.06 * max(full))
+    _style(axes, len(full) - 1)
+    axes.legend(loc="lower left", fontsize=9, frameon=False, labelcolor=INK)
+
+
+def _plot_fates(axes: Axes, ids: NDArray[np.int64]) -> None:
+    patches = ids.shape[2]
+    shares = np.stack([(ids == SINGLE).mean((0, 2)), (ids > SINGLE).mean((0, 2)), (ids == PRUNED).mean((0, 2))])
+    shares = np.concatenate([[[1.0], [0.0], [0.0]], shares], axis=1)  # the input
+    areas = axes.stackplot(
+        range(shares.shape[1]), 100 * shares, colors=(OWN, (*group_colour(1), 0.6), tuple(PAPER)), edgecolor="white"
+    )
+    areas[2].set(hatch="///", edgecolor=tuple(STROKE), linewidth=0)
+    axes.set_title(f"where the {patches} patches are, % (mean of these images)", fontsize=11, color=INK)
+    axes.set_xlabel("block (0: input)", fontsize=9.5, color=INK)
+    axes.set_ylim(0, 100)
+    _style(axes, shares.shape[1] - 1)
+
+
+def _style(axes: Axes, depth: int) -> None:
+    axes.set_xlim(0, depth)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.tick_params(labelsize=9, colors=INK)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,421 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from diffrate_ext.compression import compress, restore, token_slots
+from diffrate_ext.flops import flops
+from diffrate_ext.models import adapter_for
+from diffrate_ext.schedule import Schedule
+from timm.layers import Attention, DiffAttention, RmsNorm, SwiGLU, SwiGLUPacked
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import (
+    Block,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TINY: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
+
+
+class GatedAttention(Attention):
+    def __init__(self, dim: int, **arguments: Any) -> None:
+        super().__init__(dim, gated=True, **arguments)
+
+
+class WideAttention(Attention):
+    def __init__(self, dim: int, **arguments: Any) -> None:
+        super().__init__(dim, attn_head_dim=12, **arguments)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layer scale": {"init_values": 0.3},
+    "q/k norm": {"qk_norm": True},
+    "q/k RMS norm": {"qk_norm": True, "norm_layer": RmsNorm},
+    "scale norm": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "gated attention": {"attn_layer": GatedAttention},
+    "wide heads": {"attn_layer": WideAttention},
+    "no biases": {"qkv_bias": False, "proj_bias": False},
+    "residual after norm": {"block_fn": ResPostBlock},
+    "SwiGLU": {"mlp_layer": SwiGLU},
+    "packed SwiGLU": {"mlp_layer": SwiGLUPacked},
+    "drop path": {"drop_path_rate": 0.2, "proj_drop_rate": 0.1},
+    "pre-norm": {"pre_norm": True},
+    "registers": {"reg_tokens": 3},
+    "no position of the class token": {"no_embed_class": True, "reg_tokens": 2},
+    "mean pool with class token": {"global_pool": "avg"},
+    "mean pool over the prefix too": {"global_pool": "avg", "pool_include_prefix": True},
+    "mean pool after the norm": {"global_pool": "avg", "fc_norm": False},
+    "no class token": {"class_token": False, "global_pool": "avg"},
+    "only registers": {"class_token": False, "reg_tokens": 4, "global_pool": "avg"},
+    "max pool": {"global_pool": "max"},
+    "mean and max pool": {"global_pool": "avgmax", "class_token": False},
+    "attention pool": {"global_pool": "map", "class_token": False},
+    "attention pool with class token": {"global_pool": "map"},
+    "no pool": {"global_pool": ""},
+    "no classes": {"num_classes": 0},
+    "any image size": {"dynamic_img_size": True},
+}
+
+
+def build(variant: str = "plain", **changes: Any) -> VisionTransformer:
+    """A tiny model with weights of such a size that attention is far from uniform."""
+    torch.manual_seed(0)
+    model = VisionTransformer(**{**TINY, **VARIANTS[variant], **changes})
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def schedule_for(model: VisionTransformer, *, prune: bool = True) -> Schedule:
+    p = model.num_prefix_tokens
+    return Schedule([p + n for n in (16, 14, 8, 8)] if prune else None, [p + n for n in (16, 10, 8, 5)], prefix=p)
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request: pytest.FixtureRequest) -> VisionTransformer:
+    return build(request.param)
+
+
+def test_the_adapter_reads_a_block_as_timm_does(model: VisionTransformer) -> None:
+    adapter, block = adapter_for(model), model.blocks[1]
+    x = torch.randn(2, 17, 16)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, None]:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale), None
+
+    shortcut, branch, importance = adapter.attention(block, x, attend)
+    assert importance is None
+    torch.testing.assert_close(adapter.mlp(block, shortcut + branch), block(x))
+
+
+def test_restore_gives_back_the_model_as_it_was(model: VisionTransformer) -> None:
+    images = torch.randn(2, 3, 16, 16)
+    before, keys, attributes = model(images), list(model.state_dict()), dict(vars(model))
+    blocks = [type(module) for module in model.modules()]
+    assert compress(model, schedule_for(model)) is model
+    compressed = model(images)
+    assert list(model.state_dict()) == keys
+    assert isinstance(model, VisionTransformer)
+    assert compressed.shape[:1] + compressed.shape[-1:] == before.shape[:1] + before.shape[-1:]
+    assert compressed.isfinite().all()
+    assert compressed.shape != before.shape or not torch.allclose(compressed, before)
+    assert restore(model) is model
+    assert torch.equal(model(images), before)
+    assert list(model.state_dict()) == keys
+    assert vars(model) == attributes
+    assert [type(module) for module in model.modules()] == blocks
+
+
+def test_merging_equal_tokens_changes_nothing(model: VisionTransformer) -> None:
+    """Attention, pooling and importance count a merged token as often as it has tokens: exactly so for equal ones."""
+    if model.pos_embed is not None:
+        nn.init.zeros_(model.pos_embed)
+    images = torch.randn(2, 3, 1, 1).expand(-1, -1, 16, 16)  # all patches alike
+    before = model(images)
+    compress(model, schedule_for(model, prune=False))
+    tokens, size = model.forward_tokens(images)
+    prefix = model.num_prefix_tokens
+    assert tokens.shape[1] == prefix + 5
+    torch.testing.assert_close(size.sum(1), torch.full((2,), prefix + 16.0))
+    after = model(images)
+    if model.global_pool == "":  # logits of every token
+        before, after = before[:, 0], after[:, 0]
+    torch.testing.assert_close(after, before)
+
+
+def test_a_schedule_that_removes_nothing_changes_nothing(model: VisionTransformer) -> None:
+    images = torch.randn(2, 3, 16, 16)
+    before = model(images)
+    tokens = model.num_prefix_tokens + 16
+    compress(model, Schedule([tokens] * 4, [tokens] * 4, prefix=model.num_prefix_tokens))
+    torch.testing.assert_close(model(images), before)
+
+
+def test_token_slots_follow_every_token(model: VisionTransformer) -> None:
+    schedule = schedule_for(model)
+    slots = token_slots(compress(model, schedule), torch.randn(3, 3, 16, 16))
+    prefix, tokens = schedule.prefix, schedule.prefix + 16
+    assert len(slots) == 4
+    gone = torch.zeros(3, tokens, dtype=torch.bool)
+    for slot, (_, k_m) in zip(slots, schedule.steps(tokens), strict=True):
+        assert slot.shape == (3, tokens)
+        assert slot.dtype == torch.int64
+        assert torch.equal(slot[:, :prefix], torch.arange(prefix).expand(3, -1))
+        for row in slot:
+            assert set(row[row >= 0].tolist()) == set(range(k_m))
+        assert not (gone & (slot >= 0)).any()  # a pruned token does not come back
+        gone = slot < 0
+    assert gone.any()
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_batches_of_any_size(batch: int) -> None:
+    for variant in ("plain", "no class token", "attention pool"):
+        model = build(variant)
+        assert compress(model, schedule_for(model))(torch.randn(batch, 3, 16, 16)).shape == (batch, 5)
+
+
+def test_images_do_not_depend_on_their_batch(model: VisionTransformer) -> None:
+    images = torch.randn(3, 3, 16, 16)
+    compress(model, schedule_for(model))
+    torch.testing.assert_close(model(images)[1:2], model(images[1:2]))
+
+
+@pytest.mark.parametrize(
+    "variant", ["plain", "q/k norm", "only registers", "attention pool", "mean pool after the norm"]
+)
+def test_half_precision(variant: str) -> None:
+    model = build(variant)
+    compress(model, schedule_for(model))
+    images = torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(images).isfinite().all()
+    model.bfloat16()
+    logits = model(images.bfloat16())
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+    assert model.forward_tokens(images.bfloat16())[1].dtype == torch.float32
+
+
+def test_an_image_of_another_size_keeps_the_rates() -> None:
+    model = build("any image size")
+    compress(model, schedule_for(model))
+    for side, kept in [(16, 5), (24, 12), (8, 2)]:  # 5 of 16 patches, rounded up
+        tokens, _ = model.forward_tokens(torch.randn(2, 3, side, side))
+        assert tokens.shape == (2, 1 + kept, 16)
+
+
+def test_pruning_to_the_prefix() -> None:
+    model = build("registers")
+    schedule = Schedule([20, 20, 10, 4], [20, 18, 8, 4], prefix=4)
+    assert compress(model, schedule).forward_features(torch.randn(2, 3, 16, 16)).shape == (2, 4, 16)
+    pooling = build("mean pool with class token")
+    with pytest.raises(ValueError, match="leaves 1 tokens, all of them prefix, but the model pools over patches"):
+        compress(pooling, Schedule([17, 9, 9, 1], [17, 9, 9, 1]))
+
+
+def test_gradients_flow_to_every_weight_and_checkpointing_changes_none() -> None:
+    images = torch.randn(2, 3, 16, 16)
+    gradients = []
+    for checkpointing in (False, True):
+        model = build("layer scale").train()
+        model.set_grad_checkpointing(checkpointing)
+        compress(model, schedule_for(model))(images).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None, name
+        assert gradient.abs().sum() > 0, name
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_training_with_drop_path() -> None:
+    torch.manual_seed(0)
+    model = build("drop path").train()
+    compress(model, schedule_for(model))
+    images = torch.randn(8, 3, 16, 16)
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+def test_attention_dropout_is_refused_in_training_only() -> None:
+    model = build(attn_drop_rate=0.1)
+    compress(model, schedule_for(model))
+    assert model(torch.randn(2, 3, 16, 16)).isfinite().all()
+    with pytest.raises(ValueError, match=r"attention dropout \(0\.1\)"):
+        model.train()(torch.randn(2, 3, 16, 16))
+
+
+def test_patch_dropout_in_training_scales_the_numbers() -> None:
+    model = build(patch_drop_rate=0.5).train()
+    assert compress(model, schedule_for(model)).forward_features(torch.randn(2, 3, 16, 16)).shape == (2, 1 + 3, 16)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_distilled_model(training: bool) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformerDistilled(**TINY).train(training)
+    model.set_distilled_training(True)
+    compress(model, schedule_for(model))
+    logits = model(torch.randn(2, 3, 16, 16))
+    assert isinstance(model, VisionTransformerDistilled)
+    assert len(logits) == 2  # class and distillation logits in training; else two images
+    assert isinstance(logits, tuple) == training
+    assert type(restore(model)) is VisionTransformerDistilled
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit_tiny_distilled_patch16_224",
+        "deit3_small_patch16_224",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_base_patch16_siglip_224",
+        "vit_base_patch16_clip_224",
+        "vit_medium_patch16_gap_256",
+        "vit_base_patch16_224.mae",
+    ],
+)
+def test_models_of_the_registry(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=56, depth=3, embed_dim=24, num_heads=2, num_classes=7).eval()
+    schedule = Schedule.uniform(model, 0.8 * flops(model) / 1e9)
+    images = torch.randn(2, 3, 56, 56)
+    before = model(images)
+    after = compress(model, schedule)(images)
+    assert after.shape == before.shape == (2, 7)
+    assert not torch.equal(after, before)
+
+
+def test_parallel_blocks_of_the_registry_are_refused() -> None:
+    model = timm.create_model("vit_small_patch16_18x2_224", depth=3, embed_dim=24, num_heads=2)
+    with pytest.raises(ValueError, match=r"blocks\[0\] is a ParallelThingsBlock"):
+        Schedule.uniform(model, 0.1)
+
+
+class OwnBlock(Block):
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        return x
+
+
+class OwnHead(VisionTransformer):
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return x[:, -1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"block_fn": ParallelScalingBlock}, r"blocks\[0\] is a ParallelScalingBlock, which is not supported"),
+        ({"block_fn": ParallelThingsBlock}, r"blocks\[0\] is a ParallelThingsBlock, which is not supported"),
+        ({"block_fn": OwnBlock}, r"blocks\[0\] is a OwnBlock, which is not supported"),
+        ({"attn_layer": DiffAttention}, r"blocks\[0\]\.attn is a DiffAttention, which is not supported"),
+        ({"global_pool": "prr"}, "global_pool='prr' is not supported"),
+        ({"depth": 0}, "the model has no blocks"),
+    ],
+)
+def test_unsupported_parts_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compress(VisionTransformer(**{**TINY, **arguments}), Schedule([17] * 4, [17] * 4))
+
+
+def test_a_model_with_a_head_of_its_own_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"OwnHead overrides VisionTransformer\.forward_head"):
+        compress(OwnHead(**TINY), Schedule([17] * 4, [17] * 4))
+
+
+def test_masks_are_refused() -> None:
+    model = build()
+    compress(model, schedule_for(model))
+    for call in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(ValueError, match="takes no attn_mask"):
+            call(torch.randn(2, 3, 16, 16), is_causal=True)
+
+
+def test_the_head_alone_needs_sizes_where_it_weighs_tokens() -> None:
+    images = torch.randn(2, 3, 16, 16)
+    model = build()
+    compress(model, schedule_for(model))
+    assert torch.equal(model.forward_head(model.forward_features(images)), model(images))
+    for variant in ("mean pool with class token", "attention pool", "mean and max pool"):
+        model = build(variant)
+        compress(model, schedule_for(model))
+        tokens, size = model.forward_tokens(images)
+        assert torch.equal(model.forward_head(tokens, size=size), model(images))
+        assert model.forward_head(tokens, pre_logits=True, size=size).shape == (2, 16)
+        with pytest.raises(ValueError, match=r"head needs the sizes of the tokens.*forward_tokens"):
+            model.forward_head(tokens)
+
+
+@pytest.mark.parametrize("variant", ["plain", "only registers"])
+def test_intermediate_features_are_back_on_their_grid(variant: str) -> None:
+    model, images = build(variant), torch.randn(2, 3, 16, 16)
+    prefix = model.num_prefix_tokens
+    expected_first = model.forward_intermediates(images, indices=[0], intermediates_only=True)[0]
+    schedule = schedule_for(model)
+    slots = token_slots(compress(model, schedule), images)
+    final, features = model.forward_intermediates(images, return_prefix_tokens=True)
+    torch.testing.assert_close(final, model.forward_features(images))
+    torch.testing.assert_close(features[0][0], expected_first)
+    assert [patches.shape for patches, _ in features] == [(2, 16, 4, 4)] * 4
+    assert [tokens.shape for _, tokens in features] == [(2, prefix, 16)] * 4
+
+    last = model.forward_intermediates(images, indices=1, norm=True, output_fmt="NLC", intermediates_only=True)[0]
+    slot = slots[-1][:, prefix:]
+    for image in range(2):
+        for patch in range(16):
+            place = slot[image, patch]
+            wanted = torch.zeros(16) if place < 0 else final[image, place]
+            torch.testing.assert_close(last[image, patch], wanted)
+
+    early = model.forward_intermediates(images, indices=[0, 1], stop_early=True, output_dict=True)
+    torch.testing.assert_close(early["image_intermediates"][1], features[1][0])
+    assert early["image_features"].shape == (2, prefix + 10, 16)
+    assert model.get_intermediate_layers(images, n=2)[0].shape == (2, 16, 16)
+    with pytest.raises(ValueError, match="output_fmt must be"):
+        model.forward_intermediates(images, output_fmt="NHWC")
+
+
+class SquareRecorder(TorchDispatchMode):
+    """Notes every operator output in memory of its own that has two dimensions of ``side`` or more."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            long = [
+                length
+                for length, stride in zip(tensor.shape, tensor.stride(), strict=True)
+                if length >= self.side and stride > 0
+            ]
+            if len(long) >= 2:
+                self.found.append(f"{func}: {tuple(tensor.shape)}")
+        return result
+
+
+def tensors_in(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, list | tuple):
+        for part in result:
+            yield from tensors_in(part)
+
+
+@pytest.mark.parametrize("importance", ["class", "received"])
+def test_no_attention_map_is_ever_built(importance: str) -> None:
+    torch.manual_seed(0)
+    pool = {} if importance == "class" else {"class_token": False, "global_pool": "avg"}
+    model = VisionTransformer(
+        img_size=64, patch_size=4, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, num_classes=5, **pool
+    ).eval()
+    images, prefix = torch.randn(2, 3, 64, 64), model.num_prefix_tokens
+    # all numbers of tokens stay above 100, all other dimensions below
+    schedule = Schedule([256, 220, 220, 150], [256, 200, 200, 120], prefix=prefix)
+    compress(model, schedule)
+    with torch.no_grad(), SquareRecorder(100) as compressed:
+        model(images)
+    assert compressed.found == []
+
+    restore(model)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    with torch.no_grad(), SquareRecorder(100) as unfused:
+        model(images)
+    assert len(unfused.found) >= 4  # the recorder does see maps

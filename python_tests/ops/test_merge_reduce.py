@@ -1,0 +1,209 @@
+"""merge_reduce and its gradient."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from compare import assert_as_accurate_as_eager, assert_same
+from hypothesis import given
+from strategies import TokenCase, make_size, token_cases
+from torch import Tensor
+
+from diffrate_ext import ops, reference
+
+
+def destinations(case: TokenCase, kept: int, layout: str) -> Tensor:
+    random = torch.Generator().manual_seed(case.seed)
+    dst = torch.randint(-1, kept, (case.images, case.tokens), generator=random)
+    if layout == "transposed":
+        return dst.t().contiguous().t()
+    return dst[:1].expand_as(dst) if layout == "expanded" else dst
+
+
+def positive_weights(case: TokenCase, kind: str | None) -> Tensor | None:
+    """Weights without cancelling; what cancels has a test of its own."""
+    weights = make_size(kind, (case.images, case.tokens), case.wide, torch.Generator().manual_seed(case.seed + 1))
+    return None if weights is None else weights.abs()
+
+
+@st.composite
+def reductions(draw: st.DrawFn) -> tuple[TokenCase, int, Tensor, Tensor | None]:
+    case = draw(token_cases(features=["normal", "clustered", "zero rows", "large", "NaN"]))
+    kept = draw(st.one_of(st.sampled_from([0, 1, case.tokens]), st.integers(0, 2 * case.tokens)))
+    dst = destinations(case, kept, draw(st.sampled_from(["contiguous", "transposed", "expanded"])))
+    return case, kept, dst, positive_weights(case, case.sizes)
+
+
+@given(reduction=reductions())
+def test_results(device: torch.device, reduction: tuple[TokenCase, int, Tensor, Tensor | None]) -> None:
+    case, kept, dst, weights = reduction
+    x = case.x()
+    out = ops.merge_reduce(
+        x.to(device), dst.to(device), kept, weights=None if weights is None else weights.to(device)
+    )
+    assert out.is_contiguous()
+
+    def compute(x: Tensor, weights: Tensor | None) -> Tensor:
+        return reference.merge_reduce(x, dst, kept, weights=weights)
+
+    assert_as_accurate_as_eager("x", out, compute, [x, weights], dtype=case.dtype)
+    alone = torch.zeros(case.images, kept + 1, dtype=torch.int64).scatter_add(1, dst % (kept + 1), torch.ones_like(dst))
+    is_alone = (alone.gather(1, dst % (kept + 1)) == 1) & (dst >= 0)
+    if weights is None and kept > 0:  # the mean of one token is that token, to the bit
+        assert_same("tokens alone", reference.gather_tokens(out.cpu(), dst.clamp_min(0))[is_alone], x[is_alone])
+
+
+@given(reduction=reductions())
+def test_gradient(device: torch.device, reduction: tuple[TokenCase, int, Tensor, Tensor | None]) -> None:
+    case, kept, dst, weights = reduction
+    x = case.x().to(device).requires_grad_()
+    on_device = None if weights is None else weights.to(device)
+    gradient = case.gradient(kept)
+    ops.merge_reduce(x, dst.to(device), kept, weights=on_device).backward(gradient.to(device))
+
+    def compute(gradient: Tensor, weights: Tensor | None) -> Tensor:
+        start = torch.zeros(case.images, case.tokens, case.channels, dtype=gradient.dtype, requires_grad=True)
+        reference.merge_reduce(start, dst, kept, weights=weights).backward(gradient)
+        assert start.grad is not None
+        return start.grad
+
+    assert x.grad is not None
+    assert_as_accurate_as_eager("gradient", x.grad, compute, [gradient, weights], dtype=case.dtype)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradcheck(device: torch.device, weighted: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 3, dtype=torch.float64, generator=random).to(device).requires_grad_()
+    dst = torch.randint(-1, 4, (2, 6), generator=random).to(device)
+    weights = torch.rand(2, 6, dtype=torch.float64, generator=random).to(device) if weighted else None
+
+    def function(x: Tensor) -> Tensor:
+        return ops.merge_reduce(x, dst, 4, weights=weights)
+
+    assert torch.autograd.gradcheck(function, [x])
+    assert torch.autograd.gradgradcheck(function, [x])
+    gradient = torch.randn(2, 4, 3, dtype=torch.float64, generator=random).to(device).requires_grad_()
+    backward = torch.ops.diffrate.merge_reduce_backward
+    assert torch.autograd.gradcheck(lambda grad: backward(grad, dst, weights), [gradient])
+    assert torch.autograd.gradgradcheck(lambda grad: backward(grad, dst, weights), [gradient])
+
+
+def test_weights_that_cancel_give_zero(device: torch.device) -> None:
+    x = torch.randn(1, 5, 3, device=device, requires_grad=True)
+    dst = torch.tensor([[0, 0, 1, 2, 2]], device=device)
+    weights = torch.tensor([[1.0, -1.0, 0.0, 2.0, -1.0]], device=device)
+    out = ops.merge_reduce(x, dst, 4, weights=weights)
+    assert_same("cancelled, weightless and empty", out[:, [0, 1, 3]], torch.zeros(1, 3, 3))
+    torch.testing.assert_close(out[:, 2], 2 * x[:, 3] - x[:, 4])
+    out.sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[[0.0] * 3, [0.0] * 3, [0.0] * 3, [2.0] * 3, [-1.0] * 3]]
+
+
+def test_weights_of_another_dtype(device: torch.device) -> None:
+    x, dst = torch.randn(1, 4, 3, device=device), torch.tensor([[0, 0, 1, 1]], device=device)
+    weights = torch.tensor([[1, 2, 3, 4]], dtype=torch.float16, device=device)
+    expected = ops.merge_reduce(x, dst, 2, weights=weights.float())
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert_same("x", ops.merge_reduce(x, dst, 2, weights=weights.to(dtype)), expected)
+
+
+WILD = torch.tensor([[0, 5, -2, 3, 2**40, -(2**63), 2**63 - 1, 2]])
+
+
+def test_destinations_out_of_range_are_refused() -> None:
+    x = torch.randn(1, 8, 3)
+    with pytest.raises(ValueError, match=r"dst must lie in -1 \.\. kept-1 = 3, got values from -9223372036854775808 to 9223372036854775807"):
+        ops.merge_reduce(x, WILD, 4)
+    with pytest.raises(ValueError, match=r"kept-1 = 3, got values from 0 to 4"):
+        ops.merge_reduce(x, torch.arange(8)[None] // 2 + (torch.arange(8)[None] == 7), 4)
+    with pytest.raises(ValueError, match="got values from -2 to 0"):
+        ops.merge_reduce(x, torch.zeros(1, 8, dtype=torch.int64) - 2 * (torch.arange(8) == 3), 4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_operator_leaves_out_what_is_out_of_range(device: torch.device, weighted: bool) -> None:
+    x = torch.randn(1, 8, 3, device=device)
+    weights = torch.rand(1, 8, device=device) if weighted else None
+    valid = torch.where((WILD < 0) | (WILD >= 4), -1, WILD).to(device)
+    wild = WILD.to(device)
+    operator = torch.ops.diffrate
+    assert_same("x", operator.merge_reduce(x, wild, 4, weights), operator.merge_reduce(x, valid, 4, weights))
+    gradient = torch.randn(1, 4, 3, device=device)
+    backward = operator.merge_reduce_backward(gradient, wild, weights)
+    assert_same("gradient", backward, operator.merge_reduce_backward(gradient, valid, weights))
+    assert_same("gradient of what was left out", backward[:, [1, 2, 4, 5, 6]], torch.zeros(1, 5, 3))
+
+
+X, DST = torch.zeros(2, 6, 3), torch.zeros(2, 6, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": None}, TypeError, "x must be a tensor (B, N, C), got NoneType"),
+        ({"x": X[0]}, ValueError, "x must be (B, N, C), got shape (6, 3)"),
+        ({"x": X.long()}, TypeError, "x must be float32, float16, bfloat16 or float64, got torch.int64"),
+        ({"dst": [0]}, TypeError, "dst must be a tensor (B, N), got list"),
+        ({"dst": DST.int()}, TypeError, "dst must be int64, got torch.int32"),
+        ({"dst": DST.float()}, TypeError, "dst must be int64, got torch.float32"),
+        ({"dst": DST[:, :5]}, ValueError, "dst must be (B, N) = (2, 6), got shape (2, 5)"),
+        ({"dst": DST[:1]}, ValueError, "dst must be (B, N) = (2, 6), got shape (1, 6)"),
+        ({"dst": DST.to("meta")}, ValueError, "dst is on meta and x on cpu"),
+        ({"kept": -1}, ValueError, "kept must be at least 0, got -1"),
+        ({"kept": 2.0}, TypeError, "kept must be an int, got float"),
+        ({"weights": 1.0}, TypeError, "weights must be a tensor (B, N), got float"),
+        ({"weights": torch.ones(2, 5)}, ValueError, "weights must be (B, N) = (2, 6), got shape (2, 5)"),
+        ({"weights": torch.ones(2, 6).int()}, TypeError, "weights must be float32"),
+        ({"weights": torch.ones(2, 6, device="meta")}, ValueError, "weights is on meta and x on cpu"),
+        ({"weights": torch.ones(2, 6, requires_grad=True)}, ValueError, "weights must not require a gradient"),
+    ],
+)
+def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"x": X, "dst": DST, "kept": 4, **changes}
+    with pytest.raises(error, match=re.escape(message)):
+        ops.merge_reduce(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (X[0], DST, 4),
+        (X.long(), DST, 4),
+        (X, DST[:, :5], 4),
+        (X, DST[:1], 4),
+        (X, DST[0], 4),
+        (X, DST.int(), 4),
+        (X, DST.double(), 4),
+        (X, DST, -1),
+        (X, DST, 2**31),
+        (X, DST, 4, torch.ones(2, 5)),
+        (X, DST, 4, torch.ones(1, 6)),
+        (X, DST, 4, torch.ones(2, 6).half()),
+    ],
+)
+def test_the_operator_checks_for_itself(arguments: tuple) -> None:
+    with pytest.raises(RuntimeError, match="diffrate: "):
+        torch.ops.diffrate.merge_reduce(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (X[0], DST),
+        (X.long(), DST),
+        (X, DST[0]),
+        (X, DST[:1]),
+        (X, DST.int()),
+        (X, DST, torch.ones(2, 3)),
+        (X, DST, torch.ones(2, 6).double()),
+    ],
+)
+def test_the_backward_operator_checks_for_itself(arguments: tuple) -> None:
+    with pytest.raises(RuntimeError, match="diffrate: "):
+        torch.ops.diffrate.merge_reduce_backward(*arguments)

@@ -1,0 +1,230 @@
+"""The benchmarks: rivals equal the reference, checks reject wrong results, the quick form runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffrate_ext import Schedule, reference
+from diffrate_ext.embedded import build_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import checks
+import harness
+import report
+import rival_model
+import rivals
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+CPU = torch.device("cpu")
+
+
+def draw(batch: int = 2, tokens: int = 33, channels: int = 12) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, importance, size, residual in float64, so that no two choices tie."""
+    generator = torch.Generator().manual_seed(tokens)
+    x, residual = torch.randn(2, batch, tokens, channels, generator=generator, dtype=torch.float64)
+    importance = torch.rand(batch, tokens - 1, generator=generator, dtype=torch.float64)
+    size = 1 + 3 * torch.rand(batch, tokens, generator=generator, dtype=torch.float64)
+    return x, importance, size, residual
+
+
+def draw_qkv() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = torch.randn(3, 2, 3, 17, 8, generator=generator, dtype=torch.float64)
+    return q, k, v, 1 + torch.rand(2, 17, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rival", [rivals.sort_tokens, rivals.sort_tokens_tuned])
+@pytest.mark.parametrize("with_size", [False, True])
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_sort_tokens_equals_reference(rival: Callable[..., Any], with_size: bool, prefix: int) -> None:
+    x, importance, size, _ = draw()
+    arguments = (x, importance[:, : 33 - prefix], size if with_size else None)
+    if prefix == 0:
+        arguments = (x[:, :32], importance, size[:, :32] if with_size else None)
+    for actual, expected in zip(
+        rival(*arguments, prefix=prefix), reference.sort_tokens(*arguments, prefix=prefix), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("rival", [rivals.prune_merge, rivals.prune_merge_tuned])
+@pytest.mark.parametrize(
+    ("k_p", "k_m", "options"),
+    [
+        (25, 20, {}),
+        (33, 2, {}),
+        (33, 33, {}),
+        (1, 1, {}),
+        (25, 20, {"features": "weighted", "sizes": "sum"}),
+        (25, 20, {"residual": True}),
+        (25, 20, {"size": None, "residual": True}),
+        (25, 20, {"prefix": 4}),
+    ],
+)
+def test_prune_merge_equals_reference(rival: Callable[..., Any], k_p: int, k_m: int, options: dict[str, Any]) -> None:
+    x, importance, size, residual = draw()
+    options = dict(options)
+    sizes = options.pop("size", size)
+    if options.get("residual"):
+        options["residual"] = residual
+    importance = importance[:, : 33 - options.get("prefix", 1)]
+    out = rival(x, importance, k_p, k_m, sizes, **options)
+    expected = reference.prune_merge(x, importance, k_p, k_m, sizes, **options)
+    assert torch.equal(out[2], expected[2])
+    torch.testing.assert_close(out[0], expected[0])
+    torch.testing.assert_close(out[1], expected[1])
+
+
+@pytest.mark.parametrize("importance", ["class", "received"])
+@pytest.mark.parametrize("rival", [rivals.prune_merge, rivals.prune_merge_tuned])
+def test_prune_merge_reads_importance_off_a_map(rival: Callable[..., Any], importance: str) -> None:
+    x, _, size, _ = draw(tokens=17)
+    q, k, _, _ = draw_qkv()
+    attn = reference.attention_map(q, k, None, None)
+    slot = rival(x, attn, 14, 10, size, importance=importance)[2]
+    assert torch.equal(slot, reference.prune_merge(x, attn, 14, 10, size, importance=importance)[2])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_merge_reduce_equals_reference(weighted: bool) -> None:
+    x, _, size, _ = draw()
+    dst = torch.randint(-1, 9, (2, 33), generator=torch.Generator().manual_seed(0))
+    weights = size if weighted else None
+    expected = reference.merge_reduce(x, dst, 10, weights=weights)
+    torch.testing.assert_close(rivals.merge_reduce(x, dst, 10, weights=weights), expected)
+
+
+@pytest.mark.parametrize("with_size", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_attention_rivals_equal_reference(with_size: bool, scale: float | None) -> None:
+    q, k, v, size = draw_qkv()
+    sizes = size if with_size else None
+    for name, arguments in (("class_attention", (q, k)), ("received_attention", (q, k)),
+                            ("proportional_attention", (q, k, v))):  # fmt: skip
+        actual = getattr(rivals, name)(*arguments, sizes, scale=scale)
+        expected = getattr(reference, name)(*arguments, sizes, scale=scale)
+        torch.testing.assert_close(actual, expected)
+
+
+def test_eager_model_equals_the_reference_and_leaves_the_model_alone() -> None:
+    torch.manual_seed(0)
+    model = build_model().double().eval()
+    images = torch.randn(2, 1, 28, 28, dtype=torch.float64)
+    schedule = Schedule.published("ViT-S-DeiT", gflops=2.9)
+    keep_all = Schedule([197] * 12, [197] * 12)
+    with torch.no_grad():
+        before = model(images)
+        slow = rival_model.EagerCompressed(
+            model, schedule, reference.proportional_attention, reference.prune_merge
+        ).eval()(images)
+        torch.testing.assert_close(rival_model.compress_eager(model, schedule).eval()(images), slow)
+        torch.testing.assert_close(rival_model.compress_eager(model, keep_all).eval()(images), before)
+        assert not torch.allclose(slow, before)
+        assert torch.equal(model(images), before)
+
+
+def test_checks_accept_the_reference_and_reject_wrong_results() -> None:
+    x, importance, size, _ = (t.float() for t in draw())
+    x, size, slot = reference.prune_merge(x, importance, 25, 20, size)
+    inputs = [t.float() for t in draw()]
+    arguments = (inputs[0], inputs[1], 25, 20, inputs[2])
+    checks.check_prune_merge((x, size, slot), *arguments)
+
+    merged = (slot >= 0).long().cumsum(1)  # any permutation of destinations is a wrong match
+    other = torch.where(slot >= 1, (slot % 19) + 1, slot)
+    for wrong in (
+        (x + 1e-4, size, slot),
+        (x, size * 1.001, slot),
+        (x, size, other),
+        (x, size, merged),
+        (torch.full_like(x, torch.nan), size, slot),
+    ):
+        with pytest.raises(checks.WrongResultError):
+            checks.check_prune_merge(wrong, *arguments)
+
+    ordered = reference.sort_tokens(inputs[0], inputs[1], inputs[2])
+    checks.check_sort_tokens(ordered, *inputs[:3])
+    with pytest.raises(checks.WrongResultError):
+        checks.check_sort_tokens((ordered[0], ordered[1], ordered[2].flip(1)), *inputs[:3])
+
+
+def test_contenders_take_turns() -> None:
+    turns: list[str] = []
+
+    def contender(name: str) -> Callable[[int], None]:
+        def call(_: int) -> None:
+            turns.append(name)
+            time.sleep(0.01)
+
+        return call
+
+    names = ["a", "b", "c"]
+    timings = harness.measure(
+        {name: contender(name) for name in names}, [(0,)], device=CPU, rounds=4, min_seconds=0.001
+    )
+    assert turns[-12:] == names * 4
+    assert timings.rounds == 4
+    assert timings.ratio("a", "a") == harness.Spread(1, 1, 1)
+    with pytest.raises(ValueError, match="at least 3"):
+        harness.measure({"a": contender("a")}, [(0,)], device=CPU, rounds=2, min_seconds=0)
+
+
+def test_peak_memory_counts_what_is_alive_at_once() -> None:
+    mebi = 2**20
+
+    def one_after_another() -> Tensor:
+        torch.ones(32 * mebi // 4)
+        return torch.ones(32 * mebi // 4)
+
+    def side_by_side() -> list[Tensor]:
+        return [torch.ones(32 * mebi // 4) for _ in range(2)]
+
+    peaks = [harness.peak_memory(call, CPU) for call in (one_after_another, side_by_side)]
+    if peaks[0] is None or peaks[1] is None:
+        pytest.skip("needs /proc/self/clear_refs")
+    assert 31 * mebi <= peaks[0] <= 48 * mebi
+    assert 63 * mebi <= peaks[1] <= 80 * mebi
+
+
+def test_what_cannot_be_compiled_is_reported() -> None:
+    def breaks_the_graph(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    fast, reason = harness.compiled(breaks_the_graph, (torch.ones(3),))
+    assert fast is None
+    assert reason
+
+
+def test_index_page_says_what_was_not_measured(tmp_path: Path) -> None:
+    assert "CUDA: **not measured yet.**" in report.index_page(tmp_path)
+    machine = {"gpu": "a GPU", "date": "today", "torch": "2"}
+    (tmp_path / "cuda_ops.json").write_text(json.dumps({"machine": machine}), encoding="utf-8")
+    page = report.index_page(tmp_path)
+    assert "CUDA: **not" not in page
+    assert "a GPU, today" in page
+
+
+@pytest.mark.slow
+def test_quick_benchmarks_run(tmp_path: Path) -> None:
+    committed = {path: path.read_bytes() for path in (BENCHMARKS / "results").glob("*")}
+    command = [sys.executable, str(BENCHMARKS / "run.py"), "--quick", "--output", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    operators = json.loads((tmp_path / "cpu_ops.json").read_text(encoding="utf-8"))["records"]
+    assert len({record["operator"] for record in operators}) == 6
+    assert all("diffrate_ext" in record["relative_error"] for record in operators)
+    models = json.loads((tmp_path / "cpu_models.json").read_text(encoding="utf-8"))["records"]
+    assert {record["batch"] for record in models} == {1, 4, 16}
+    assert {path: path.read_bytes() for path in (BENCHMARKS / "results").glob("*")} == committed

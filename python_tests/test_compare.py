@@ -1,0 +1,103 @@
+"""The comparisons themselves: each passes what is right, and fails with the worst place what is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_as_accurate_as_eager, assert_same, assert_within, eager_error, rounding_noise
+from oracles import sorted_positions
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_same_takes_equal_tensors() -> None:
+    assert_same("x", torch.tensor([1.0, NAN, INF, -0.0]), torch.tensor([1.0, NAN, INF, 0.0]))
+    assert_same("x", torch.empty(0, 3), torch.empty(0, 3))
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "message"),
+    [
+        ([[1.0, 2.0], [3.0, 5.0]], [[1.0, 2.0], [3.0, 4.0]], r"x: 1 of 4 values differ, first at \(1, 1\): got 5.0, expected 4.0"),
+        ([1.0, NAN], [1.0, 2.0], r"first at \(1,\): got nan, expected 2.0"),
+        ([1.0, 2.0], [1.0, NAN], r"got 2.0, expected nan"),
+        ([INF], [-INF], r"got inf, expected -inf"),
+        ([1, 2], [1.0, 2.0], r"got torch.int64 of shape \(2,\), expected torch.float32"),
+        ([1.0], [1.0, 1.0], r"of shape \(1,\), expected torch.float32 of shape \(2,\)"),
+    ],
+)
+def test_same_names_the_first_difference(actual: list, expected: list, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        assert_same("x", torch.tensor(actual), torch.tensor(expected))
+
+
+def test_within_takes_what_is_near() -> None:
+    reference = torch.tensor([1.0, NAN, INF, -INF])
+    assert_within("x", torch.tensor([1.25, NAN, INF, -INF]), reference, 0.25)
+    assert_within("x", torch.empty(0), torch.empty(0), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("actual", "message"),
+    [
+        ([[0.0, 0.0], [0.75, -2.0]], r"x: worst at \(1, 1\): got -2.0, expected 0.0, off by 2.000e\+00, allowed 5.000e-01; 2 of 4"),
+        ([[0.0, NAN], [9.0, 0.0]], r"worst at \(0, 1\): got nan, expected 0.0"),
+        ([[0.0, INF], [0.0, 0.0]], r"worst at \(0, 1\): got inf, expected 0.0"),
+    ],
+)
+def test_within_names_the_worst_place(actual: list, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        assert_within("x", torch.tensor(actual), torch.zeros(2, 2), 0.5)
+
+
+@pytest.mark.parametrize("expected", [NAN, INF, -INF])
+def test_within_wants_special_values_in_their_places(expected: float) -> None:
+    with pytest.raises(AssertionError, match=r"worst at \(0,\): got 1.0"):
+        assert_within("x", torch.tensor([1.0]), torch.tensor([expected]), 1e30)
+
+
+def mean(x: torch.Tensor) -> torch.Tensor:
+    return x.mean(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_eager_is_as_accurate_as_eager(dtype: torch.dtype) -> None:
+    x = torch.randn(8, 100, dtype=torch.float64).to(dtype)
+    assert_as_accurate_as_eager("mean", mean(x), mean, [x], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_an_error_of_ten_roundings_is_too_much(dtype: torch.dtype) -> None:
+    x = torch.rand(8, 100, dtype=torch.float64).to(dtype)
+    wrong = mean(x)
+    wrong[5] += 10 * torch.finfo(dtype).eps
+    with pytest.raises(AssertionError, match=r"worst at \(5,\)"):
+        assert_as_accurate_as_eager("mean", wrong, mean, [x], dtype=dtype)
+
+
+def test_units_make_small_values_count() -> None:
+    x = torch.rand(2, 100) * torch.tensor([[1.0], [1e30]])
+    wrong = mean(x)
+    wrong[0] += 0.01
+    assert_as_accurate_as_eager("mean", wrong, mean, [x], dtype=torch.float32)  # hidden by the large one
+    with pytest.raises(AssertionError, match=r"worst at \(0,\)"):
+        assert_as_accurate_as_eager("mean", wrong, mean, [x], dtype=torch.float32, per=x.amax(1))
+
+
+def test_the_dtype_counts() -> None:
+    x = torch.rand(2, 3)
+    with pytest.raises(AssertionError, match=r"got torch.float64 of shape \(2,\), expected torch.float32"):
+        assert_as_accurate_as_eager("mean", mean(x.double()), mean, [x], dtype=torch.float32)
+
+
+def test_the_measured_errors_have_the_size_of_roundings() -> None:
+    x = torch.rand(8, 100)
+    eps = torch.finfo(torch.float32).eps
+    assert 0 < eager_error(mean, [x], torch.ones(())) < 4 * eps
+    assert eps / 8 < rounding_noise(torch.rand(1000).double(), torch.float32) <= eps
+    assert rounding_noise(torch.zeros(4), torch.float32) == 0
+
+
+def test_the_sorting_oracle() -> None:
+    importance = torch.tensor([[0.0, NAN, INF, -0.0, 2.0, -INF, 2.0, NAN]])
+    assert sorted_positions(importance, 2).tolist() == [[0, 1, 4, 6, 8, 2, 5, 7, 3, 9]]
