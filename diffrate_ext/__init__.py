@@ -1,21 +1,66 @@
 """Faster Vision Transformers by DiffRate token compression (Chen et al., ICCV 2023).
 
-``diffrate_ext.ops`` holds the operators; ``compress`` and ``restore`` apply a ``Schedule`` of kept tokens to a timm model.
+``diffrate_ext.ops`` holds the operators, ``diffrate_ext.reference`` the same in plain PyTorch. ``compress`` and ``restore``
+apply a ``Schedule`` of kept tokens to a timm model.
 """
 
 from __future__ import annotations
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
+from typing import Any as _Any
 
-import torch as _torch  # first: it loads the libraries that diffrate_ext._C links to
+import torch as _torch  # noqa: F401  first: it loads the libraries that diffrate_ext._C links to
 
-from diffrate_ext._torchvision import make_importable as _make_torchvision_importable
+from ._torchvision import make_importable as _make_torchvision_importable
 
 _make_torchvision_importable()
 
-from diffrate_ext import ops, reference  # noqa: E402
-from diffrate_ext._build import build_info  # noqa: E402
+from . import ops, reference  # noqa: E402
+from ._build import build_info  # noqa: E402
+
+if TYPE_CHECKING:
+    from .compression import compress, restore, token_slots
+    from .evaluation import evaluate
+    from .schedule import Schedule
+    from .timing import benchmark
+    from .visualization import visualize
 
 __version__ = _version("diffrate_ext")
 
-__all__ = ["build_info", "ops", "reference"]
+__all__ = [
+    "Schedule",
+    "benchmark",
+    "build_info",
+    "compress",
+    "evaluate",
+    "ops",
+    "reference",
+    "restore",
+    "token_slots",
+    "visualize",
+]
+
+# Loaded when first used: they import timm and matplotlib, and the operators need neither.
+_LAZY = {
+    "Schedule": "schedule",
+    "benchmark": "timing",
+    "compress": "compression",
+    "evaluate": "evaluation",
+    "restore": "compression",
+    "token_slots": "compression",
+    "visualize": "visualization",
+}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -60,7 +60,9 @@ def _fail(message: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = OneLineParser(prog="diffrate", description="Fewer tokens for Vision Transformers: DiffRate token compression.")
+    parser = OneLineParser(
+        prog="diffrate", description="Fewer tokens for Vision Transformers: DiffRate token compression."
+    )
     parser.add_argument("--version", action="version", version=f"diffrate_ext {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -76,21 +78,31 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images in a batch (default: 32)")
     demo.add_argument("--rounds", type=_positive, default=12, metavar="N", help="rounds of timing (default: 12)")
     demo.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
-    demo.add_argument("--output", type=Path, default=Path("diffrate_demo.png"), metavar="FILE", help="the picture (default: diffrate_demo.png)")
+    demo.add_argument(
+        "--output",
+        type=Path,
+        default=Path("diffrate_demo.png"),
+        metavar="FILE",
+        help="the picture (default: diffrate_demo.png)",
+    )
     demo.set_defaults(command=_demo)
 
     benchmark = commands.add_parser(
         "benchmark",
         help="speed of a model on this machine, with and without compression",
-        description="Times the uncompressed and the compressed model in turn, on random images and with random weights, "
-        "neither of which changes the speed: nothing is downloaded.",
+        description="Times the uncompressed and the compressed model in turn, on random images and with random "
+        "weights, neither of which changes the speed: nothing is downloaded.",
     )
     benchmark.add_argument("--model", metavar="NAME", help="a timm model (default: the embedded one)")
     _add_schedule_options(benchmark)
-    benchmark.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="images in a batch (default: 16)")
+    benchmark.add_argument(
+        "--batch-size", type=_positive, default=16, metavar="N", help="images in a batch (default: 16)"
+    )
     benchmark.add_argument("--rounds", type=_positive, default=10, metavar="N", help="rounds of timing (default: 10)")
     benchmark.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
-    benchmark.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(default: float32)")
+    benchmark.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(default: float32)"
+    )
     benchmark.add_argument("--json", action="store_true", help="print JSON instead of a table")
     benchmark.set_defaults(command=_benchmark)
 
@@ -102,7 +114,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_options(visualize)
     _add_picture_options(visualize, "default: 4")
     _add_schedule_options(visualize)
-    visualize.add_argument("--output", type=Path, default=Path("diffrate_tokens.png"), metavar="FILE", help="the picture (default: diffrate_tokens.png)")
+    visualize.add_argument(
+        "--output",
+        type=Path,
+        default=Path("diffrate_tokens.png"),
+        metavar="FILE",
+        help="the picture (default: diffrate_tokens.png)",
+    )
     visualize.set_defaults(command=_visualize)
 
     info = commands.add_parser("info", help="what was built, and what it runs on")
@@ -112,21 +130,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="NAME", help="a timm model, e.g. deit_small_patch16_224 (default: the embedded one)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="a timm model, e.g. deit_small_patch16_224 (default: the embedded one)"
+    )
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--weights", type=Path, metavar="FILE", help="local checkpoint (.safetensors, .pth) instead of a download")
-    weights.add_argument("--no-pretrained", action="store_true", help="random weights: to try the speed without a download")
+    weights.add_argument(
+        "--weights", type=Path, metavar="FILE", help="local checkpoint (.safetensors, .pth) instead of a download"
+    )
+    weights.add_argument(
+        "--no-pretrained", action="store_true", help="random weights: to try the speed without a download"
+    )
 
 
 def _add_picture_options(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--images", type=Path, metavar="PATH", help="a picture, or a folder of pictures (with sub-folders)")
+    parser.add_argument(
+        "--images", type=Path, metavar="PATH", help="a picture, or a folder of pictures (with sub-folders)"
+    )
     parser.add_argument("--n-images", type=_positive, metavar="N", help=f"how many images ({default})")
 
 
 def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--gflops", type=float, nargs="+", metavar="G", help="compress to so many GFLOPs, by a simple rule")
-    choice.add_argument("--schedule", type=Path, nargs="+", metavar="FILE", help="schedules as Schedule.save writes them")
+    choice.add_argument(
+        "--gflops", type=float, nargs="+", metavar="G", help="compress to so many GFLOPs, by a simple rule"
+    )
+    choice.add_argument(
+        "--schedule", type=Path, nargs="+", metavar="FILE", help="schedules as Schedule.save writes them"
+    )
 
 
 def _positive(text: str) -> int:
@@ -284,7 +314,13 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         table.add_column(heading, justify="right")
     first = measured[0]
     table.add_row(
-        "uncompressed", f"{first.uncompressed_gflops:.3g}", f"{first.uncompressed_images_per_second:.4g}", "1.00x", "", "1.00x", ""
+        "uncompressed",
+        f"{first.uncompressed_gflops:.3g}",
+        f"{first.uncompressed_images_per_second:.4g}",
+        "1.00x",
+        "",
+        "1.00x",
+        "",
     )
     for named, speed in zip(schedules, measured, strict=True):
         low, high = speed.speed_up_quartiles

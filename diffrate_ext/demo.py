@@ -1,4 +1,4 @@
-"""What compression does to one model, on labelled or unlabelled images: accuracy, speed, and a picture of the tokens."""
+"""What compression does to one model on some images: accuracy, speed, and a picture of the tokens."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def embedded_workload(n_images: int | None = None) -> Workload:
 def uniform_schedules(model: nn.Module) -> list[NamedSchedule]:
     """The simple rule at the default targets."""
     uncompressed = flops(model) / 1e9
-    return [
-        NamedSchedule(f"{share:.0%} FLOPs", Schedule.uniform(model, share * uncompressed)) for share in SHARES
-    ]
+    return [NamedSchedule(f"{share:.0%} FLOPs", Schedule.uniform(model, share * uncompressed)) for share in SHARES]
 
 
 def published_schedules(name: str) -> list[NamedSchedule]:

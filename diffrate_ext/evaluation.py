@@ -102,7 +102,9 @@ def _split_batch(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | Non
         return batch, None
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
         return batch[0], batch[1]
-    raise TypeError(f"a batch of the loader must be images or (images, labels), tensors both, got {type(batch).__name__}")
+    raise TypeError(
+        f"a batch of the loader must be images or (images, labels), tensors both, got {type(batch).__name__}"
+    )
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
@@ -122,6 +124,5 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
     if labels.shape != (images,):
         raise ValueError(f"labels must have shape ({images},) beside {images} images, got {tuple(labels.shape)}")
     if images and (int(labels.min()) < 0 or int(labels.max()) >= classes):
-        raise ValueError(
-            f"labels must lie in 0 .. {classes - 1}, the model's classes; got {int(labels.min())} .. {int(labels.max())}"
-        )
+        found = f"{int(labels.min())} .. {int(labels.max())}"
+        raise ValueError(f"labels must lie in 0 .. {classes - 1}, the model's classes; got {found}")

@@ -36,13 +36,13 @@ def load_timm_model(name: str, *, pretrained: bool = True, weights: str | Path |
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"no such file of weights: {weights}")
     try:
-        model = timm.create_model(
-            name, pretrained=pretrained, checkpoint_path="" if weights is None else str(weights)
-        )
+        model = timm.create_model(name, pretrained=pretrained, checkpoint_path="" if weights is None else str(weights))
     except Exception as error:  # the hub clients raise errors of their own HTTP libraries, torch of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if weights is not None:
-            raise ValueError(f"the weights {weights} do not load into {name}: {' '.join(str(error).split())[:300]}") from error
+            raise ValueError(
+                f"the weights {weights} do not load into {name}: {' '.join(str(error).split())[:300]}"
+            ) from error
         if pretrained:
             raise _no_pretrained(name, reason.rstrip(".")) from error
         raise ValueError(f"timm cannot build {name}: {reason}") from error

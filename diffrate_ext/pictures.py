@@ -58,7 +58,7 @@ def read_picture(path: Path) -> Image.Image:
     with Image.open(path) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode in ("P", "LA", "PA", "RGBA"):
-            # what is transparent shows white, as most viewers and web pages do, not the arbitrary colour stored under it
+            # what is transparent shows white, as on most web pages, not the arbitrary colour stored under it
             upright = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
         return upright.convert("RGB")

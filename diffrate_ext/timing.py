@@ -154,7 +154,10 @@ class Comparison:
                     seconds=statistics.median(seconds),
                     uncompressed_seconds=statistics.median(uncompressed),
                     speed_up=statistics.median(ratios),
-                    speed_up_quartiles=(ratios[(len(ratios) - 1) // 4], ratios[len(ratios) - 1 - (len(ratios) - 1) // 4]),
+                    speed_up_quartiles=(
+                        ratios[(len(ratios) - 1) // 4],
+                        ratios[len(ratios) - 1 - (len(ratios) - 1) // 4],
+                    ),
                 )
             )
         return results

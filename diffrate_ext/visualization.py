@@ -1,4 +1,4 @@
-"""Pictures of what a compressed model does to the tokens: which it drops, which it merges into which, and how many stay."""
+"""Pictures of what a compressed model does to the tokens: which it drops, and which it merges into which."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def visualize(
 
     One row for each image: the image, then the image after several blocks. Patches without colour are tokens of their
     own; patches of one colour have become one token (it keeps its colour through the blocks); hatched pale patches are
-    pruned. Beside them, over all blocks: the number of tokens under each schedule, and the share of the patches of these
-    images that are tokens of their own, merged, or pruned.
+    pruned. Beside them, over all blocks: the number of tokens under each schedule, and how many of the patches of these
+    images are tokens of their own, merged, or pruned.
 
     Args:
         model: a model that :func:`diffrate_ext.compress` supports. It is left as it is.
@@ -81,8 +81,8 @@ def visualize(
     depth, n_tokens = len(stage.blocks), stage.tokens
     if slots[0].shape[1] != n_tokens:
         raise ValueError(
-            f"images of {images.shape[-2]} x {images.shape[-1]} pixels become {slots[0].shape[1]} tokens; only images of "
-            f"the model's own size, of {n_tokens} tokens, can be drawn"
+            f"images of {images.shape[-2]} x {images.shape[-1]} pixels become {slots[0].shape[1]} tokens; only images "
+            f"of the model's own size, of {n_tokens} tokens, can be drawn"
         )
     if blocks is None:
         blocks = sorted({math.ceil(depth * part / 5) for part in range(1, 5)})
@@ -92,8 +92,11 @@ def visualize(
     pictures = displayable(model, images)
 
     rows, columns = len(images), 1 + len(blocks)
-    figure = Figure(figsize=(1.72 * columns + 5.2, max(1.72 * rows + 1.15, 4.6)), layout="constrained", facecolor="white")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.72 * columns, 5.2))
+    side = 2.2 if rows <= 2 else 1.72  # inches, of one image
+    figure = Figure(
+        figsize=(side * columns + 5.2, max(side * rows + 1.4, 6.0)), layout="constrained", facecolor="white"
+    )
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(side * columns, 5.2))[0]
     axes = left.subplots(rows, columns, squeeze=False)
     # (images, blocks, patches)
     ids = np.stack([group_ids(torch.stack([s[row, prefix:] for s in slots[:depth]]).numpy()) for row in range(rows)])
@@ -110,7 +113,7 @@ def visualize(
         axes[0, column].set_title(f"after block {block}\n{kept} tokens", fontsize=10, color=INK)
     _draw_key(left)
     upper, lower = right.subplots(2, 1, height_ratios=(1.25, 1))
-    _plot_counts(upper, model, [schedule, *(s for s in others if s is not schedule)])
+    _plot_counts(upper, right, model, [schedule, *(s for s in others if s is not schedule)])
     _plot_fates(lower, ids)
     return figure
 
@@ -266,22 +269,35 @@ def _draw_key(figure: Any) -> None:
     )
 
 
-def _plot_counts(axes: Axes, model: nn.Module, schedules: Sequence[Schedule]) -> None:
+def _plot_counts(axes: Axes, figure: Any, model: nn.Module, schedules: Sequence[Schedule]) -> None:
     adapter = adapter_for(model)
     uncompressed = flops(model)
     entering = adapter.stages(model)[0].tokens
     full = [entering, *(stage.tokens for stage in adapter.stages(model) for _ in stage.blocks)]
-    axes.plot(full, color="#8a8a8a", linestyle=(0, (4, 3)), linewidth=1.4, label=f"uncompressed, {uncompressed / 1e9:.3g} GFLOPs")
+    axes.plot(
+        full,
+        color="#8a8a8a",
+        linestyle=(0, (4, 3)),
+        linewidth=1.4,
+        label=f"uncompressed, {uncompressed / 1e9:.3g} GFLOPs",
+    )
     for number, schedule in enumerate(sorted(schedules, key=lambda s: -flops(model, s))):
         kept = [entering, *(merged for steps in adapter.steps(model, schedule) for _, merged in steps)]
         cost = flops(model, schedule)
-        label = f"{cost / 1e9:.3g} GFLOPs ({cost / uncompressed:.0%})"
-        drawn = {"linewidth": 2.6, "label": f"{label}, shown"} if schedule is schedules[0] else {"linewidth": 1.5, "label": label}
-        axes.plot(kept, color=CURVES[number % len(CURVES)], marker="o", markersize=3.6, **drawn)
+        shown = schedule is schedules[0]
+        axes.plot(
+            kept,
+            color=CURVES[number % len(CURVES)],
+            marker="o",
+            markersize=3.6,
+            linewidth=2.6 if shown else 1.5,
+            label=f"{cost / 1e9:.3g} GFLOPs ({cost / uncompressed:.0%}){', shown' if shown else ''}",
+        )
     axes.set_title("tokens after each block", fontsize=11, color=INK)
     axes.set_ylim(0, 1.06 * max(full))
     _style(axes, len(full) - 1)
-    axes.legend(loc="lower left", fontsize=9, frameon=False, labelcolor=INK)
+    # not inside the axes: there is no corner that no schedule passes through
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False, labelcolor=INK)
 
 
 def _plot_fates(axes: Axes, ids: NDArray[np.int64]) -> None:
@@ -299,8 +315,10 @@ def _plot_fates(axes: Axes, ids: NDArray[np.int64]) -> None:
 
 
 def _style(axes: Axes, depth: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlim(0, depth)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=9, colors=INK)
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffrate_ext.schedule import Schedule
 from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, SepConv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from diffrate_ext.schedule import Schedule
 
 FOLDER = Path(__file__).parent / "golden"
 

@@ -66,6 +66,8 @@ def test_weights_are_small_and_the_model_is_ready():
 
 def test_the_model_knows_clothes():
     images, labels = embedded.load_images("test")
-    batches = [[embedded.normalize(i), t] for i, t in zip(images[:400].split(100), labels[:400].split(100), strict=True)]
+    batches = [
+        [embedded.normalize(i), t] for i, t in zip(images[:400].split(100), labels[:400].split(100), strict=True)
+    ]
     # 88 % is the least it was trained for; on 400 images the standard error is 1.6 %
     assert evaluate(embedded.load_model(), batches).top1 > 0.84

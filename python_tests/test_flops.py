@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from diffrate_ext.flops import flops
-from diffrate_ext.schedule import Schedule
 from golden_cases import load_case
 from timm.layers import Attention, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from diffrate_ext.flops import flops
+from diffrate_ext.schedule import Schedule
 
 
 @pytest.mark.parametrize(

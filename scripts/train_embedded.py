@@ -30,7 +30,7 @@ from diffrate_ext import embedded
 DATA = Path(__file__).resolve().parents[1] / "diffrate_ext" / "data"
 # (half epochs, share of the patches that a training step drops, flips and shifts). The test images are neither flipped
 # nor shifted, and dropping patches regularises enough: augmentation helps at the start and costs accuracy at the end.
-PHASES = ((7, 0.75, True), (11, 0.75, False), (4, 0.5, False), (1, 0.0, False))
+PHASES = ((7, 0.75, True), (10, 0.75, False), (2, 0.5, False), (1, 0.0, False))
 
 
 def read_idx(path: Path) -> torch.Tensor:

@@ -42,7 +42,7 @@ void add_softmax(W* logits, int64_t length, W* sums) {
     total += value;
     store(logits + j, value);
   }
-  W scale = 1 / sum<W>(total);
+  W scale = 1 / sum(total);
   for (int64_t j = 0; j < length; j += kLanes<W>) store(sums + j, load(sums + j) + load(logits + j) * scale);
 }
 

@@ -46,7 +46,7 @@ struct ClassAttention {
         for_vectors<W>(a.head_dim, [&](int64_t d, auto load_at, auto) {
           dot += load(query + d) * load_at(k + j * a.k_stride_token + d);
         });
-        logits[j] = sum<W>(dot) + s.bias[j];
+        logits[j] = sum(dot) + s.bias[j];
       }
       for (int64_t j = a.tokens; j < length; ++j) logits[j] = s.bias[j];
       fill(s.rows + head * length, length, W(0));

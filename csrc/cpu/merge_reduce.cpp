@@ -48,10 +48,10 @@ struct Forward {
       for (int32_t i = s.head[to]; i >= 0; i = s.next[i]) total += size_of<W>(a.weights, image, i);
       T* out = static_cast<T*>(a.out) + (image * a.kept + to) * a.channels;
       for_vectors<W>(a.channels, [&](int64_t c, auto load_at, auto store_at) {
-        Vec<W> sum = {};
+        Vec<W> mean = {};
         for (int32_t i = s.head[to]; i >= 0; i = s.next[i])
-          sum += load_at(x + i * a.x.stride_token + c) * size_of<W>(a.weights, image, i);
-        store_at(out + c, total != 0 ? sum / total : Vec<W>{});
+          mean += load_at(x + i * a.x.stride_token + c) * size_of<W>(a.weights, image, i);
+        store_at(out + c, total != 0 ? mean / total : Vec<W>{});
       });
     }
   }

@@ -4,6 +4,7 @@
 // in blocks: a block is copied to the output and, while it is at hand, compared with all sources. At the end only the
 // destinations that received a source are read again, from the output.
 #include <limits>
+#include <type_traits>
 
 #include "cpu/images.h"
 #include "cpu/sort.h"
@@ -14,67 +15,83 @@ namespace {
 
 constexpr int64_t kBlock = 8;  // destinations that are compared while they are in the first-level cache
 
-// Dot products of ROWS destinations with COLUMNS sources: enough independent sums to keep the multipliers busy, few
+// Destinations times sources that are compared at once: enough independent sums to keep the multipliers busy, few
 // enough for the registers.
 constexpr int64_t kRows = DIFFRATE_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int64_t kColumns = 4;
 
-template <class W, int64_t ROWS, int64_t COLUMNS>
-void dots(const W* rows, const W* columns, int64_t stride, W (*out)[kColumns]) {
-  Vec<W> sums[ROWS][COLUMNS] = {};
+// The best destination so far of kColumns sources: cosine (before division by the source's norm) and position.
+template <class W>
+struct Best {
+  typedef std::conditional_t<sizeof(W) == 8, int64_t, int32_t> Index;
+  typedef W Cosines __attribute__((vector_size(kColumns * sizeof(W))));
+  typedef Index Positions __attribute__((vector_size(kColumns * sizeof(W))));
+  Cosines cosine;
+  Positions position;
+};
+
+// Compares kRows destinations, the first of them at `position`, with kColumns sources. Ties go to the lower position.
+template <class W>
+void compare(const W* rows, const W* inverse, int64_t position, const W* columns, int64_t stride, Best<W>& best) {
+  Vec<W> sums[kRows][kColumns] = {};
   for (int64_t c = 0; c < stride; c += kLanes<W>) {
-    Vec<W> column[COLUMNS];
-    for (int64_t j = 0; j < COLUMNS; ++j) column[j] = load(columns + j * stride + c);
-    for (int64_t i = 0; i < ROWS; ++i) {
+    Vec<W> column[kColumns];
+    for (int64_t j = 0; j < kColumns; ++j) column[j] = load(columns + j * stride + c);
+    for (int64_t i = 0; i < kRows; ++i) {
       Vec<W> row = load(rows + i * stride + c);
-      for (int64_t j = 0; j < COLUMNS; ++j) sums[i][j] += row * column[j];
+      for (int64_t j = 0; j < kColumns; ++j) sums[i][j] += row * column[j];
     }
   }
-  for (int64_t i = 0; i < ROWS; ++i)
-    for (int64_t j = 0; j < COLUMNS; ++j) out[i][j] = sum<W>(sums[i][j]);
+  using Index = typename Best<W>::Index;
+#pragma GCC unroll 4  // keeps the sums in registers
+  for (int64_t i = 0; i < kRows; ++i) {
+    auto cosine = sum_four(sums[i]) * inverse[i];
+    typename Best<W>::Positions better = cosine > best.cosine, here = {};
+    here += static_cast<Index>(position + i);
+    best.cosine = better ? cosine : best.cosine;
+    best.position = better ? here : best.position;
+  }
 }
-
-template <class W>
-struct Match {
-  W cosine;  // before division by the source's norm
-  int32_t position;
-};
 
 template <class T>
 struct PruneMerge {
   using W = Wide<T>;
   const PruneMergeArgs& a;
-  int64_t stride;   // of a row in scratch memory: channels, rounded up to whole vectors
-  int64_t sources;  // and to whole groups of kColumns
+  int64_t stride;  // of a row in scratch memory: channels, rounded up to whole vectors
+  int64_t sources;
+  int64_t source_groups;  // of kColumns, the last one filled up
   int64_t source_rows;
 
   explicit PruneMerge(const PruneMergeArgs& args) : a(args) {
     stride = (a.channels + kLanes<W> - 1) / kLanes<W> * kLanes<W>;
     sources = a.k_p - a.k_m;
-    source_rows = (sources + kColumns - 1) / kColumns * kColumns;
+    source_groups = (sources + kColumns - 1) / kColumns;
+    source_rows = source_groups * kColumns;
   }
 
   struct Scratch {
     W* sums;
-    SortItem<W>* items;
+    SortItem<W>* items;  // twice as many: see sort_items
     int32_t* order;
     W* source;          // (source_rows, stride)
     W* source_inverse;  // 1 / norm
     int32_t* head;      // of each destination's list of sources, -1 where it has none
     int32_t* next;
-    Match<W>* best;  // (parts, sources)
-    W* block;        // (parts, kBlock, stride)
+    Best<W>* best;  // (parts, source_groups)
+    W* cosine;      // (sources): with the destination that was chosen
+    W* block;       // (parts, kBlock, stride)
     int64_t bytes;
     Scratch(const PruneMerge& op, int64_t parts, char* memory) {
       Arena arena(memory);
       sums = arena.take<W>(op.a.tokens);
-      items = arena.take<SortItem<W>>(op.a.tokens);
+      items = arena.take<SortItem<W>>(2 * op.a.tokens);
       order = arena.take<int32_t>(op.a.tokens);
       source = arena.take<W>(op.source_rows * op.stride);
       source_inverse = arena.take<W>(op.source_rows);
       head = arena.take<int32_t>(op.a.k_m);
       next = arena.take<int32_t>(op.sources);
-      best = arena.take<Match<W>>(parts * op.sources);
+      cosine = arena.take<W>(op.sources);
+      best = arena.take<Best<W>>(parts * op.source_groups);
       block = arena.take<W>(parts * kBlock * op.stride);
       bytes = arena.take<char>(0) - memory;
     }
@@ -105,7 +122,7 @@ struct PruneMerge {
       store(row + c, value);  // a whole vector: rows are padded, and the padding is zero
       squares += value * value;
     });
-    W norm = static_cast<W>(__builtin_sqrt(sum<W>(squares)));
+    W norm = static_cast<W>(__builtin_sqrt(sum(squares)));
     return 1 / (norm > W(kNormEpsilon) || norm != norm ? norm : W(kNormEpsilon));
   }
 
@@ -142,26 +159,27 @@ struct PruneMerge {
   void part(int64_t image, char* memory, int64_t p, int64_t parts) const {
     Scratch s(*this, parts, memory);
     int64_t begin = a.k_m * p / parts, end = a.k_m * (p + 1) / parts;
-    Match<W>* best = s.best + p * sources;
-    fill(best, sources, Match<W>{-std::numeric_limits<W>::infinity(), -1});
+    Best<W>* best = s.best + p * source_groups;
+    for (int64_t j = 0; j < source_groups; ++j)
+      best[j] = {typename Best<W>::Cosines{} - std::numeric_limits<W>::infinity(), typename Best<W>::Positions{} - 1};
     for (; begin < end && (begin < a.prefix || sources == 0); ++begin)
       copy_token(image, s.order[begin], out_row(image, begin));
 
     W* block = s.block + p * kBlock * stride;
     for (; begin < end; begin += kBlock) {
       int64_t rows = std::min(kBlock, end - begin);
-      W inverse[kBlock];
+      W inverse[kBlock] = {};
       for (int64_t i = 0; i < rows; ++i)
         inverse[i] = load_token(image, s.order[begin + i], block + i * stride, out_row(image, begin + i));
-      for (int64_t i = rows; i % kRows != 0; ++i) fill(block + i * stride, stride, W(0));
-      for (int64_t j = 0; j < sources; j += kColumns) {
-        W product[kBlock][kColumns];
+      // rows past the last destination have no cosine: NaN is never better
+      for (int64_t i = rows; i % kRows != 0; ++i) {
+        fill(block + i * stride, stride, W(0));
+        inverse[i] = std::numeric_limits<W>::quiet_NaN();
+      }
+      for (int64_t j = 0; j < source_groups; ++j) {
+        const W* group = s.source + j * kColumns * stride;
         for (int64_t i = 0; i < rows; i += kRows)
-          dots<W, kRows, kColumns>(block + i * stride, s.source + j * stride, stride, product + i);
-        for (int64_t i = 0; i < rows; ++i)  // in ascending position, so that ties go to the lower one
-          for (int64_t k = 0; k < kColumns && j + k < sources; ++k)
-            if (W cosine = product[i][k] * inverse[i]; cosine > best[j + k].cosine)
-              best[j + k] = {cosine, static_cast<int32_t>(begin + i)};
+          compare(block + i * stride, inverse + i, begin + i, group, stride, best[j]);
       }
     }
   }
@@ -175,12 +193,21 @@ struct PruneMerge {
     W* size = static_cast<W*>(a.out_size) + image * a.k_m;
     // last to first, so that each list ends up in ascending order
     for (int64_t i = sources - 1; i >= 0; --i) {
-      Match<W> match = s.best[i];
-      for (int64_t p = 1; p < parts; ++p)
-        if (s.best[p * sources + i].cosine > match.cosine) match = s.best[p * sources + i];
-      // a source that is similar to nothing (NaN features) goes to the first destination
-      int32_t to = match.position < 0 ? static_cast<int32_t>(a.prefix) : match.position;
-      s.best[i] = {match.position < 0 ? std::numeric_limits<W>::quiet_NaN() : match.cosine * s.source_inverse[i], to};
+      int64_t group = i / kColumns, lane = i % kColumns;
+      W cosine = s.best[group].cosine[lane];
+      int64_t to = s.best[group].position[lane];
+      for (int64_t p = 1; p < parts; ++p) {
+        const Best<W>& other = s.best[p * source_groups + group];
+        if (other.cosine[lane] > cosine) {
+          cosine = other.cosine[lane];
+          to = other.position[lane];
+        }
+      }
+      s.cosine[i] = cosine * s.source_inverse[i];
+      if (to < 0) {  // a source that is similar to nothing (NaN features) goes to the first destination
+        to = a.prefix;
+        s.cosine[i] = std::numeric_limits<W>::quiet_NaN();
+      }
       s.next[i] = s.head[to];
       s.head[to] = static_cast<int32_t>(i);
       slot[s.order[a.k_m + i]] = to;
@@ -198,14 +225,14 @@ struct PruneMerge {
     W own = weight(to), total = own, gained = 0;
     for (int32_t i = s.head[to]; i >= 0; i = s.next[i]) {
       W source_size = size_of<W>(a.size, image, s.order[a.k_m + i]);
-      gained += a.cosine_sizes ? source_size * s.best[i].cosine : source_size;
+      gained += a.cosine_sizes ? source_size * s.cosine[i] : source_size;
       total += weight(a.k_m + i);
     }
     T* out = out_row(image, to);
     for_vectors<W>(a.channels, [&](int64_t c, auto load_at, auto store_at) {
-      Vec<W> sum = load_at(out + c) * own;
-      for (int32_t i = s.head[to]; i >= 0; i = s.next[i]) sum += load(s.source + i * stride + c) * weight(a.k_m + i);
-      store_at(out + c, sum / total);
+      Vec<W> mean = load_at(out + c) * own;
+      for (int32_t i = s.head[to]; i >= 0; i = s.next[i]) mean += load(s.source + i * stride + c) * weight(a.k_m + i);
+      store_at(out + c, mean / total);
     });
     return gained;
   }

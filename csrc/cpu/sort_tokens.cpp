@@ -13,18 +13,18 @@ struct SortTokens {
 
   struct Scratch {
     W* sums;
-    SortItem<W>* items;
+    SortItem<W>* items;  // twice as many: see sort_items
     int32_t* order;
     Scratch(const SortArgs& a, char* memory) {
       Arena arena(memory);
       sums = arena.take<W>(a.tokens);
-      items = arena.take<SortItem<W>>(a.tokens);
+      items = arena.take<SortItem<W>>(2 * a.tokens);
       order = arena.take<int32_t>(a.tokens);
     }
   };
 
   int64_t scratch_bytes(int64_t) const {
-    return Arena::bytes<W>(a.tokens) + Arena::bytes<SortItem<W>>(a.tokens) + Arena::bytes<int32_t>(a.tokens);
+    return Arena::bytes<W>(a.tokens) + Arena::bytes<SortItem<W>>(2 * a.tokens) + Arena::bytes<int32_t>(a.tokens);
   }
 
   void prepare(int64_t image, char* memory) const {

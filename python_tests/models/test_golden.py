@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffrate_ext.compression import compress, restore, token_slots
 from golden_cases import load_case
+
+from diffrate_ext.compression import compress, restore, token_slots
 
 EVAL_CASES = ["deit_eval_a", "deit_eval_b", "mae_eval_a", "caformer_eval_a"]
 

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, Pooling, SepConv
+from torch import nn
+
 from diffrate_ext.compression import compress, restore, token_slots
 from diffrate_ext.flops import flops
 from diffrate_ext.schedule import Schedule
-from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, Pooling, SepConv
-from torch import nn
 
 NUMBERS = [16, 11, 7, 7, 4, 3]
 SCHEDULE = Schedule(None, NUMBERS, prefix=0)

@@ -7,10 +7,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from diffrate_ext.compression import compress, restore, token_slots
-from diffrate_ext.flops import flops
-from diffrate_ext.models import adapter_for
-from diffrate_ext.schedule import Schedule
 from timm.layers import Attention, DiffAttention, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import (
@@ -22,6 +18,11 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffrate_ext.compression import compress, restore, token_slots
+from diffrate_ext.flops import flops
+from diffrate_ext.models import adapter_for
+from diffrate_ext.schedule import Schedule
 
 TINY: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
 

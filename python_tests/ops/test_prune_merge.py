@@ -112,22 +112,21 @@ def test_results(device: torch.device, call: tuple[TokenCase, int, int, dict[str
     added = x if residual is None else x + residual
     check_slots(case, added, order, slot, k_p, k_m)
 
-    target = slot
-    unmerged = torch.zeros(slot.shape[0], k_m, dtype=torch.int64).scatter_add(1, slot.clamp_min(0), (slot >= 0).long()) == 1
-    holder = order[:, :k_m]
-    kept = reference.gather_tokens(added, holder)
+    # one more column counts what was pruned
+    index = torch.where(slot < 0, k_m, slot)
+    unmerged = torch.zeros(len(slot), k_m + 1, dtype=torch.int64).scatter_add(1, index, torch.ones_like(slot))[:, :k_m] == 1
+    kept = reference.gather_tokens(added, order[:, :k_m])
     assert_same("tokens that nothing merged into", out[unmerged], kept[unmerged])
 
     sizes = torch.ones(x.shape[:2], dtype=case.wide) if size is None else size
     weights = sizes.clamp_min(TINY) if options["features"] == "weighted" else None
 
     def compute(added: Tensor, weights: Tensor | None) -> Tensor:
-        return reference.merge_reduce(added, target, k_m, weights=weights)
+        return reference.merge_reduce(added, slot, k_m, weights=weights)
 
     assert_as_accurate_as_eager("x", out, compute, [added, weights], dtype=case.dtype)
 
-    magnitude = torch.zeros(slot.shape[0], k_m, dtype=torch.float64)
-    magnitude.scatter_add_(1, slot.clamp_min(0), torch.where(slot >= 0, sizes.double().abs(), 0))
+    magnitude = torch.zeros(len(slot), k_m + 1, dtype=torch.float64).scatter_add(1, index, sizes.double().abs())[:, :k_m]
     compute_sizes = expected_sizes(order, slot, k_p, k_m, options["sizes"])
     units = torch.where(magnitude > 0, magnitude, 1)
     assert_as_accurate_as_eager("size", out_size, compute_sizes, [added, sizes], dtype=case.wide, per=units)

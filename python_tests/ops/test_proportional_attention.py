@@ -1,0 +1,196 @@
+"""proportional_attention: accuracy, gradients, memory layout, and that no attention map is ever built."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import attention_checks
+import pytest
+import torch
+from compare import assert_as_accurate_as_eager, assert_same
+from hypothesis import given
+from strategies import AttentionCase, attention_cases
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffrate_ext import ops, reference
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def eager(case: AttentionCase) -> Any:
+    """Attention as eager PyTorch computes it in the dtype of its inputs."""
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor:
+        logits = q @ k.transpose(-1, -2) * scale
+        if size is not None:
+            logits = logits + size.clamp_min(TINY).log()[:, None, None].to(logits.dtype)
+        return logits.softmax(-1) @ v
+
+    return compute
+
+
+def eager_gradients(
+    case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, by the formulas that attention without a stored map must use (``delta`` from the output)."""
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    attn = eager(case)(q, k, torch.eye(case.tokens, dtype=q.dtype), size)
+    delta = (gradient * (attn @ v)).sum(-1, keepdim=True)
+    grad_logits = attn * (gradient @ v.transpose(-1, -2) - delta)
+    return grad_logits @ k * scale, grad_logits.transpose(-1, -2) @ q * scale, attn.transpose(-1, -2) @ gradient
+
+
+@given(case=attention_cases(least_prefix=1))
+def test_accuracy(device: torch.device, case: AttentionCase) -> None:
+    q, k, v = case.qkv()
+    size = case.size()
+    on_device = [None if tensor is None else tensor.to(device) for tensor in (q, k, v, size)]
+    for importance, measure in (("class", ops.class_attention), ("received", ops.received_attention), (None, None)):
+        out, measured = ops.proportional_attention(
+            *on_device, scale=case.scale, prefix=case.prefix, importance=importance  # type: ignore[arg-type]
+        )
+        if measure is None:
+            assert measured is None
+        else:
+            expected = measure(on_device[0], on_device[1], on_device[3], scale=case.scale, prefix=case.prefix)
+            assert measured is not None
+            assert_same("importance", measured, expected)
+    assert_as_accurate_as_eager("out", out, eager(case), [q, k, v, size], dtype=case.dtype)
+
+
+@given(case=attention_cases(least_prefix=1))
+def test_the_references_agree(case: AttentionCase) -> None:
+    """Half precision is not rounded between steps there, so it can only be better than eager."""
+    q, k, v = case.qkv()
+    size = case.size()
+    out, _ = reference.proportional_attention(q, k, v, size, scale=case.scale, prefix=case.prefix)
+    assert_as_accurate_as_eager("out", out, eager(case), [q, k, v, size], dtype=case.dtype)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "packed qkv", "tokens before heads"])
+@pytest.mark.parametrize("sizes", [None, "random"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_out_is_ready_for_the_projection(
+    device: torch.device, layout: str, sizes: str | None, dtype: torch.dtype
+) -> None:
+    case = AttentionCase(2, 3, 65, 16, 1, dtype, layout, sizes)
+    tensors = [None if tensor is None else tensor.to(device) for tensor in (*case.qkv(), case.size())]
+    out, _ = ops.proportional_attention(*tensors)  # type: ignore[arg-type]
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@given(case=attention_cases(least_prefix=1))
+def test_gradients(device: torch.device, case: AttentionCase) -> None:
+    q, k, v = case.qkv()
+    size = case.size()
+    gradient = torch.randn(v.shape, generator=torch.Generator().manual_seed(0)).to(case.dtype)
+    leaves = [tensor.contiguous().to(device).requires_grad_() for tensor in (q, k, v)]
+    out, importance = ops.proportional_attention(
+        *leaves, None if size is None else size.to(device), scale=case.scale, prefix=case.prefix
+    )
+    assert importance is not None
+    assert not importance.requires_grad
+    out.backward(gradient.to(device))
+    for index, name in enumerate("qkv"):
+
+        def compute(*inputs: Any, index: int = index) -> Tensor:
+            return eager_gradients(case, *inputs)[index]
+
+        grad = leaves[index].grad
+        assert grad is not None
+        assert_as_accurate_as_eager(f"gradient of {name}", grad, compute, [q, k, v, size, gradient], dtype=case.dtype)
+
+
+def test_gradcheck(device: torch.device) -> None:
+    q, k, v = torch.randn(3, 1, 2, 4, 3, dtype=torch.float64, device=device)
+    size = 1 + torch.rand(1, 4, dtype=torch.float64, device=device)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.proportional_attention(q, k, v, size)[0]
+
+    assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in (q, k, v)])
+
+
+def test_a_size_counts_as_so_many_tokens(device: torch.device) -> None:
+    """The paper's promise: attention to a token of size 3 is attention to that token three times."""
+    q, k, v = torch.randn(3, 2, 2, 6, 8, device=device)
+    size = torch.ones(2, 6, device=device)
+    size[:, 4] = 3
+    out, importance = ops.proportional_attention(q, k, v, size)
+    assert importance is not None
+    index = torch.tensor([0, 1, 2, 3, 4, 4, 4, 5], device=device)
+    attn = (q @ k[:, :, index].transpose(-1, -2) * 8**-0.5).softmax(-1)
+    torch.testing.assert_close(out, attn @ v[:, :, index])
+    torch.testing.assert_close(importance[:, 3], attn[:, :, 0, 4:7].sum(-1).mean(1))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operator returned, and which operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.operator = 0, ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and tensor.numel() > self.elements:
+                self.elements, self.operator = tensor.numel(), str(func)
+        return result
+
+
+TOKENS = 601  # large beside what is legitimately there: H * N * D elements are a tenth of N * N
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [None, "random"])
+@pytest.mark.parametrize("importance", ["class", "received", None])
+def test_no_attention_map_is_built(train: bool, dtype: torch.dtype, sizes: str | None, importance: Any) -> None:
+    case = AttentionCase(1, 2, TOKENS, 16, 1, dtype, "packed qkv", sizes)
+    q, k, v = (tensor.requires_grad_(train) for tensor in case.qkv())
+    size = case.size()
+    with LargestTensor() as largest:
+        out, _ = ops.proportional_attention(q, k, v, size, importance=importance)
+        if train:
+            out.sum().backward()
+    assert 0 < largest.elements < TOKENS * TOKENS / 2, f"{largest.operator} returned {largest.elements} elements"
+
+
+def test_the_recorder_sees_an_attention_map() -> None:
+    q, k, v = AttentionCase(1, 2, TOKENS, 16, 1, torch.float32).qkv()
+    with LargestTensor() as largest:
+        reference.proportional_attention(q, k, v)
+    assert largest.elements == 2 * TOKENS * TOKENS
+
+
+def test_no_images(device: torch.device) -> None:
+    q = torch.zeros(0, 2, 5, 4, device=device)
+    out, importance = ops.proportional_attention(q, q, q, torch.ones(0, 5, device=device))
+    assert importance is not None
+    assert out.shape == (0, 2, 5, 4)
+    assert importance.shape == (0, 4)
+
+
+Q = attention_checks.Q
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        *attention_checks.ERRORS,
+        ({"v": None}, TypeError, "v must be a tensor (B, H, N, D), got NoneType"),
+        ({"v": Q[0]}, ValueError, "v must be (B, H, N, D), got shape (3, 6, 4)"),
+        ({"v": Q[..., :3]}, ValueError, "v must be the shape of q = (2, 3, 6, 4), got shape (2, 3, 6, 3)"),
+        ({"v": Q.half()}, TypeError, "v is torch.float16 and q torch.float32"),
+        ({"v": Q.to("meta")}, ValueError, "v is on meta and q on cpu"),
+        ({"importance": "cls"}, ValueError, "importance must be one of 'class', 'received', None, got 'cls'"),
+        ({"prefix": 0}, ValueError, "prefix must be at least 1 (index 0 is the class token), got 0"),
+    ],
+)
+def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        ops.proportional_attention(**{"q": Q, "k": Q, "v": Q, **changes})
