@@ -38,7 +38,9 @@ def cmake_architectures(torch_list: str) -> str:
     """``8.0;9.0+PTX`` in CMake's words: ``80-real;90``."""
     words = torch_list.replace(" ", ";").split(";")
     return ";".join(
-        word.removesuffix("+PTX").replace(".", "") + ("" if word.endswith("+PTX") else "-real") for word in words if word
+        word.removesuffix("+PTX").replace(".", "") + ("" if word.endswith("+PTX") else "-real")
+        for word in words
+        if word
     )
 
 

@@ -1,7 +1,7 @@
 """Faster Vision Transformers by DiffRate token compression (Chen et al., ICCV 2023).
 
-``diffrate_ext.ops`` holds the operators, ``diffrate_ext.reference`` the same in plain PyTorch. ``compress`` and ``restore``
-apply a ``Schedule`` of kept tokens to a timm model.
+``diffrate_ext.ops`` holds the operators, ``diffrate_ext.reference`` the same in plain PyTorch. ``compress`` and
+``restore`` apply a ``Schedule`` of kept tokens to a timm model.
 """
 
 from __future__ import annotations

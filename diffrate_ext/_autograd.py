@@ -13,7 +13,7 @@ from diffrate_ext.reference import TINY, wide_dtype
 _ops = torch.ops.diffrate
 
 
-# --- fake kernels ---------------------------------------------------------------------------------------------------------
+# --- fake kernels
 
 
 @torch.library.register_fake("diffrate::sort_tokens")
@@ -67,7 +67,7 @@ def _(q: Tensor, k: Tensor, size: Tensor | None, scale: float, prefix: int = 0) 
     return q.new_empty((q.shape[0], q.shape[2] - prefix), dtype=wide_dtype(q))
 
 
-# --- gradients ------------------------------------------------------------------------------------------------------------
+# --- gradients
 # Every operator that moves features is linear in them once the order and the matching are fixed, so each gradient, and
 # the gradient of each gradient, is one of merge_reduce and merge_reduce_backward.
 
@@ -80,7 +80,9 @@ def _sort_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]
 
 def _sort_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
     (order,) = ctx.saved_tensors
-    slot = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    slot = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return _ops.merge_reduce_backward(grad, slot, None), None, None, None
 
 

@@ -1,8 +1,8 @@
 """Makes torchvision, which timm needs, importable beside a CPU-only torch.
 
-The torchvision on PyPI is a CUDA build. Beside a CPU-only torch its compiled operators do not load, and its import stops
-where it describes them (``torchvision::nms``) to torch. Declaring the two names first lets the import pass; calling them
-still fails, and neither timm's models nor its image transforms do.
+The torchvision on PyPI is a CUDA build. Beside a CPU-only torch its compiled operators do not load, and its import
+stops where it describes them (``torchvision::nms``) to torch. Declaring the two names first lets the import pass;
+calling them still fails, and neither timm's models nor its image transforms do.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, MIT licence) by ``scripts/train_em
 from __future__ import annotations
 
 from importlib import resources
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def build_model() -> VisionTransformer:
     model = VisionTransformer(
         img_size=28, patch_size=2, in_chans=1, num_classes=len(CLASSES), embed_dim=96, depth=12, num_heads=3
     )
-    model.pretrained_cfg = {
+    config: Any = {
         "architecture": "vit_embedded_fashion_mnist",
         "input_size": (1, 28, 28),
         "mean": (MEAN,),
@@ -39,6 +39,7 @@ def build_model() -> VisionTransformer:
         "interpolation": "bicubic",
         "num_classes": len(CLASSES),
     }
+    model.pretrained_cfg = config  # from here timm's resolve_data_config takes size, mean and std
     return model
 
 
@@ -54,8 +55,8 @@ def load_model() -> VisionTransformer:
 def load_images(split: Literal["search", "test"]) -> tuple[torch.Tensor, torch.Tensor]:
     """Labelled embedded images, the same number of each class.
 
-    ``"search"``: 1,000 training images, to learn or choose a schedule on. ``"test"``: 2,000 test images, which the model
-    never saw, to report on.
+    ``"search"``: 1,000 training images, to learn or choose a schedule on. ``"test"``: 2,000 test images, which the
+    model never saw, to report on.
 
     Returns:
         images (n, 1, 28, 28) uint8 and labels (n,) int64.

@@ -80,9 +80,9 @@ def prune_merge(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prune the least important tokens, then merge the next ones into their most similar neighbours.
 
-    Tokens are sorted by importance; the first ``k_p`` stay, the others are pruned; of those, the ones at sorted positions
-    ``k_m .. k_p-1`` are merged, each into the token at positions ``P .. k_m-1`` with the most similar features (cosine;
-    ties go to the lower position). Sections 3.2 and 3.3 of the paper.
+    Tokens are sorted by importance; the first ``k_p`` stay, the others are pruned; of those, the ones at sorted
+    positions ``k_m .. k_p-1`` are merged, each into the token at positions ``P .. k_m-1`` with the most similar
+    features (cosine; ties go to the lower position). Sections 3.2 and 3.3 of the paper.
 
     Args:
         x: features (B, N, C); any strides.
@@ -93,13 +93,14 @@ def prune_merge(
         prefix: P.
         importance: how ``attn`` (B, H, N, N) becomes importance: ``"class"``, the class token's row, or ``"received"``,
             the mean over queries, for models without a class token. The mean over heads is taken in both.
-        features: ``"mean"``, the plain mean of the merged tokens (the paper), or ``"weighted"``, weighted by size (ToMe).
+        features: ``"mean"``, the plain mean of the merged tokens (the paper), or ``"weighted"``, weighted by size
+            (ToMe).
         sizes: ``"cosine"``, a merged size counts times its cosine (the paper), or ``"sum"``.
         residual: (B, N, C), added to x on the way in.
 
     Returns:
-        x (B, k_m, C) and size (B, k_m) in sorted order, and slot (B, N) int64: the output position that holds each input
-        token, -1 = pruned. Gradients reach x and residual; sizes and the matching are constants.
+        x (B, k_m, C) and size (B, k_m) in sorted order, and slot (B, N) int64: the output position that holds each
+        input token, -1 = pruned. Gradients reach x and residual; sizes and the matching are constants.
     """
     check_tensor("x", x, 3, "(B, N, C)")
     prefix = check_prefix(prefix, x.shape[1])
@@ -133,7 +134,8 @@ def merge_reduce(x: Tensor, dst: Tensor, kept: int, *, weights: Tensor | None = 
         (B, kept, C). A position without tokens, or whose weights sum to zero, is zero.
 
     Raises:
-        ValueError: also if ``dst`` is out of range. On CUDA such tokens go nowhere instead: looking would stop the stream.
+        ValueError: also if ``dst`` is out of range. On CUDA such tokens go nowhere instead: looking would stop the
+        stream.
     """
     check_tensor("x", x, 3, "(B, N, C)")
     kept = check_int("kept", kept, 0)
@@ -172,7 +174,9 @@ def class_attention(
     """
     size, scale, prefix = _check_queries(q, k, size, scale, prefix)
     if prefix < 1:
-        raise ValueError("prefix must be at least 1 (index 0 is the class token), got 0; without one: received_attention")
+        raise ValueError(
+            "prefix must be at least 1 (index 0 is the class token), got 0; without one: received_attention"
+        )
     return _ops.class_attention(q.detach(), k.detach(), size, scale, prefix)
 
 
@@ -181,7 +185,8 @@ def received_attention(
 ) -> Tensor:
     """The attention that each patch receives, mean over heads and queries, without the N x N map.
 
-    The importance in models without a class token. Arguments and result as in :func:`class_attention`; ``prefix`` may be 0.
+    The importance in models without a class token. Arguments and result as in :func:`class_attention`; ``prefix`` may
+    be 0.
     """
     size, scale, prefix = _check_queries(q, k, size, scale, prefix)
     return _ops.received_attention(q.detach(), k.detach(), size, scale, prefix)
@@ -199,8 +204,8 @@ def proportional_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention in which a token counts as often as it has tokens merged in, and the importance that follows from it.
 
-    ``softmax(scale * q k^T + log size) v`` by torch's fused attention with a bias on the keys, and the importance by its
-    own kernel: on the CPU nothing faster was found, and no N x N map exists.
+    ``softmax(scale * q k^T + log size) v`` by torch's fused attention with a bias on the keys, and the importance by
+    its own kernel: on the CPU nothing faster was found, and no N x N map exists.
 
     Args:
         q, k, v: (B, H, N, D); any strides.
@@ -304,7 +309,9 @@ def _check_attention(attn: Tensor, x: Tensor, prefix: int, importance: str) -> T
     if attn.shape[1] == 0:
         raise ValueError(f"attn must have at least one head, got shape {tuple(attn.shape)}")
     if attn.ndim == 4 and importance == "class" and prefix == 0:
-        raise ValueError("importance='class' needs a class token (prefix >= 1), got prefix 0; use importance='received'")
+        raise ValueError(
+            "importance='class' needs a class token (prefix >= 1), got prefix 0; use importance='received'"
+        )
     check_like("attn", attn, "x", x, dtype=False)
     return attn.detach()
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The smallest normal float32. Cosine-weighted merging can drive a size to zero or below; its logarithm must stay finite.
+# The smallest normal float32. Cosine-weighted merging can drive a size to zero or below; its logarithm must stay
+# finite.
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -27,8 +28,8 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def token_importance(attn: Tensor, prefix: int, kind: str, dtype: torch.dtype) -> Tensor:
-    """Importance (B, N-P) of the patches, from attention (B, H, N, N), its class rows (B, H, N), or importance itself."""
-    attn = attn.to(dtype)
+    """Importance (B, N-P) of the patches, from attention (B, H, N, N), its class rows (B, H, N), or importance
+    itself.""" attn = attn.to(dtype)
     if attn.ndim == 4:
         attn = attn[:, :, 0] if kind == "class" else attn.mean(2)
     if attn.ndim == 3:

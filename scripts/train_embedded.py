@@ -5,8 +5,8 @@
 
 About an hour on two cores, minutes on a GPU. Most epochs see a random quarter of the patches (cheap, and a
 strong regulariser), the last ones half and then all of them. It can be killed and started again: it resumes from the
-last half epoch in --workdir. Writes diffrate_ext/data/{embedded.safetensors,search_images.npz,test_images.npz} and prints
-the accuracy of the float16 weights, as shipped, on the 10,000 test images.
+last half epoch in --workdir. Writes embedded.safetensors, search_images.npz and test_images.npz in diffrate_ext/data
+and prints the accuracy of the float16 weights, as shipped, on the 10,000 test images.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def main() -> None:
     plan = [(drop, augmented) for halves, drop, augmented in PHASES for _ in range(halves)]
     total = len(plan) * steps_per_half
     scheduler = CosineLRScheduler(
-        optimizer, t_initial=total, lr_min=1e-5, warmup_t=500, warmup_lr_init=1e-6, warmup_prefix=False, t_in_epochs=False
+        optimizer, t_initial=total, lr_min=1e-5, warmup_t=500, warmup_lr_init=1e-6, t_in_epochs=False
     )
 
     args.workdir.mkdir(parents=True, exist_ok=True)
