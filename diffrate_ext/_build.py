@@ -10,7 +10,7 @@ try:
     import diffrate_ext._C as _C
 except ImportError as error:
     raise ImportError(
-        "diffrate_ext's compiled library is missing or does not load. In a checkout, install it first (`pip install .`, "
+        "diffrate_ext's compiled library is missing or does not load. In a checkout, install it first (`pip install .` "
         "or `pip install --no-build-isolation -e .`), and unless it was installed with -e do not import it from the "
         f"checkout's own folder. ({error})"
     ) from error

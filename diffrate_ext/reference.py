@@ -28,16 +28,16 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def token_importance(attn: Tensor, prefix: int, kind: str, dtype: torch.dtype) -> Tensor:
-    """Importance (B, N-P) of the patches, from attention (B, H, N, N), its class rows (B, H, N), or importance
-    itself.""" attn = attn.to(dtype)
+    """Importance of the patches, (B, N-P).
+
+    ``attn`` is attention (B, H, N, N), its class rows (B, H, N), or importance itself, which passes through.
+    """
+    attn = attn.to(dtype)
     if attn.ndim == 4:
         attn = attn[:, :, 0] if kind == "class" else attn.mean(2)
     if attn.ndim == 3:
-        attn = attn.mean(1)
-    else:
-        # (B, N) and (B, N-P) both come in two dimensions; the caller tells them apart by the number of tokens
-        return attn
-    return attn[:, prefix:]
+        return attn.mean(1)[:, prefix:]
+    return attn
 
 
 def sort_order(importance: Tensor, prefix: int) -> Tensor:
@@ -59,8 +59,8 @@ def sort_tokens(
     """Section 3.2 of the paper: tokens in descending importance."""
     patches = importance[:, importance.shape[1] - (x.shape[1] - prefix) :]
     order = sort_order(patches, prefix)
-    if size is None:
-        size = torch.ones(x.shape[:2], dtype=wide_dtype(x), device=x.device)
+    ones = torch.ones(x.shape[:2], dtype=wide_dtype(x), device=x.device)
+    size = ones if size is None else size.to(ones.dtype)
     return gather_tokens(x, order), size.gather(1, order), order
 
 
