@@ -49,7 +49,7 @@ class Settings:
 
     @property
     def rounds(self) -> int:
-        return 7 if self.quick else 41
+        return 5 if self.quick else 41
 
     @property
     def min_seconds(self) -> float:

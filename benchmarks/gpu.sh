@@ -38,12 +38,14 @@ print(torch.cuda.get_device_name(), torch.__version__)'
 }
 
 keep() {
-    if [ -n "${OUT:-}" ]; then
-        cp "$@" "$OUT"/
-    fi
+    for file in "$@"; do
+        if [ -n "${OUT:-}" ] && [ -f "$file" ]; then
+            cp "$file" "$OUT"/
+        fi
+    done
 }
 
-# Runs a command to its limit; 124 (out of time) is no failure: the next call goes on.
+# Ends with status 124 when out of time: the next call goes on from the records that are there.
 benchmark() {
     started=$(date +%s)
     build

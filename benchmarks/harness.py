@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
+import itertools
 import math
-import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,11 +100,11 @@ def measure(
     return Timings(seconds)
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that one call adds to the memory in use at its peak, its result included.
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes of tensors that one call adds at its peak, its result included, by torch's allocator on either device.
 
-    On a GPU by torch's allocator. On a CPU by the resident pages of the process, so that a kernel's own scratch memory
-    counts too; needs Linux (None elsewhere). Call it once beforehand, so that one-time set-up does not count.
+    Call it once beforehand, so that one-time set-up does not count. (The resident pages of the process would also count
+    scratch memory that a kernel takes elsewhere, but on a CPU they measure malloc's fragmentation more than the call.)
     """
     gc.collect()
     if device.type == "cuda":
@@ -118,26 +115,13 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # pages that malloc merely holds on to would hide the call's own
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak to the present value
-    except (AttributeError, OSError):
-        return None
-    before = _resident("VmRSS")
-    result = call()
-    peak = _resident("VmHWM")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
     del result
-    return max(0, peak - before)
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    match = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
-    if match is None:
-        raise RuntimeError(f"/proc/self/status has no {field}")
-    return int(match[1]) * 1024
+    assert profile.profiler is not None
+    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(0, *itertools.accumulate(changes), 0)
 
 
 def compiled(call: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Callable[..., Any] | None, str | None]:

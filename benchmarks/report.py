@@ -162,8 +162,8 @@ def times(ratio: dict[str, float]) -> str:
     return f"{ratio['median']:.2f}x ({ratio['low']:.2f} - {ratio['high']:.2f})"
 
 
-def mebibytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**20:.1f} MiB"
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

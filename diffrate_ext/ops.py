@@ -224,6 +224,7 @@ def proportional_attention(
     check_shape("v", v, q.shape, "the shape of q")
     check_like("v", v, "q", q)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=_key_bias(size, q), scale=scale)
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as it mostly is: a copy only if torch followed q's layout
     if importance is None:
         return out, None
     measure = class_attention if importance == "class" else received_attention
@@ -242,6 +243,7 @@ def compose_slots(first: Tensor, second: Tensor) -> Tensor:
     """
     for name, slot in (("first", first), ("second", second)):
         _check_slot(name, slot)
+    check_like("second", second, "first", first)
     if first.shape[0] != second.shape[0]:
         raise ValueError(f"first and second must have one batch size, got {first.shape[0]} and {second.shape[0]}")
     if second.shape[1] == 0:  # nothing was left to compress

@@ -14,7 +14,7 @@ from torch import Tensor
 Compute = Callable[..., Tensor]
 # Eager PyTorch's error is measured on so many inputs, or until it has been seen in so many values: that the one result of
 # a small input is exact may be luck.
-FEWEST_INPUTS, MOST_INPUTS, ENOUGH_VALUES = 2, 16, 4096
+FEWEST_INPUTS, MOST_INPUTS, ENOUGH_VALUES = 4, 16, 4096
 
 
 def assert_same(name: str, actual: Tensor, expected: Tensor) -> None:
@@ -38,19 +38,22 @@ def assert_as_accurate_as_eager(
     *,
     dtype: torch.dtype,
     per: Tensor | None = None,
+    terms: Tensor | None = None,
 ) -> None:
     """``actual``, of this dtype, is as near to ``compute`` in float64 as ``compute`` in the inputs' own dtype is.
 
     Args:
         compute: the operation in plain PyTorch; works in the dtype of its inputs.
         inputs: floating-point tensors, or None.
+        terms: magnitudes of what the result is a difference of, where it is one: rounding is that of the terms.
         per: magnitudes, broadcast against the result, that errors are measured in; where parts of a result differ in scale.
     """
     inputs = [None if tensor is None else tensor.detach().cpu() for tensor in inputs]
     reference = compute(*_converted(inputs, torch.float64))
     _check_kind(name, actual, reference.shape, dtype)
     units = torch.ones((), dtype=torch.float64) if per is None else per.detach().cpu().double()
-    bound = 2 * (eager_error(compute, inputs, units) + rounding_noise(reference / units, dtype))
+    rounded = reference if terms is None else terms.detach().cpu().double()
+    bound = 2 * (eager_error(compute, inputs, units) + rounding_noise(rounded / units, dtype))
     assert_within(name, actual.detach().cpu().double() / units, reference / units, bound)
 
 

@@ -84,6 +84,17 @@ def test_units_make_small_values_count() -> None:
         assert_as_accurate_as_eager("mean", wrong, mean, [x], dtype=torch.float32, per=x.amax(1))
 
 
+def test_terms_that_cancel_leave_their_rounding() -> None:
+    x = torch.full((2, 4), 0.1)
+    zero = x.mean(1) - x.mean(1)
+    wrong = zero + torch.finfo(torch.float32).eps / 16
+    with pytest.raises(AssertionError, match="allowed 0"):
+        assert_as_accurate_as_eager("x", wrong, lambda x: mean(x) - mean(x), [x], dtype=torch.float32)
+    assert_as_accurate_as_eager("x", wrong, lambda x: mean(x) - mean(x), [x], dtype=torch.float32, terms=mean(x))
+    with pytest.raises(AssertionError, match="x: worst"):
+        assert_as_accurate_as_eager("x", 64 * wrong, lambda x: mean(x) - mean(x), [x], dtype=torch.float32, terms=mean(x))
+
+
 def test_the_dtype_counts() -> None:
     x = torch.rand(2, 3)
     with pytest.raises(AssertionError, match=r"got torch.float64 of shape \(2,\), expected torch.float32"):

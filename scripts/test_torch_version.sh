@@ -9,15 +9,10 @@ cd "$(dirname "$0")/.."
 site() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))'; }
 
 "$built/bin/python" -m venv "$new"
-requirements=$("$built/bin/python" - <<'PY'
-import tomllib
-project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-print(*(r for r in project["dependencies"] + project["optional-dependencies"]["test"] if not r.startswith("torch")), sep="\n")
-PY
-)
-printf '%s\n' "$requirements" >"$new/requirements.txt"
+"$built/bin/python" scripts/requirements.py dependencies test | grep -v '^torch' >"$new/requirements.txt"
 "$new/bin/pip" install -q "torch==$version" torchvision -r "$new/requirements.txt"
 cp -r "$(site "$built")"/diffrate_ext "$(site "$built")"/diffrate_ext-*.dist-info "$(site "$new")"/
 cp "$built/bin/diffrate" "$new/bin/diffrate" && sed -i "1s|.*|#!$new/bin/python|" "$new/bin/diffrate"
-"$new/bin/python" -c 'import torch, diffrate_ext; print("torch", torch.__version__, diffrate_ext.build_info())'
-"$new/bin/python" -m pytest -q "$@"
+(cd / && "$new/bin/diffrate" info)
+# not python -m pytest: it would put the checkout, which holds no compiled library, before the installed package
+"$new/bin/pytest" -q "$@"

@@ -9,7 +9,7 @@ import attention_checks
 import pytest
 import torch
 from compare import assert_as_accurate_as_eager, assert_same
-from hypothesis import given
+from hypothesis import given, settings
 from strategies import AttentionCase, attention_cases
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,13 +33,18 @@ def eager(case: AttentionCase) -> Any:
 
 
 def eager_gradients(
-    case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, gradient: Tensor
+    case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, gradient: Tensor, terms: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, by the formulas that attention without a stored map must use (``delta`` from the output)."""
+    """Gradients of q, k and v, by the formulas that attention without a stored map must use (``delta`` from the output).
+
+    With ``terms`` the magnitudes of all that is added up and taken off in them.
+    """
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     attn = eager(case)(q, k, torch.eye(case.tokens, dtype=q.dtype), size)
+    if terms:
+        q, k, v, gradient = (tensor.abs() for tensor in (q, k, v, gradient))
     delta = (gradient * (attn @ v)).sum(-1, keepdim=True)
-    grad_logits = attn * (gradient @ v.transpose(-1, -2) - delta)
+    grad_logits = attn * (gradient @ v.transpose(-1, -2) + (delta if terms else -delta))
     return grad_logits @ k * scale, grad_logits.transpose(-1, -2) @ q * scale, attn.transpose(-1, -2) @ gradient
 
 
@@ -61,6 +66,7 @@ def test_accuracy(device: torch.device, case: AttentionCase) -> None:
     assert_as_accurate_as_eager("out", out, eager(case), [q, k, v, size], dtype=case.dtype)
 
 
+@settings(max_examples=20)
 @given(case=attention_cases(least_prefix=1))
 def test_the_references_agree(case: AttentionCase) -> None:
     """Half precision is not rounded between steps there, so it can only be better than eager."""
@@ -82,6 +88,7 @@ def test_out_is_ready_for_the_projection(
     assert out.transpose(1, 2).is_contiguous()
 
 
+@settings(max_examples=20)
 @given(case=attention_cases(least_prefix=1))
 def test_gradients(device: torch.device, case: AttentionCase) -> None:
     q, k, v = case.qkv()
@@ -94,6 +101,7 @@ def test_gradients(device: torch.device, case: AttentionCase) -> None:
     assert importance is not None
     assert not importance.requires_grad
     out.backward(gradient.to(device))
+    terms = eager_gradients(case, *(None if t is None else t.double() for t in (q, k, v, size, gradient)), terms=True)  # type: ignore[arg-type]
     for index, name in enumerate("qkv"):
 
         def compute(*inputs: Any, index: int = index) -> Tensor:
@@ -101,7 +109,8 @@ def test_gradients(device: torch.device, case: AttentionCase) -> None:
 
         grad = leaves[index].grad
         assert grad is not None
-        assert_as_accurate_as_eager(f"gradient of {name}", grad, compute, [q, k, v, size, gradient], dtype=case.dtype)
+        inputs = [q, k, v, size, gradient]
+        assert_as_accurate_as_eager(f"gradient of {name}", grad, compute, inputs, dtype=case.dtype, terms=terms[index])
 
 
 def test_gradcheck(device: torch.device) -> None:

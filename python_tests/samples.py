@@ -1,0 +1,118 @@
+"""Sample calls of every operator, for the tests that treat all operators alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffrate_ext import ops
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def _positive(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return 1 + torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def _destinations(*shape: int, kept: int) -> Tensor:
+    return torch.randint(-1, kept, shape, generator=torch.Generator().manual_seed(kept))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A public operator on inputs for any number of images, and which of its tensors can require a gradient."""
+
+    name: str
+    function: Callable[..., Any]
+    inputs: Callable[[int], tuple[Tensor, ...]]
+    differentiable: int  # so many of the inputs, from the first
+
+
+def _samples() -> list[Sample]:
+    def prune_merge(x: Tensor, residual: Tensor, attn: Tensor, size: Tensor) -> Any:
+        return ops.prune_merge(x, attn, 14, 9, size, residual=residual)
+
+    def weighted(x: Tensor, attn: Tensor, size: Tensor) -> Any:
+        options: dict[str, Any] = {"importance": "received", "features": "weighted", "sizes": "sum"}
+        return ops.prune_merge(x, attn, 17, 9, size, prefix=0, **options)
+
+    return [
+        Sample(
+            "sort_tokens",
+            lambda x, importance, size: ops.sort_tokens(x, importance, size),
+            lambda images: (_tensor(images, 17, 8), _tensor(images, 16), _positive(images, 17)),
+            1,
+        ),
+        Sample(
+            "prune_merge",
+            prune_merge,
+            lambda images: (
+                _tensor(images, 17, 8),
+                _tensor(images, 17, 8, seed=1),
+                _tensor(images, 2, 17),
+                _positive(images, 17),
+            ),
+            2,
+        ),
+        Sample(
+            "prune_merge, weighted and received",
+            weighted,
+            lambda images: (_tensor(images, 17, 8), _tensor(images, 2, 17, 17), _positive(images, 17)),
+            1,
+        ),
+        Sample(
+            "prune_merge that only prunes",
+            lambda x, importance: ops.prune_merge(x, importance, 9, 9),
+            lambda images: (_tensor(images, 17, 8), _tensor(images, 17)),
+            1,
+        ),
+        Sample(
+            "merge_reduce",
+            lambda x, dst, weights: ops.merge_reduce(x, dst, 5, weights=weights),
+            lambda images: (_tensor(images, 17, 8), _destinations(images, 17, kept=5), _positive(images, 17)),
+            1,
+        ),
+        Sample(
+            "class_attention",
+            lambda q, k, size: ops.class_attention(q, k, size),
+            lambda images: (_tensor(images, 2, 17, 8), _tensor(images, 2, 17, 8, seed=1), _positive(images, 17)),
+            0,
+        ),
+        Sample(
+            "received_attention",
+            lambda q, k, size: ops.received_attention(q, k, size, prefix=1),
+            lambda images: (_tensor(images, 2, 17, 8), _tensor(images, 2, 17, 8, seed=1), _positive(images, 17)),
+            0,
+        ),
+        Sample(
+            "proportional_attention",
+            lambda q, k, v, size: ops.proportional_attention(q, k, v, size),
+            lambda images: (*(_tensor(images, 2, 17, 8, seed=s) for s in range(3)), _positive(images, 17)),
+            3,
+        ),
+        Sample(
+            "compose_slots",
+            lambda first, second: ops.compose_slots(first, second),
+            lambda images: (_destinations(images, 17, kept=9), _destinations(images, 9, kept=4)),
+            0,
+        ),
+        Sample(
+            "restore_tokens",
+            lambda x, fill, slot: ops.restore_tokens(x, slot, fill),
+            lambda images: (_tensor(images, 9, 8), _tensor(8), _destinations(images, 17, kept=9)),
+            2,
+        ),
+    ]
+
+
+SAMPLES = {sample.name: sample for sample in _samples()}
+
+
+def tensors(result: Any) -> list[Tensor]:
+    return [tensor for tensor in (result if isinstance(result, tuple) else (result,)) if tensor is not None]

@@ -1,0 +1,11 @@
+"""Prints requirements that pyproject.toml lists: ``python scripts/requirements.py [dependencies] [EXTRA ...]``."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]
+for name in sys.argv[1:]:
+    print(*(project["dependencies"] if name == "dependencies" else project["optional-dependencies"][name]), sep="\n")
