@@ -11,6 +11,8 @@ from compare import assert_as_accurate_as_eager, assert_same
 from strategies import AttentionCase
 from torch import Tensor
 
+from diffrate_ext.reference import class_attention
+
 TINY = torch.finfo(torch.float32).tiny
 Operator = Callable[..., Tensor]
 
@@ -28,7 +30,20 @@ def check_accuracy(operator: Operator, reference: Operator, case: AttentionCase,
     assert out.is_contiguous()
     assert not out.requires_grad
     dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
-    assert_as_accurate_as_eager("importance", out, compute, [q, k, size], dtype=dtype)
+    terms = rounded_terms(case, reference)
+    assert_as_accurate_as_eager("importance", out, compute, [q, k, size], dtype=dtype, terms=terms)
+
+
+def rounded_terms(case: AttentionCase, reference: Operator) -> Tensor:
+    """What the roundings of logits do to importance, as a magnitude: p = exp(l - top) moves by p (|dl| + |d top|)."""
+    q, k, _ = (tensor.double() for tensor in case.qkv())
+    size = case.size()
+    logits = q @ k.transpose(-1, -2) * (case.head_dim**-0.5 if case.scale is None else case.scale)
+    if size is not None:
+        logits = logits + size.double().clamp_min(TINY).log()[:, None, None]
+    terms = logits.softmax(-1) * (1 + logits.abs() + logits.amax(-1, keepdim=True).abs())
+    per_head = terms[:, :, 0] if reference is class_attention else terms.mean(2)
+    return per_head.mean(1)[:, case.prefix :]
 
 
 def check_sizes(operator: Operator, device: torch.device) -> None:

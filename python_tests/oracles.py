@@ -1,4 +1,4 @@
-"""What the operators must do, once more and in other words than ``diffrate_ext.reference``: loops over plain numbers."""
+"""What the operators must do, in other words than ``diffrate_ext.reference``: loops over plain numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ def sorted_positions(importance: Tensor, prefix: int) -> Tensor:
 
     def order(values: list[float]) -> list[int]:
         # Python's sort is stable, and compares -0.0 and 0.0 as equal
-        return sorted(range(len(values)), key=lambda j: (math.isnan(values[j]), 0.0 if math.isnan(values[j]) else -values[j]))
+        return sorted(
+            range(len(values)), key=lambda j: (math.isnan(values[j]), 0.0 if math.isnan(values[j]) else -values[j])
+        )
 
     rows = [[*range(prefix), *(j + prefix for j in order(row))] for row in importance.cpu().double().tolist()]
     return torch.tensor(rows, dtype=torch.int64).view(importance.shape[0], prefix + importance.shape[1])

@@ -24,7 +24,16 @@ SYSTEM_VERSIONS = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+$")
 # looked up by the loader and by sanitizers or profilers where there are any, and null elsewhere
 OPTIONAL = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
 FORBIDDEN_LIBRARIES = ("libtorch_cuda", "libtorch_python", "libc10", "libpython", "libcudart", "libcuda.", "libnv")
-SYSTEM_LIBRARIES = ("libstdc++.so", "libm.so", "libgcc_s.so", "libc.so", "ld-linux", "libpthread.so", "libdl.so", "librt.so")
+SYSTEM_LIBRARIES = (
+    "libstdc++.so",
+    "libm.so",
+    "libgcc_s.so",
+    "libc.so",
+    "ld-linux",
+    "libpthread.so",
+    "libdl.so",
+    "librt.so",
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,9 @@ class Symbol:
 
 def read_symbols(listing: str) -> list[Symbol]:
     """From what ``nm -D --undefined-only`` prints."""
-    return [Symbol(name, kind in "wv") for kind, name in (line.split() for line in listing.splitlines() if line.strip())]
+    return [
+        Symbol(name, kind in "wv") for kind, name in (line.split() for line in listing.splitlines() if line.strip())
+    ]
 
 
 def is_in_system_libraries(name: str) -> bool:

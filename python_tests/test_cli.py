@@ -183,18 +183,22 @@ def test_version_and_help(capsys):
         assert expected in capsys.readouterr().out
 
 
-def test_help_imports_nothing_heavy():
+def test_help_imports_nothing_heavy(tmp_path):
     code = (
         "import sys, diffrate_ext.cli as cli; cli.build_parser().format_help(); "
         "print({'timm', 'matplotlib', 'rich'} & sys.modules.keys())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
-def test_as_a_module():
+def test_as_a_module(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "diffrate_ext", "demo", "--nonsense"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "diffrate_ext", "demo", "--nonsense"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
     )
     assert done.returncode == 2
     assert done.stderr == "diffrate: error: unrecognized arguments: --nonsense (see diffrate --help)\n"

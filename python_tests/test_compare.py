@@ -18,7 +18,11 @@ def test_same_takes_equal_tensors() -> None:
 @pytest.mark.parametrize(
     ("actual", "expected", "message"),
     [
-        ([[1.0, 2.0], [3.0, 5.0]], [[1.0, 2.0], [3.0, 4.0]], r"x: 1 of 4 values differ, first at \(1, 1\): got 5.0, expected 4.0"),
+        (
+            [[1.0, 2.0], [3.0, 5.0]],
+            [[1.0, 2.0], [3.0, 4.0]],
+            r"x: 1 of 4 values differ, first at \(1, 1\): got 5.0, expected 4.0",
+        ),
         ([1.0, NAN], [1.0, 2.0], r"first at \(1,\): got nan, expected 2.0"),
         ([1.0, 2.0], [1.0, NAN], r"got 2.0, expected nan"),
         ([INF], [-INF], r"got inf, expected -inf"),
@@ -40,7 +44,10 @@ def test_within_takes_what_is_near() -> None:
 @pytest.mark.parametrize(
     ("actual", "message"),
     [
-        ([[0.0, 0.0], [0.75, -2.0]], r"x: worst at \(1, 1\): got -2.0, expected 0.0, off by 2.000e\+00, allowed 5.000e-01; 2 of 4"),
+        (
+            [[0.0, 0.0], [0.75, -2.0]],
+            r"x: worst at \(1, 1\): got -2.0, expected 0.0, off by 2.000e\+00, allowed 5.000e-01; 2 of 4",
+        ),
         ([[0.0, NAN], [9.0, 0.0]], r"worst at \(0, 1\): got nan, expected 0.0"),
         ([[0.0, INF], [0.0, 0.0]], r"worst at \(0, 1\): got inf, expected 0.0"),
     ],
@@ -88,11 +95,13 @@ def test_terms_that_cancel_leave_their_rounding() -> None:
     x = torch.full((2, 4), 0.1)
     zero = x.mean(1) - x.mean(1)
     wrong = zero + torch.finfo(torch.float32).eps / 16
-    with pytest.raises(AssertionError, match="allowed 0"):
+    with pytest.raises(AssertionError, match=r"allowed 2\.351e-38"):
         assert_as_accurate_as_eager("x", wrong, lambda x: mean(x) - mean(x), [x], dtype=torch.float32)
     assert_as_accurate_as_eager("x", wrong, lambda x: mean(x) - mean(x), [x], dtype=torch.float32, terms=mean(x))
     with pytest.raises(AssertionError, match="x: worst"):
-        assert_as_accurate_as_eager("x", 64 * wrong, lambda x: mean(x) - mean(x), [x], dtype=torch.float32, terms=mean(x))
+        assert_as_accurate_as_eager(
+            "x", 64 * wrong, lambda x: mean(x) - mean(x), [x], dtype=torch.float32, terms=mean(x)
+        )
 
 
 def test_the_dtype_counts() -> None:
@@ -105,8 +114,8 @@ def test_the_measured_errors_have_the_size_of_roundings() -> None:
     x = torch.rand(8, 100)
     eps = torch.finfo(torch.float32).eps
     assert 0 < eager_error(mean, [x], torch.ones(())) < 4 * eps
-    assert eps / 8 < rounding_noise(torch.rand(1000).double(), torch.float32) <= eps
-    assert rounding_noise(torch.zeros(4), torch.float32) == 0
+    assert eps / 8 < rounding_noise(torch.rand(1000).double(), torch.float32) < 1.01 * eps
+    assert rounding_noise(torch.zeros(4), torch.float32) == torch.finfo(torch.float32).tiny
 
 
 def test_the_sorting_oracle() -> None:

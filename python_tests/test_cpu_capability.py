@@ -17,7 +17,7 @@ from torch import Tensor
 
 import diffrate_ext
 
-# wide rows, rows of every length modulo the vectors' length, and the formats that each instruction set converts its own way
+# long rows, rows that fill no vector, and the formats that each instruction set converts in its own way
 PROGRAM = """
 import sys
 import torch

@@ -26,9 +26,10 @@ void log_sizes(const AttentionArgs& a, int64_t image, W* bias) {
   for (int64_t j = a.tokens; j < padded<W>(a.tokens); ++j) bias[j] = -std::numeric_limits<W>::infinity();
 }
 
-// sums += softmax(logits), over a padded row.
+// Replaces a padded row of logits by their exponentials after the largest is taken off, and returns 1 / their sum: the
+// row times that is its softmax.
 template <class W>
-void add_softmax(W* logits, int64_t length, W* sums) {
+W exponentials(W* logits, int64_t length) {
   Vec<W> top = load(logits);
   for (int64_t j = kLanes<W>; j < length; j += kLanes<W>) {
     Vec<W> value = load(logits + j);
@@ -42,8 +43,7 @@ void add_softmax(W* logits, int64_t length, W* sums) {
     total += value;
     store(logits + j, value);
   }
-  W scale = 1 / sum(total);
-  for (int64_t j = 0; j < length; j += kLanes<W>) store(sums + j, load(sums + j) + load(logits + j) * scale);
+  return 1 / sum(total);
 }
 
 // Importance from one row of attention sums for each head, (heads, padded).

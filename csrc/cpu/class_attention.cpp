@@ -49,8 +49,8 @@ struct ClassAttention {
         logits[j] = sum(dot) + s.bias[j];
       }
       for (int64_t j = a.tokens; j < length; ++j) logits[j] = s.bias[j];
-      fill(s.rows + head * length, length, W(0));
-      add_softmax(logits, length, s.rows + head * length);
+      W scale = exponentials(logits, length);
+      for (int64_t j = 0; j < length; j += kLanes<W>) store(s.rows + head * length + j, load(logits + j) * scale);
     }
   }
 

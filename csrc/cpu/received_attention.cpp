@@ -18,6 +18,7 @@ struct ReceivedAttention {
     W* keys;    // (parts, head_dim, padded): transposed, so that a vector holds one channel of many keys
     W* logits;  // (parts, kQueries, padded)
     W* query;   // (parts, kQueries, head_dim)
+    W* lost;    // (parts, padded): what rounding took from the column sums
     int64_t bytes;
     Scratch(const AttentionArgs& a, int64_t parts, char* memory) {
       int64_t length = padded<W>(a.tokens);
@@ -27,6 +28,7 @@ struct ReceivedAttention {
       keys = arena.take<W>(parts * a.head_dim * length);
       logits = arena.take<W>(parts * kQueries * length);
       query = arena.take<W>(parts * kQueries * a.head_dim);
+      lost = arena.take<W>(parts * length);
       bytes = arena.take<char>(0) - memory;
     }
   };
@@ -41,11 +43,13 @@ struct ReceivedAttention {
     W* keys = s.keys + p * a.head_dim * length;
     W* logits = s.logits + p * kQueries * length;
     W* query = s.query + p * kQueries * a.head_dim;
+    W* lost = s.lost + p * length;
     for (int64_t head = a.heads * p / parts; head < a.heads * (p + 1) / parts; ++head) {
       const T* q = static_cast<const T*>(a.q) + image * a.q_stride_image + head * a.q_stride_head;
       const T* k = static_cast<const T*>(a.k) + image * a.k_stride_image + head * a.k_stride_head;
       W* sums = s.rows + head * length;
       fill(sums, length, W(0));
+      fill(lost, length, W(0));
       fill(keys, a.head_dim * length, W(0));
       for (int64_t j = 0; j < a.tokens; ++j)
         for (int64_t d = 0; d < a.head_dim; ++d) keys[d * length + j] = to_wide(k[j * a.k_stride_token + d]);
@@ -56,15 +60,31 @@ struct ReceivedAttention {
             query[r * a.head_dim + d] =
                 to_wide(q[(i + std::min(r, queries - 1)) * a.q_stride_token + d]) * static_cast<W>(a.scale);
         for (int64_t j = 0; j < length; j += kLanes<W>) {
-          Vec<W> dot[kQueries];
-          for (int64_t r = 0; r < kQueries; ++r) dot[r] = load(s.bias + j);
-          for (int64_t d = 0; d < a.head_dim; ++d) {
-            Vec<W> key = load(keys + d * length + j);
-            for (int64_t r = 0; r < kQueries; ++r) dot[r] += key * query[r * a.head_dim + d];
+          Vec<W> dot[kQueries] = {}, odd[kQueries] = {};  // two sums each: shorter ones round less
+          for (int64_t d = 0; d + 1 < a.head_dim; d += 2) {
+            Vec<W> key = load(keys + d * length + j), next = load(keys + (d + 1) * length + j);
+            for (int64_t r = 0; r < kQueries; ++r) {
+              dot[r] += key * query[r * a.head_dim + d];
+              odd[r] += next * query[r * a.head_dim + d + 1];
+            }
           }
-          for (int64_t r = 0; r < kQueries; ++r) store(logits + r * length + j, dot[r]);
+          if (a.head_dim % 2 == 1) {
+            Vec<W> key = load(keys + (a.head_dim - 1) * length + j);
+            for (int64_t r = 0; r < kQueries; ++r) dot[r] += key * query[(r + 1) * a.head_dim - 1];
+          }
+          for (int64_t r = 0; r < kQueries; ++r) store(logits + r * length + j, dot[r] + odd[r] + load(s.bias + j));
         }
-        for (int64_t r = 0; r < queries; ++r) add_softmax(logits + r * length, length, sums);
+        W share[kQueries] = {};
+        for (int64_t r = 0; r < queries; ++r) share[r] = exponentials(logits + r * length, length);
+        for (int64_t j = 0; j < length; j += kLanes<W>) {
+          Vec<W> received = {};
+          for (int64_t r = 0; r < queries; ++r) received += load(logits + r * length + j) * share[r];
+          // compensated summation: what rounding took from the sum is given back with the next rows
+          received -= load(lost + j);
+          Vec<W> before = load(sums + j), after = before + received;
+          store(lost + j, (after - before) - received);
+          store(sums + j, after);
+        }
       }
     }
   }

@@ -170,6 +170,7 @@ class BlockCompressor:
             x, size, slot = self.reduce(shortcut, branch, importance, k_p, k_m, size)
         else:
             x = shortcut + branch
+        del shortcut, branch  # the MLP is where memory peaks
         return self.adapter.mlp(block, x), size, slot
 
 

@@ -146,7 +146,7 @@ def block_inputs(device: torch.device, images: int) -> list[Tensor]:
 
 
 def test_inductor(device: torch.device) -> None:
-    """The default compiler, forward and backward: our operators read what its kernels write, and the other way round."""
+    """The default compiler, forward and backward: our operators read what its kernels write, and the reverse."""
 
     def function(x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out, size, slot = ops.prune_merge(x * 2, ops.class_attention(q, k), 14, 9, residual=x.square())

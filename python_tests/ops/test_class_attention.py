@@ -50,7 +50,10 @@ def test_no_patches(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
-    [*attention_checks.ERRORS, ({"prefix": 0}, ValueError, "prefix must be at least 1 (index 0 is the class token), got 0")],
+    [
+        *attention_checks.ERRORS,
+        ({"prefix": 0}, ValueError, "prefix must be at least 1 (index 0 is the class token), got 0"),
+    ],
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):

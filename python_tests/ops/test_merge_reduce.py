@@ -42,9 +42,7 @@ def reductions(draw: st.DrawFn) -> tuple[TokenCase, int, Tensor, Tensor | None]:
 def test_results(device: torch.device, reduction: tuple[TokenCase, int, Tensor, Tensor | None]) -> None:
     case, kept, dst, weights = reduction
     x = case.x()
-    out = ops.merge_reduce(
-        x.to(device), dst.to(device), kept, weights=None if weights is None else weights.to(device)
-    )
+    out = ops.merge_reduce(x.to(device), dst.to(device), kept, weights=None if weights is None else weights.to(device))
     assert out.is_contiguous()
 
     def compute(x: Tensor, weights: Tensor | None) -> Tensor:
@@ -118,7 +116,10 @@ WILD = torch.tensor([[0, 5, -2, 3, 2**40, -(2**63), 2**63 - 1, 2]])
 
 def test_destinations_out_of_range_are_refused() -> None:
     x = torch.randn(1, 8, 3)
-    with pytest.raises(ValueError, match=r"dst must lie in -1 \.\. kept-1 = 3, got values from -9223372036854775808 to 9223372036854775807"):
+    with pytest.raises(
+        ValueError,
+        match=r"dst must lie in -1 \.\. kept-1 = 3, got values from -9223372036854775808 to 9223372036854775807",
+    ):
         ops.merge_reduce(x, WILD, 4)
     with pytest.raises(ValueError, match=r"kept-1 = 3, got values from 0 to 4"):
         ops.merge_reduce(x, torch.arange(8)[None] // 2 + (torch.arange(8)[None] == 7), 4)

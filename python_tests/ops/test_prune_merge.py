@@ -55,12 +55,14 @@ def check_slots(case: TokenCase, x: Tensor, order: Tensor, slot: Tensor, k_p: in
     table = table.nan_to_num(nan=-torch.inf)  # a NaN is similar to nothing, and equally so to every destination
     found = table.gather(2, (match - case.prefix)[..., None]).squeeze(-1)
     best = table.max(2).values
-    # |error| of a dot product of n products is at most n eps |u| |v|; two more roundings make it a cosine, twice to compare
+    # a dot product of n products is off by at most n eps |u| |v|; few more roundings make it a cosine; two are compared
     rounding = 2 * (case.channels + 6) * torch.finfo(case.wide).eps
     missed = torch.where(best.isinf(), 0.0, best - found)
     assert float(missed.max()) <= rounding, f"a destination less similar by {float(missed.max()):.3e} was chosen"
     nothing_similar = best.isinf()
-    assert_same("match of what is similar to nothing", match[nothing_similar], match[nothing_similar].mul(0) + case.prefix)
+    assert_same(
+        "match of what is similar to nothing", match[nothing_similar], match[nothing_similar].mul(0) + case.prefix
+    )
     if case.features == "codebook":
         # the first of all destinations that are the same direction
         first = (table >= best[..., None] - rounding).int().argmax(2) + case.prefix
@@ -114,7 +116,9 @@ def test_results(device: torch.device, call: tuple[TokenCase, int, int, dict[str
 
     # one more column counts what was pruned
     index = torch.where(slot < 0, k_m, slot)
-    unmerged = torch.zeros(len(slot), k_m + 1, dtype=torch.int64).scatter_add(1, index, torch.ones_like(slot))[:, :k_m] == 1
+    unmerged = (
+        torch.zeros(len(slot), k_m + 1, dtype=torch.int64).scatter_add(1, index, torch.ones_like(slot))[:, :k_m] == 1
+    )
     kept = reference.gather_tokens(added, order[:, :k_m])
     assert_same("tokens that nothing merged into", out[unmerged], kept[unmerged])
 
@@ -126,7 +130,9 @@ def test_results(device: torch.device, call: tuple[TokenCase, int, int, dict[str
 
     assert_as_accurate_as_eager("x", out, compute, [added, weights], dtype=case.dtype)
 
-    magnitude = torch.zeros(len(slot), k_m + 1, dtype=torch.float64).scatter_add(1, index, sizes.double().abs())[:, :k_m]
+    magnitude = torch.zeros(len(slot), k_m + 1, dtype=torch.float64).scatter_add(1, index, sizes.double().abs())[
+        :, :k_m
+    ]
     compute_sizes = expected_sizes(order, slot, k_p, k_m, options["sizes"])
     units = torch.where(magnitude > 0, magnitude, 1)
     assert_as_accurate_as_eager("size", out_size, compute_sizes, [added, sizes], dtype=case.wide, per=units)
@@ -176,9 +182,7 @@ def test_importance_from_attention(
     x = torch.randn(2, tokens, 8).to(dtype)
     importance = "received" if kind == "received" else "class"
     kept = max(prefix, 1)
-    out, _, slot = ops.prune_merge(
-        x.to(device), attn.to(device), kept, kept, prefix=prefix, importance=importance
-    )
+    out, _, slot = ops.prune_merge(x.to(device), attn.to(device), kept, kept, prefix=prefix, importance=importance)
     expected = torch.full((2, tokens), -1)
     expected.scatter_(1, order[:, :kept], torch.arange(kept).expand(2, -1))
     assert_same("slot", slot, expected)
@@ -190,9 +194,7 @@ def test_importance_from_attention(
 @pytest.mark.parametrize("features", ["mean", "weighted"])
 @pytest.mark.parametrize("sizes", ["cosine", "sum"])
 @pytest.mark.parametrize(("tokens", "k_p", "k_m"), [(197, 168, 156), (197, 197, 99), (577, 500, 300)])
-def test_the_reference_agrees(
-    device: torch.device, features: str, sizes: str, tokens: int, k_p: int, k_m: int
-) -> None:
+def test_the_reference_agrees(device: torch.device, features: str, sizes: str, tokens: int, k_p: int, k_m: int) -> None:
     """Everything at once, where no two cosines are near each other: float64 throughout."""
     random = torch.Generator().manual_seed(tokens)
     x, residual = torch.randn(2, 2, tokens, 48, generator=random, dtype=torch.float64)
@@ -268,7 +270,7 @@ def test_weights_below_the_smallest_float_count_as_that(device: torch.device, si
     data=st.data(),
 )
 def test_any_features_give_valid_slots(device: torch.device, case: TokenCase, bits: str, data: st.DataObject) -> None:
-    """Overflowing and invalid features: results may be NaN, but every token has a place, and an ordinary one its own."""
+    """Overflowing and invalid features: results may be NaN, but every token has its place."""
     k_p, k_m = data.draw(kept_numbers(case.tokens, case.prefix))
     random = torch.Generator().manual_seed(case.seed)
     x = case.x().clone()
@@ -404,7 +406,11 @@ GOOD: dict[str, Any] = {"x": X, "attn": torch.zeros(2, 5), "k_p": 5, "k_m": 3}
         ({"attn": torch.zeros(2, 5).int()}, TypeError, "attn must be float32"),
         ({"attn": torch.zeros(2, 4)}, ValueError, "(B, N-P) = (2, 5) or (B, N) = (2, 6), got shape (2, 4)"),
         ({"attn": torch.zeros(3, 5)}, ValueError, "got shape (3, 5)"),
-        ({"attn": torch.zeros(2, 4, 5)}, ValueError, "attn must be (B, H, N, N) or (B, H, N) = (2, 4, 6), got shape (2, 4, 5)"),
+        (
+            {"attn": torch.zeros(2, 4, 5)},
+            ValueError,
+            "attn must be (B, H, N, N) or (B, H, N) = (2, 4, 6), got shape (2, 4, 5)",
+        ),
         ({"attn": torch.zeros(2, 4, 6, 5)}, ValueError, "= (2, 4, 6, 6), got shape (2, 4, 6, 5)"),
         ({"attn": torch.zeros(2, 4, 1, 6)}, ValueError, "= (2, 4, 6, 6), got shape (2, 4, 1, 6)"),
         ({"attn": torch.zeros(2, 0, 6)}, ValueError, "attn must have at least one head, got shape (2, 0, 6)"),

@@ -42,7 +42,8 @@ def test_order_and_values(device: torch.device, case: TokenCase) -> None:
 def test_the_reference_agrees(case: TokenCase) -> None:
     x, importance, size = case.x(), case.importance(), case.size()
     expected = reference.sort_tokens(x, patches(case, importance), size, prefix=case.prefix)
-    for name, a, b in zip(("x", "size", "order"), ops.sort_tokens(x, importance, size, prefix=case.prefix), expected):
+    actual = ops.sort_tokens(x, importance, size, prefix=case.prefix)
+    for name, a, b in zip(("x", "size", "order"), actual, expected, strict=True):
         assert_same(name, a, b)
 
 
@@ -104,9 +105,17 @@ GOOD: dict[str, Any] = {"x": X, "importance": torch.zeros(2, 4), "size": None, "
         ({"x": [1.0]}, TypeError, "x must be a tensor (B, N, C), got list"),
         ({"x": X[0]}, ValueError, "x must be (B, N, C), got shape (5, 3)"),
         ({"x": X.int()}, TypeError, "x must be float32, float16, bfloat16 or float64, got torch.int32"),
-        ({"x": X.to(torch.complex64)}, TypeError, "x must be float32, float16, bfloat16 or float64, got torch.complex64"),
+        (
+            {"x": X.to(torch.complex64)},
+            TypeError,
+            "x must be float32, float16, bfloat16 or float64, got torch.complex64",
+        ),
         ({"importance": None}, TypeError, "importance must be a tensor (B, N-P) or (B, N), got NoneType"),
-        ({"importance": torch.zeros(2, 1, 5)}, ValueError, "importance must be (B, N-P) or (B, N), got shape (2, 1, 5)"),
+        (
+            {"importance": torch.zeros(2, 1, 5)},
+            ValueError,
+            "importance must be (B, N-P) or (B, N), got shape (2, 1, 5)",
+        ),
         (
             {"importance": torch.zeros(2, 3)},
             ValueError,
