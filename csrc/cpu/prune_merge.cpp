@@ -31,10 +31,13 @@ struct Best {
 };
 
 // Compares kRows destinations, the first of them at `position`, with kColumns sources. Ties go to the lower position.
-template <class W>
-void compare(const W* rows, const W* inverse, int64_t position, const W* columns, int64_t stride, Best<W>& best) {
+// Meanwhile fetches the row of T at `ahead`, a cache line or less with each step: all at once they would stall.
+template <class T, class W>
+void compare(const W* rows, const W* inverse, int64_t position, const W* columns, int64_t stride, const T* ahead,
+             Best<W>& best) {
   Vec<W> sums[kRows][kColumns] = {};
   for (int64_t c = 0; c < stride; c += kLanes<W>) {
+    __builtin_prefetch(ahead + c);
     Vec<W> column[kColumns];
     for (int64_t j = 0; j < kColumns; ++j) column[j] = load(columns + j * stride + c);
     for (int64_t i = 0; i < kRows; ++i) {
@@ -99,8 +102,8 @@ struct PruneMerge {
 
   int64_t scratch_bytes(int64_t parts) const { return Scratch(*this, parts, nullptr).bytes; }
 
-  // Loads one input token, with the residual added as eager PyTorch would (rounded to T), widened into `row`; copies it
-  // to `out` where one is given. Returns 1 / norm.
+  // Loads one input token, with the residual added as eager PyTorch would (rounded to T), widened into `row`, and
+  // copies it to `out`, where these are given. Returns 1 / norm.
   W load_token(int64_t image, int64_t token, W* row, T* out) const {
     const T* x = static_cast<const T*>(a.x.data) + image * a.x.stride_image + token * a.x.stride_token;
     const T* residual = nullptr;
@@ -119,7 +122,7 @@ struct PruneMerge {
         }
       }
       if (out) store_at(out + c, value);
-      store(row + c, value);  // a whole vector: rows are padded, and the padding is zero
+      if (row) store(row + c, value);  // a whole vector: rows are padded, and the padding is zero
       squares += value * value;
     });
     W norm = static_cast<W>(__builtin_sqrt(sum(squares)));
@@ -165,21 +168,33 @@ struct PruneMerge {
     for (; begin < end && (begin < a.prefix || sources == 0); ++begin)
       copy_token(image, s.order[begin], out_row(image, begin));
 
+    const T* x = static_cast<const T*>(a.x.data) + image * a.x.stride_image;
     W* block = s.block + p * kBlock * stride;
     for (; begin < end; begin += kBlock) {
       int64_t rows = std::min(kBlock, end - begin);
+      // float rows that fill whole vectors are compared where they are written, others in a widened, padded copy
+      const W* compared = block;
+      if constexpr (std::is_same_v<T, W>) {
+        if (stride == a.channels && rows % kRows == 0) compared = out_row(image, begin);
+      }
       W inverse[kBlock] = {};
       for (int64_t i = 0; i < rows; ++i)
-        inverse[i] = load_token(image, s.order[begin + i], block + i * stride, out_row(image, begin + i));
+        inverse[i] = load_token(image, s.order[begin + i], compared == block ? block + i * stride : nullptr,
+                                out_row(image, begin + i));
       // rows past the last destination have no cosine: NaN is never better
       for (int64_t i = rows; i % kRows != 0; ++i) {
         fill(block + i * stride, stride, W(0));
         inverse[i] = std::numeric_limits<W>::quiet_NaN();
       }
+      // destinations come from anywhere in x: the next ones are fetched while these are compared
+      int64_t calls = 0;
+      auto ahead = [&](int64_t call) {
+        return x + s.order[std::min(begin + kBlock + call, end - 1)] * a.x.stride_token;
+      };
       for (int64_t j = 0; j < source_groups; ++j) {
         const W* group = s.source + j * kColumns * stride;
         for (int64_t i = 0; i < rows; i += kRows)
-          compare(block + i * stride, inverse + i, begin + i, group, stride, best[j]);
+          compare(compared + i * stride, inverse + i, begin + i, group, stride, ahead(calls++), best[j]);
       }
     }
   }
