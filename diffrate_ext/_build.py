@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
+
+_CAPABILITIES = ("plain", "avx2", "avx512")
+if (_wanted := os.environ.get("DIFFRATE_CPU_CAPABILITY")) and _wanted not in _CAPABILITIES:
+    # before the library is loaded: a misspelt name would quietly choose the slowest kernels
+    raise ValueError(f"DIFFRATE_CPU_CAPABILITY must be one of {', '.join(_CAPABILITIES)}, got {_wanted!r}")
 
 try:
     import diffrate_ext._C as _C

@@ -40,9 +40,8 @@ def load_timm_model(name: str, *, pretrained: bool = True, weights: str | Path |
     except Exception as error:  # the hub clients raise errors of their own HTTP libraries, torch of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if weights is not None:
-            raise ValueError(
-                f"the weights {weights} do not load into {name}: {' '.join(str(error).split())[:300]}"
-            ) from error
+            words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ValueError(f"the weights {weights} do not load into {name}: {words}") from error
         if pretrained:
             raise _no_pretrained(name, reason.rstrip(".")) from error
         raise ValueError(f"timm cannot build {name}: {reason}") from error

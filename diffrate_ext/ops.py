@@ -149,10 +149,7 @@ def merge_reduce(x: Tensor, dst: Tensor, kept: int, *, weights: Tensor | None = 
         weights = check_wide_vector("weights", weights, x, "x", (x.shape[0], x.shape[1]))
         if weights.requires_grad:
             raise ValueError("weights must not require a gradient (merge_reduce treats them as constants): detach them")
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and dst.numel() > 0:
-        low, high = (int(end) for end in dst.aminmax())
-        if low < -1 or high >= kept:
-            raise ValueError(f"dst must lie in -1 .. kept-1 = {kept - 1}, got values from {low} to {high}")
+    _check_range("dst", dst, kept)
     return _ops.merge_reduce(x, dst, kept, weights)
 
 
@@ -246,6 +243,7 @@ def compose_slots(first: Tensor, second: Tensor) -> Tensor:
     check_like("second", second, "first", first)
     if first.shape[0] != second.shape[0]:
         raise ValueError(f"first and second must have one batch size, got {first.shape[0]} and {second.shape[0]}")
+    _check_range("first", first, second.shape[1])
     if second.shape[1] == 0:  # nothing was left to compress
         return torch.full_like(first, -1)
     through = second.gather(1, first.clamp_min(0))
@@ -268,6 +266,7 @@ def restore_tokens(x: Tensor, slot: Tensor, fill: Tensor | None = None) -> Tenso
     check_like("slot", slot, "x", x, dtype=False)
     if slot.shape[0] != x.shape[0]:
         raise ValueError(f"slot must have the batch size of x, {x.shape[0]}, got {slot.shape[0]}")
+    _check_range("slot", slot, x.shape[1])
     if fill is None:
         fill = x.new_zeros(x.shape[2])
     else:
@@ -287,6 +286,15 @@ def _check_slot(name: str, slot: object) -> None:
         raise TypeError(f"{name} must be int64, got {slot.dtype}")
     if slot.ndim != 2:
         raise ValueError(f"{name} must be (B, N), got shape {tuple(slot.shape)}")
+
+
+def _check_range(name: str, positions: Tensor, count: int) -> None:
+    """Positions must lie in -1 .. count-1; looked at on the CPU only, elsewhere looking would stop the stream."""
+    if positions.device.type != "cpu" or torch.compiler.is_compiling() or positions.numel() == 0:
+        return
+    low, high = (int(end) for end in positions.aminmax())
+    if low < -1 or high >= count:
+        raise ValueError(f"{name} must lie in -1 .. {count - 1}, got values from {low} to {high}")
 
 
 def _check_importance(importance: Tensor, x: Tensor, prefix: int) -> Tensor:

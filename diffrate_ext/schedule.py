@@ -153,7 +153,7 @@ class Schedule:
         path = Path(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not a schedule: it is not valid JSON ({error})") from error
         if not isinstance(content, dict):
             raise ValueError(f"{path} is not a schedule: expected a JSON object, got {type(content).__name__}")

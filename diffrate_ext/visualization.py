@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,6 +225,7 @@ def check_output(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: its folder does not exist.
+        PermissionError: it may not be written there.
         ValueError: it is a folder, or matplotlib does not write files of that kind.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -234,6 +236,8 @@ def check_output(path: str | Path) -> Path:
         raise FileNotFoundError(f"the folder for the picture {path} does not exist")
     if path.is_dir():
         raise ValueError(f"the picture {path} cannot be written: it is a folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"the picture {path} cannot be written: no permission")
     if path.suffix.lower().removeprefix(".") not in kinds:
         raise ValueError(f"the picture {path} must end in one of: {', '.join('.' + kind for kind in kinds)}")
     return path

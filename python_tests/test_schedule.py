@@ -227,3 +227,10 @@ def test_scaled_steps_keep_the_rates_and_the_rule(new_patches: int, prefix: int,
     for before, after in zip(steps, scaled, strict=True):
         for kept, new in zip(before, after, strict=True):
             assert 0 <= (new - prefix) - (kept - prefix) * new_patches / (100 - prefix) < 1
+
+
+def test_json_nested_too_deep_is_refused(tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="not valid JSON"):
+        Schedule.load(path)

@@ -79,3 +79,9 @@ def test_slots_out_of_range_are_not_read(first: int) -> None:
 def test_another_device() -> None:
     with pytest.raises(ValueError, match="second is on meta and first on cpu"):
         ops.compose_slots(SLOT, SLOT.to("meta"))
+
+
+def test_positions_out_of_range() -> None:
+    first, second = torch.tensor([[0, 1, 2]]), torch.tensor([[0, -1]])
+    with pytest.raises(ValueError, match=r"first must lie in -1 \.\. 1, got values from 0 to 2"):
+        ops.compose_slots(first, second)

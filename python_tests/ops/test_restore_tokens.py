@@ -111,3 +111,8 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
 def test_slots_out_of_range_are_not_read(position: int) -> None:
     with pytest.raises((ValueError, RuntimeError, IndexError)):
         ops.restore_tokens(X, SLOT + position)
+
+
+def test_positions_out_of_range() -> None:
+    with pytest.raises(ValueError, match=r"slot must lie in -1 \.\. 1, got values from -2 to 0"):
+        ops.restore_tokens(torch.zeros(1, 2, 3), torch.tensor([[0, -2, -1]]))
