@@ -42,7 +42,6 @@ struct Forward {
 
   void part(int64_t image, char* memory, int64_t p, int64_t parts) const {
     Scratch s(a, memory);
-    const T* x = static_cast<const T*>(a.x.data) + image * a.x.stride_image;
     for (int64_t to = a.kept * p / parts; to < a.kept * (p + 1) / parts; ++to) {
       W total = 0;
       for (int32_t i = s.head[to]; i >= 0; i = s.next[i]) total += size_of<W>(a.weights, image, i);
@@ -50,7 +49,7 @@ struct Forward {
       for_vectors<W>(a.channels, [&](int64_t c, auto load_at, auto store_at) {
         Vec<W> mean = {};
         for (int32_t i = s.head[to]; i >= 0; i = s.next[i])
-          mean += load_at(x + i * a.x.stride_token + c) * size_of<W>(a.weights, image, i);
+          mean += load_at(row_of<T>(a.x, image, i) + c) * size_of<W>(a.weights, image, i);
         store_at(out + c, total != 0 ? mean / total : Vec<W>{});
       });
     }
@@ -75,7 +74,6 @@ struct Backward {
 
   void part(int64_t image, char* memory, int64_t p, int64_t parts) const {
     const W* total = Arena(memory).take<W>(a.kept);
-    const T* grad = static_cast<const T*>(a.x.data) + image * a.x.stride_image;
     for (int64_t i = a.tokens * p / parts; i < a.tokens * (p + 1) / parts; ++i) {
       T* out = static_cast<T*>(a.out) + (image * a.tokens + i) * a.channels;
       int64_t to = destination(a, image, i);
@@ -84,7 +82,7 @@ struct Backward {
         continue;
       }
       W share = size_of<W>(a.weights, image, i) / total[to];
-      const T* from = grad + to * a.x.stride_token;
+      const T* from = row_of<T>(a.x, image, to);
       for_vectors<W>(a.channels,
                      [&](int64_t c, auto load_at, auto store_at) { store_at(out + c, load_at(from + c) * share); });
     }

@@ -105,11 +105,8 @@ struct PruneMerge {
   // Loads one input token, with the residual added as eager PyTorch would (rounded to T), widened into `row`, and
   // copies it to `out`, where these are given. Returns 1 / norm.
   W load_token(int64_t image, int64_t token, W* row, T* out) const {
-    const T* x = static_cast<const T*>(a.x.data) + image * a.x.stride_image + token * a.x.stride_token;
-    const T* residual = nullptr;
-    if (a.residual.data)
-      residual =
-          static_cast<const T*>(a.residual.data) + image * a.residual.stride_image + token * a.residual.stride_token;
+    const T* x = row_of<T>(a.x, image, token);
+    const T* residual = a.residual.data ? row_of<T>(a.residual, image, token) : nullptr;
     Vec<W> squares = {};
     for_vectors<W>(a.channels, [&](int64_t c, auto load_at, auto store_at) {
       Vec<W> value = load_at(x + c);
@@ -130,13 +127,12 @@ struct PruneMerge {
   }
 
   void copy_token(int64_t image, int64_t token, T* out) const {
-    const T* x = static_cast<const T*>(a.x.data) + image * a.x.stride_image + token * a.x.stride_token;
+    const T* x = row_of<T>(a.x, image, token);
     if (!a.residual.data) {
       std::memcpy(out, x, a.channels * sizeof(T));
       return;
     }
-    const T* residual =
-        static_cast<const T*>(a.residual.data) + image * a.residual.stride_image + token * a.residual.stride_token;
+    const T* residual = row_of<T>(a.residual, image, token);
     for_vectors<W>(a.channels, [&](int64_t c, auto load_at, auto store_at) {
       store_at(out + c, load_at(x + c) + load_at(residual + c));
     });
@@ -168,7 +164,6 @@ struct PruneMerge {
     for (; begin < end && (begin < a.prefix || sources == 0); ++begin)
       copy_token(image, s.order[begin], out_row(image, begin));
 
-    const T* x = static_cast<const T*>(a.x.data) + image * a.x.stride_image;
     W* block = s.block + p * kBlock * stride;
     for (; begin < end; begin += kBlock) {
       int64_t rows = std::min(kBlock, end - begin);
@@ -189,7 +184,7 @@ struct PruneMerge {
       // destinations come from anywhere in x: the next ones are fetched while these are compared
       int64_t calls = 0;
       auto ahead = [&](int64_t call) {
-        return x + s.order[std::min(begin + kBlock + call, end - 1)] * a.x.stride_token;
+        return row_of<T>(a.x, image, s.order[std::min(begin + kBlock + call, end - 1)]);
       };
       for (int64_t j = 0; j < source_groups; ++j) {
         const W* group = s.source + j * kColumns * stride;

@@ -1,4 +1,4 @@
-// Importance of the patches and their sort order.
+// How kernels read tokens, sizes and importance, and the sort order that follows from importance.
 #pragma once
 
 #include <algorithm>
@@ -67,6 +67,11 @@ void sort_image(const Importance& from, int64_t image, int64_t tokens, int64_t p
   sort_items<W>(items, patches);
   for (int64_t j = 0; j < prefix; ++j) order[j] = static_cast<int32_t>(j);
   for (int64_t j = 0; j < patches; ++j) order[prefix + j] = items[j].patch + static_cast<int32_t>(prefix);
+}
+
+template <class T>
+const T* row_of(const Tokens& tokens, int64_t image, int64_t token) {
+  return static_cast<const T*>(tokens.data) + image * tokens.stride_image + token * tokens.stride_token;
 }
 
 template <class W>

@@ -38,10 +38,9 @@ struct SortTokens {
 
   void part(int64_t image, char* memory, int64_t p, int64_t parts) const {
     Scratch s(a, memory);
-    const T* x = static_cast<const T*>(a.x.data) + image * a.x.stride_image;
     T* out = static_cast<T*>(a.out) + image * a.tokens * a.channels;
     for (int64_t j = a.tokens * p / parts; j < a.tokens * (p + 1) / parts; ++j)
-      std::memcpy(out + j * a.channels, x + s.order[j] * a.x.stride_token, a.channels * sizeof(T));
+      std::memcpy(out + j * a.channels, row_of<T>(a.x, image, s.order[j]), a.channels * sizeof(T));
   }
 
   void finish(int64_t, char*, int64_t) const {}

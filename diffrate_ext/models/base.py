@@ -16,9 +16,6 @@ from .. import ops
 from ..flops import ModelCost
 from ..schedule import Schedule, Steps, scale_steps
 
-# The smallest normal float32. Cosines can drive a merged token's size below zero, its weight must stay positive.
-TINY = torch.finfo(torch.float32).tiny
-
 # (q, k, v, scale) -> the attention's output (B, H, N, D), and the importance (B, N-P) that follows from it
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor | None]]
 

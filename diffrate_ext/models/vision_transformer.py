@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..flops import BlockCost, ModelCost, StageCost
+from ..reference import TINY
 from ..schedule import Schedule
 from .base import (
-    TINY,
     Adapter,
     AttentionFunction,
     BlockCompressor,
