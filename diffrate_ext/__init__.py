@@ -23,6 +23,7 @@ from ._build import build_info  # noqa: E402
 if TYPE_CHECKING:
     from .compression import compress, restore, token_slots
     from .evaluation import evaluate
+    from .rates import RateSearch
     from .schedule import Schedule
     from .timing import benchmark
     from .visualization import visualize
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = _version("diffrate_ext")
 
 __all__ = [
+    "RateSearch",
     "Schedule",
     "benchmark",
     "build_info",
@@ -44,6 +46,7 @@ __all__ = [
 
 # Loaded when first used: they import timm and matplotlib, and the operators need neither.
 _LAZY = {
+    "RateSearch": "rates",
     "Schedule": "schedule",
     "benchmark": "timing",
     "compress": "compression",

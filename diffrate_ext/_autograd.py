@@ -67,6 +67,63 @@ def _(q: Tensor, k: Tensor, size: Tensor | None, scale: float, prefix: int = 0) 
     return q.new_empty((q.shape[0], q.shape[2] - prefix), dtype=wide_dtype(q))
 
 
+@torch.library.register_fake("diffrate::masked_attention")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    size: Tensor | None,
+    scale: float,
+    prefix: int = 1,
+    importance: str = "class",
+) -> tuple[Tensor, Tensor]:
+    return _empty_heads(q), q.new_empty((q.shape[0], q.shape[2] - prefix), dtype=wide_dtype(q))
+
+
+@torch.library.register_fake("diffrate::masked_attention_backward")
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, size: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_heads(q), _empty_heads(q), _empty_heads(q), mask.new_empty(mask.shape)
+
+
+def _empty_heads(q: Tensor) -> Tensor:
+    """(B, H, N, D) over (B, N, H, D) memory."""
+    images, heads, tokens, channels = q.shape
+    return q.new_empty(images, tokens, heads, channels).transpose(1, 2)
+
+
+@torch.library.register_fake("diffrate::compression_rate")
+def _(logits: Tensor, n_patches: int, granularity: int = 1, prefix: int = 1) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape[0], n_patches + prefix)
+
+
+@torch.library.register_fake("diffrate::compression_rate_backward")
+def _(
+    grad_kept: Tensor, grad_keep_prob: Tensor, logits: Tensor, n_patches: int, granularity: int, prefix: int
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("diffrate::masked_prune_merge")
+def _(
+    x: Tensor,
+    mask: Tensor,
+    importance: Tensor,
+    size: Tensor | None,
+    prune_prob: Tensor,
+    merge_prob: Tensor,
+    kept_p: Tensor,
+    kept_m: Tensor,
+    prefix: int = 1,
+    sizes: str = "cosine",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape, wide = x.shape[:2], wide_dtype(x)
+    positions = (x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=torch.int64))
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide), *positions
+
+
 # --- gradients
 # Every operator that moves features is linear in them once the order and the matching are fixed, so each gradient, and
 # the gradient of each gradient, is one of merge_reduce and merge_reduce_backward.
@@ -122,9 +179,89 @@ def _merge_reduce_backward_gradient(ctx: Any, grad: Tensor) -> tuple:
     return _ops.merge_reduce(grad, dst, ctx.kept, weights), None, None
 
 
+def _masked_attention_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, size, ctx.scale, *_ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, mask, size)
+
+
+def _masked_attention_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
+    gradients = _ops.masked_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
+    return (*gradients, None, None, None, None)
+
+
+def _compression_rate_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    logits, ctx.n_patches, ctx.granularity, ctx.prefix = inputs
+    ctx.save_for_backward(logits)
+
+
+def _compression_rate_gradient(ctx: Any, grad_kept: Tensor, grad_keep_prob: Tensor) -> tuple:
+    (logits,) = ctx.saved_tensors
+    gradient = _ops.compression_rate_backward(
+        grad_kept, grad_keep_prob, logits, ctx.n_patches, ctx.granularity, ctx.prefix
+    )
+    return gradient, None, None, None
+
+
+def _masked_prune_merge_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    mask, kept_p, kept_m = inputs[1], inputs[6], inputs[7]
+    _, _, size, order, dst = output
+    ctx.mark_non_differentiable(size, order, dst)
+    ctx.save_for_backward(mask, kept_p, kept_m, order, dst)
+
+
+def _masked_prune_merge_gradient(ctx: Any, grad_x: Tensor, grad_mask: Tensor, *_: Tensor) -> tuple:
+    mask, kept_p, kept_m, order, dst = ctx.saved_tensors
+    position = torch.arange(order.shape[1], device=order.device)
+    # a destination's gradient goes to all that merged into it; a source stays in place besides
+    stays = torch.where(dst == position, -1, position.expand_as(dst))
+    unsorted = torch.empty_like(order)
+    slot = unsorted.scatter(1, order, dst)
+    gradient = _ops.merge_reduce_backward(grad_x, slot, None)
+    gradient = gradient + _ops.merge_reduce_backward(grad_x, unsorted.scatter(1, order, stays), None)
+
+    alive = mask.gather(1, order)
+    last = alive[:1].sum()  # of the first image, as of every other
+    middle = torch.minimum(last, kept_p)
+    shown_by_pruning = ((position < kept_p) | (position >= last)).to(alive.dtype)
+    shown_by_merging = ((position < kept_m) | (position >= middle)).to(alive.dtype)
+    sorted_mask = grad_mask * shown_by_pruning * shown_by_merging
+    to_prune = (grad_mask * alive * shown_by_merging).sum(0) * (kept_p < last)
+    to_merge = (grad_mask * alive * shown_by_pruning).sum(0) * (kept_m < middle)
+    return (
+        gradient,
+        torch.empty_like(sorted_mask).scatter(1, order, sorted_mask),
+        None,
+        None,
+        to_prune,
+        to_merge,
+        *[None] * 4,
+    )
+
+
+def _refuse_second_backward(name: str) -> None:
+    """A gradient that is no operator of ours in turn raises when it is differentiated, instead of giving zeros."""
+
+    def refuse(ctx: Any, *_: Tensor) -> tuple:
+        raise RuntimeError(f"{name} cannot be differentiated twice")
+
+    torch.library.register_autograd(f"diffrate::{name}_backward", refuse, setup_context=lambda ctx, inputs, output: None)
+
+
 torch.library.register_autograd("diffrate::sort_tokens", _sort_gradient, setup_context=_sort_context)
 torch.library.register_autograd("diffrate::prune_merge", _prune_merge_gradient, setup_context=_prune_merge_context)
 torch.library.register_autograd("diffrate::merge_reduce", _merge_reduce_gradient, setup_context=_merge_reduce_context)
 torch.library.register_autograd(
     "diffrate::merge_reduce_backward", _merge_reduce_backward_gradient, setup_context=_merge_reduce_backward_context
 )
+torch.library.register_autograd(
+    "diffrate::masked_attention", _masked_attention_gradient, setup_context=_masked_attention_context
+)
+torch.library.register_autograd(
+    "diffrate::compression_rate", _compression_rate_gradient, setup_context=_compression_rate_context
+)
+torch.library.register_autograd(
+    "diffrate::masked_prune_merge", _masked_prune_merge_gradient, setup_context=_masked_prune_merge_context
+)
+_refuse_second_backward("masked_attention")
+_refuse_second_backward("compression_rate")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .models import adapter_for
 from .models.base import CompressedModule, Plan, compressed_class, original_class
+from .models.masked import SearchPlan
 from .schedule import Schedule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,14 +39,12 @@ def compress(model: Model, schedule: Schedule) -> Model:
     steps, compressor = adapter.steps(model, schedule), adapter.compressor(model)
     parts = zip(adapter.compressed_parts(model), adapter.stages(model), steps, strict=True)
     for (module, mixin), stage, numbers in parts:
-        base = original_class(module)
-        _set_plan(module, Plan(compressor, stage.tokens, numbers, base))
-        module.__class__ = compressed_class(mixin, base)  # type: ignore[arg-type]
+        install_plan(module, mixin, Plan(compressor, stage.tokens, numbers, original_class(module)))
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`compress`: the model is again what it was.
+    """Undo :func:`compress` and :class:`RateSearch`: the model is again what it was.
 
     Returns:
         the model itself.
@@ -55,6 +54,7 @@ def restore(model: Model) -> Model:
         ValueError: the model is not compressed.
     """
     for module in _compressed_modules(model):
+        module._diffrate_plan.release()
         module.__class__ = original_class(module)
         del module._diffrate_plan
     return model
@@ -89,5 +89,9 @@ def _compressed_modules(model: nn.Module) -> list[Any]:
     return modules
 
 
-def _set_plan(module: Any, plan: Plan) -> None:
+def install_plan(module: Any, mixin: type[CompressedModule], plan: Plan | SearchPlan) -> None:
+    """Give a module another forward, in place of what it did before."""
+    if isinstance(module, CompressedModule):
+        module._diffrate_plan.release()
     module._diffrate_plan = plan
+    module.__class__ = compressed_class(mixin, plan.base)  # type: ignore[arg-type]

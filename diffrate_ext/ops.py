@@ -25,11 +25,14 @@ from diffrate_ext._checks import (
     check_tensor,
     check_wide_vector,
 )
-from diffrate_ext.reference import TINY, wide_dtype
+from diffrate_ext.reference import TINY, rate_candidates, wide_dtype
 
 __all__ = [
     "class_attention",
     "compose_slots",
+    "compression_rate",
+    "masked_attention",
+    "masked_prune_merge",
     "merge_reduce",
     "proportional_attention",
     "prune_merge",
@@ -228,6 +231,130 @@ def proportional_attention(
     return out, measure(q, k, size, scale=scale, prefix=prefix)
 
 
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    size: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    prefix: int = 1,
+    importance: str = "class",
+) -> tuple[Tensor, Tensor]:
+    """Attention of the search step: masked tokens are seen by themselves alone (section 3.3 of the paper).
+
+    With ``s_ij = scale * q_i . k_j + log size_j``, ``e_ij = exp(s_ij - max_l s_il)`` and ``P_ij = 1`` where ``i = j``,
+    else ``M_j``: ``A_ij = (e_ij P_ij + eps/N) / (sum_l e_il P_il + eps)``, eps = 1e-6, and ``out_i = sum_j A_ij v_j``.
+    Sums are float32 (float64 for float64 input). No N x N map exists, and the backward pass keeps the inputs alone.
+
+    Args:
+        q, k, v: (B, H, N, D); any strides.
+        mask: M (B, N), 1 for tokens that are there, 0 for tokens that are not.
+        size: token sizes (B, N); None stands for ones.
+        scale: of the logits, by default ``D ** -0.5``.
+        prefix: P.
+        importance: ``"class"``, or ``"received"``: the mean over the queries that are not masked.
+
+    Returns:
+        out (B, H, N, D) over (B, N, H, D) memory, and importance (B, N-P), float32. Gradients reach q, k, v and the mask,
+        masked tokens included: what would change if they were there. Sizes and importance are constants.
+    """
+    check_choice("importance", importance, ("class", "received"))
+    size, scale, prefix = _check_queries(q, k, size, scale, prefix)
+    check_tensor("v", v, 4, "(B, H, N, D)")
+    check_shape("v", v, q.shape, "the shape of q")
+    check_like("v", v, "q", q)
+    mask = check_wide_vector("mask", mask, q, "q", (q.shape[0], q.shape[2]))
+    return _ops.masked_attention(q, k, v, mask, size, scale, prefix, importance)
+
+
+def compression_rate(logits: Tensor, n_patches: int, granularity: int = 1, prefix: int = 1) -> tuple[Tensor, Tensor]:
+    """Kept numbers and keep probabilities that the loss's gradient reaches (section 3.3 of the paper).
+
+    Each proxy is a distribution ``p = softmax(logits)`` over the candidates ``c_k = n_patches - granularity * k``, as
+    many as are positive.
+
+    Args:
+        logits: (L, K), one row for each proxy, one column for each candidate; float32 or float64.
+        n_patches: patches before compression.
+        granularity: the step between candidates.
+        prefix: P.
+
+    Returns:
+        kept (L,), the tokens to keep, prefix included: ``ceil(sum_k c_k p_k) + P``, the ceiling with the gradient of
+        what it rounds; and keep_probability (L, N), ``sum_k p_k [j < c_k + P]`` for sorted position j.
+    """
+    check_tensor("logits", logits, 2, "(L, K)")
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"logits must be float32 or float64, got {logits.dtype}")
+    n_patches = check_int("n_patches", n_patches, 1)
+    granularity = check_int("granularity", granularity, 1)
+    prefix = check_int("prefix", prefix, 0)
+    candidates = len(rate_candidates(n_patches, granularity))
+    if logits.shape[1] != candidates:
+        raise ValueError(
+            f"logits must have one column for each of the {candidates} candidates (n_patches {n_patches}, granularity "
+            f"{granularity}), got shape {tuple(logits.shape)}"
+        )
+    return _ops.compression_rate(logits, n_patches, granularity, prefix)
+
+
+def masked_prune_merge(
+    x: Tensor,
+    mask: Tensor,
+    importance: Tensor,
+    size: Tensor | None,
+    prune_prob: Tensor,
+    merge_prob: Tensor,
+    kept_p: Tensor,
+    kept_m: Tensor,
+    *,
+    prefix: int = 1,
+    sizes: str = "cosine",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`prune_merge` in the search step: all tokens stay and a mask says which are alive (section 3.3 of the paper).
+
+    Tokens are sorted by importance. Of the ``last`` tokens that are alive, pruning masks those at positions from
+    ``kept_p``; merging takes those at positions from ``kept_m`` as sources, gives each destination (positions
+    ``P .. kept_m-1``) the mean over itself and its sources, and masks the sources. A number that is not below what is
+    alive does nothing.
+
+    Args:
+        x: features (B, N, C); any strides.
+        mask: (B, N), 1 for tokens that are alive, the same number in every image, 0 for the others.
+        importance: (B, N-P) of the patches. Not differentiable.
+        size: token sizes (B, N); None stands for ones.
+        prune_prob, merge_prob: keep probabilities (N,) of :func:`compression_rate`. They are where the gradient of the
+            mask goes, at every position; values are not used.
+        kept_p, kept_m: 0-d, as :func:`compression_rate` gives them. Constants here: their gradient is in the FLOPs.
+        prefix: P.
+        sizes: ``"cosine"``, a source counts size times cosine but at least 1 (the paper), or ``"sum"``.
+
+    Returns:
+        x (B, N, C), mask (B, N) and size (B, N) in sorted order; order (B, N) int64, the input position of each sorted
+        position; and dst (B, N) int64, the sorted position that each sorted token was merged into, or its own.
+        Gradients reach x, mask, prune_prob and merge_prob; order, matching and sizes are constants.
+    """
+    check_tensor("x", x, 3, "(B, N, C)")
+    images, tokens = x.shape[:2]
+    prefix = check_prefix(prefix, tokens)
+    check_choice("sizes", sizes, ("cosine", "sum"))
+    importance = _check_importance(importance, x, prefix)
+    mask = check_wide_vector("mask", mask, x, "x", (images, tokens))
+    if size is not None:
+        size = check_wide_vector("size", size, x, "x", (images, tokens)).detach()
+    prune_prob = _check_rate("prune_prob", prune_prob, x, (tokens,), "(N,)")
+    merge_prob = _check_rate("merge_prob", merge_prob, x, (tokens,), "(N,)")
+    kept_p = _check_rate("kept_p", kept_p, x, (), "0-d").detach()
+    kept_m = _check_rate("kept_m", kept_m, x, (), "0-d").detach()
+    if images and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_masked_kept(mask, kept_p, kept_m, prefix)
+    return _ops.masked_prune_merge(
+        x, mask, importance, size, prune_prob, merge_prob, kept_p, kept_m, prefix, sizes
+    )
+
+
 def compose_slots(first: Tensor, second: Tensor) -> Tensor:
     """Where tokens end up after two compressions in a row.
 
@@ -277,6 +404,24 @@ def restore_tokens(x: Tensor, slot: Tensor, fill: Tensor | None = None) -> Tenso
         return fill.expand(*slot.shape, -1)
     restored = x.gather(1, slot.clamp_min(0).unsqueeze(-1).expand(-1, -1, x.shape[2]))
     return torch.where((slot < 0).unsqueeze(-1), fill, restored)
+
+
+def _check_rate(name: str, value: Tensor, x: Tensor, shape: tuple[int, ...], meaning: str) -> Tensor:
+    check_tensor(name, value, len(shape), meaning)
+    check_shape(name, value, shape, meaning)
+    check_like(name, value, "x", x, dtype=False)
+    return value.to(wide_dtype(x))
+
+
+def _check_masked_kept(mask: Tensor, kept_p: Tensor, kept_m: Tensor, prefix: int) -> None:
+    """Looked at on the CPU only, elsewhere looking would stop the stream."""
+    alive, pruned, merged = (float(number) for number in (mask.detach()[0].sum(), kept_p, kept_m))
+    if not 0 <= alive <= mask.shape[1]:
+        raise ValueError(f"mask must lie in 0 .. 1, but its first row adds up to {alive}")
+    if not pruned >= prefix:
+        raise ValueError(f"kept_p must be at least the prefix, {prefix}, got {pruned:g}")
+    if not (merged >= min(alive, pruned) or merged >= prefix + 1):
+        raise ValueError(f"kept_m must be at least {prefix + 1} (the prefix and one token to merge into), got {merged:g}")
 
 
 def _check_slot(name: str, slot: object) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 # The smallest normal float32. Cosine-weighted merging can drive a size to zero or below; its logarithm must stay
 # finite.
 TINY = torch.finfo(torch.float32).tiny
+# Of the masked softmax: keeps a row of which nothing is left from dividing by zero.
+MASKED_EPSILON = 1e-6
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -179,3 +181,101 @@ def restore_tokens(x: Tensor, slot: Tensor, fill: Tensor | None = None) -> Tenso
     restored = gather_tokens(x, slot.clamp_min(0))
     fill = torch.zeros(x.shape[-1], dtype=x.dtype, device=x.device) if fill is None else fill
     return torch.where((slot < 0)[..., None], fill, restored)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    size: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    prefix: int = 1,
+    importance: str = "class",
+) -> tuple[Tensor, Tensor]:
+    """Attention of the search step (section 3.4 of the paper): masked tokens are seen by themselves alone.
+
+    ``P_ij = M_j + (1 - M_j) [i = j]``, ``A_ij = (e_ij P_ij + eps/N) / (sum_l e_il P_il + eps)``. Attention received
+    is the mean over the queries that are not masked, as at inference there are no others.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype, tokens = wide_dtype(q), q.shape[2]
+    logits = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale
+    if size is not None:
+        logits = logits + size.detach().to(dtype).clamp_min(TINY).log()[:, None, None]
+    e = (logits - logits.detach().amax(-1, keepdim=True)).exp()
+    mask = mask.to(dtype)[:, None, None]
+    seen = e * (mask + (1 - mask) * torch.eye(tokens, dtype=dtype, device=q.device))
+    attn = (seen + MASKED_EPSILON / tokens) / (seen.sum(-1, keepdim=True) + MASKED_EPSILON)
+    out = (attn @ v.to(dtype)).to(v.dtype)
+    attn = attn.detach()
+    if importance == "class":
+        return out, attn[:, :, 0].mean(1)[:, prefix:]
+    alive = mask.detach().transpose(-1, -2)
+    received = (attn * alive).sum(2) / alive.sum(2).clamp_min(TINY)
+    return out, received.mean(1)[:, prefix:]
+
+
+def rate_candidates(n_patches: int, granularity: int) -> list[int]:
+    """The numbers of patches that a block may keep: ``n_patches - granularity * k`` while positive."""
+    return list(range(n_patches, 0, -granularity))
+
+
+def compression_rate(
+    logits: Tensor, n_patches: int, granularity: int = 1, prefix: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Section 3.3 of the paper: the differentiable discrete proxy, all blocks at once.
+
+    ``kept = ceil(sum_k c_k p_k) + P`` with a straight-through gradient, ``t_j = sum_k p_k [j < c_k + P]``.
+    """
+    p = logits.softmax(-1)
+    candidates = torch.tensor(rate_candidates(n_patches, granularity), device=logits.device)
+    mean = (p * candidates).sum(-1)
+    kept = mean + (mean.ceil() - mean).detach() + prefix
+    position = torch.arange(n_patches + prefix, device=logits.device)
+    keeps = position < candidates[:, None] + prefix  # (K, N)
+    return kept, p @ keeps.to(p.dtype)
+
+
+def masked_prune_merge(
+    x: Tensor,
+    mask: Tensor,
+    importance: Tensor,
+    size: Tensor | None,
+    prune_prob: Tensor,
+    merge_prob: Tensor,
+    kept_p: Tensor,
+    kept_m: Tensor,
+    *,
+    prefix: int = 1,
+    sizes: str = "cosine",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sort, prune and merge in the search step (sections 3.2 to 3.4 of the paper): tokens are masked, not dropped."""
+    x, size, order = sort_tokens(x, importance, size, prefix=prefix)
+    mask = mask.to(size.dtype).gather(1, order)
+    images, tokens = mask.shape
+    position = torch.arange(tokens, device=x.device)
+    pruned, merged = int(kept_p), int(kept_m)
+    last = int(mask[0].sum()) if images else tokens
+
+    def straight_through(first: int, end: int, probability: Tensor) -> Tensor:
+        """0 at positions first .. end-1, 1 elsewhere, with the gradient of the probability."""
+        hard = ((position < first) | (position >= end)).to(mask.dtype)
+        return hard + (probability - probability.detach()).to(mask.dtype)
+
+    if pruned < last:
+        mask = mask * straight_through(pruned, last, prune_prob)
+    middle = min(last, pruned)
+    dst = position.expand(images, -1)
+    if merged < middle:
+        match, cosine = match_tokens(x.detach(), middle, merged, prefix)
+        dst = torch.cat([dst[:, :merged], match, dst[:, middle:]], dim=1)
+        gained = size[:, merged:middle] * cosine if sizes == "cosine" else size[:, merged:middle]
+        size = torch.cat([size[:, :merged], gained.to(size.dtype), size[:, middle:]], dim=1)
+        size = torch.where(position < middle, size.clamp_min(1), size)
+        size = size.scatter_add(1, match, size[:, merged:middle])
+        means = merge_reduce(x, dst, tokens)
+        x = torch.where((position < merged)[:, None], means, x)
+        mask = mask * straight_through(merged, middle, merge_prob)
+    return x, mask, size, order, dst.contiguous()

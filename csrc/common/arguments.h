@@ -1,7 +1,7 @@
 // What the kernels take: raw pointers, sizes, strides. One plain struct per operator, shared by CPU and CUDA.
 //
-// All strides are in elements. `Type` is the dtype of the features (x, out, grad, q, k); importances and sizes are
-// `wide`: float, or double beside double features.
+// All strides are in elements. `Type` is the dtype of the features (x, out, grad, q, k, v); importances, sizes and masks
+// are `wide`: float, or double beside double features.
 #pragma once
 
 #include <cstdint>
@@ -74,6 +74,54 @@ struct AttentionArgs {  // importance (B, N-P) from q, k (B, H, N, D) with a uni
   Vector size;  // data may be null: all ones
   double scale;
   void* importance;
+};
+
+struct Heads {  // (B, H, N, D) with a unit last stride
+  const void* data;
+  int64_t stride_image, stride_head, stride_token;
+};
+
+struct MaskedAttentionArgs {  // everything written is (B, N, H, D), contiguous, but for importance and grad_mask
+  Type type;
+  int64_t images, heads, tokens, head_dim, prefix;
+  Heads q, k, v;
+  Vector mask;
+  Vector size;  // data may be null: all ones
+  double scale;
+  bool received;  // importance: attention received by each patch instead of the class token's
+  void* out;
+  void* importance;  // (B, N-P)
+  Heads grad;        // of out; the backward pass alone uses this and what follows
+  void *grad_q, *grad_k, *grad_v;
+  void* grad_mask;  // (B, N)
+};
+
+struct CompressionRateArgs {  // L proxies over K candidates; all arrays contiguous, of one type
+  Type type;                  // f32 or f64
+  int64_t proxies, candidates, patches, granularity, prefix;
+  const void* logits;     // (L, K)
+  void* kept;             // (L)
+  void* keep_prob;        // (L, N)
+  const void* grad_kept;  // of the results; the backward pass alone uses these
+  const void* grad_keep_prob;
+  void* grad_logits;  // (L, K)
+};
+
+struct MaskedPruneMergeArgs {
+  Type type;
+  int64_t images, tokens, channels, prefix;
+  int64_t last;      // tokens alive before: pruning masks sorted positions k_p .. last-1, if any
+  int64_t k_p, k_m;  // merging takes positions k_m .. min(last, k_p)-1 as sources, if any
+  Tokens x;
+  Importance importance;
+  Vector mask;
+  Vector size;        // data may be null: all ones
+  bool cosine_sizes;  // a source counts size * cosine, at least 1, instead of size
+  void* out;          // (B, N, C)
+  void* out_mask;     // (B, N)
+  void* out_size;     // (B, N)
+  int64_t* order;     // (B, N)
+  int64_t* dst;       // (B, N)
 };
 
 }  // namespace diffrate

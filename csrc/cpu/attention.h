@@ -1,4 +1,4 @@
-// What the two kernels that turn queries and keys into importance share.
+// What the attention kernels share.
 #pragma once
 
 #include <limits>
@@ -17,13 +17,12 @@ int64_t padded(int64_t tokens) {
 
 // log(size) of every key, (padded), -inf in the padding.
 template <class W>
-void log_sizes(const AttentionArgs& a, int64_t image, W* bias) {
-  for (int64_t j = 0; j < a.tokens; ++j) {
-    W size = size_of<W>(a.size, image, j);
-    bias[j] =
-        a.size.data ? static_cast<W>(__builtin_log(size > W(kTinySize) || size != size ? size : W(kTinySize))) : 0;
+void log_sizes(const Vector& sizes, int64_t tokens, int64_t image, W* bias) {
+  for (int64_t j = 0; j < tokens; ++j) {
+    W size = size_of<W>(sizes, image, j);
+    bias[j] = sizes.data ? static_cast<W>(__builtin_log(size > W(kTinySize) || size != size ? size : W(kTinySize))) : 0;
   }
-  for (int64_t j = a.tokens; j < padded<W>(a.tokens); ++j) bias[j] = -std::numeric_limits<W>::infinity();
+  for (int64_t j = tokens; j < padded<W>(tokens); ++j) bias[j] = -std::numeric_limits<W>::infinity();
 }
 
 // Replaces a padded row of logits by their exponentials after the largest is taken off, and returns 1 / their sum: the
@@ -46,15 +45,13 @@ W exponentials(W* logits, int64_t length) {
   return 1 / sum(total);
 }
 
-// Importance from one row of attention sums for each head, (heads, padded).
+// Importance of the patches (N-P) from one row of attention sums over `count` queries for each head, (heads, padded).
 template <class W>
-void write_importance(const AttentionArgs& a, int64_t image, const W* rows, W count) {
-  W* importance = static_cast<W*>(a.importance) + image * (a.tokens - a.prefix);
-  int64_t length = padded<W>(a.tokens);
-  for (int64_t j = a.prefix; j < a.tokens; ++j) {
+void mean_of_heads(const W* rows, int64_t heads, W count, int64_t prefix, int64_t tokens, W* importance) {
+  for (int64_t j = prefix; j < tokens; ++j) {
     W total = 0;
-    for (int64_t head = 0; head < a.heads; ++head) total += rows[head * length + j];
-    importance[j - a.prefix] = total / count;
+    for (int64_t head = 0; head < heads; ++head) total += rows[head * padded<W>(tokens) + j];
+    importance[j - prefix] = total / (static_cast<W>(heads) * count);
   }
 }
 

@@ -28,7 +28,7 @@ struct ClassAttention {
 
   int64_t scratch_bytes(int64_t parts) const { return Scratch(a, parts, nullptr).bytes; }
 
-  void prepare(int64_t image, char* memory) const { log_sizes<W>(a, image, Scratch(a, 1, memory).bias); }
+  void prepare(int64_t image, char* memory) const { log_sizes<W>(a.size, a.tokens, image, Scratch(a, 1, memory).bias); }
 
   void part(int64_t image, char* memory, int64_t p, int64_t parts) const {
     Scratch s(a, parts, memory);
@@ -55,7 +55,8 @@ struct ClassAttention {
   }
 
   void finish(int64_t image, char* memory, int64_t) const {
-    write_importance<W>(a, image, Scratch(a, 1, memory).rows, static_cast<W>(a.heads));
+    W* importance = static_cast<W*>(a.importance) + image * (a.tokens - a.prefix);
+    mean_of_heads<W>(Scratch(a, 1, memory).rows, a.heads, W(1), a.prefix, a.tokens, importance);
   }
 };
 

@@ -20,6 +20,11 @@ struct Kernels {
   void (*merge_reduce_backward)(const MergeReduceArgs&, const Threads&);
   void (*class_attention)(const AttentionArgs&, const Threads&);
   void (*received_attention)(const AttentionArgs&, const Threads&);
+  void (*masked_attention)(const MaskedAttentionArgs&, const Threads&);
+  void (*masked_attention_backward)(const MaskedAttentionArgs&, const Threads&);
+  void (*compression_rate)(const CompressionRateArgs&, const Threads&);
+  void (*compression_rate_backward)(const CompressionRateArgs&, const Threads&);
+  void (*masked_prune_merge)(const MaskedPruneMergeArgs&, const Threads&);
 };
 
 // The best table for this processor, chosen once. The environment variable DIFFRATE_CPU_CAPABILITY (plain, avx2 or

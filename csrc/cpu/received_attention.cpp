@@ -35,7 +35,7 @@ struct ReceivedAttention {
 
   int64_t scratch_bytes(int64_t parts) const { return Scratch(a, parts, nullptr).bytes; }
 
-  void prepare(int64_t image, char* memory) const { log_sizes<W>(a, image, Scratch(a, 1, memory).bias); }
+  void prepare(int64_t image, char* memory) const { log_sizes<W>(a.size, a.tokens, image, Scratch(a, 1, memory).bias); }
 
   void part(int64_t image, char* memory, int64_t p, int64_t parts) const {
     Scratch s(a, parts, memory);
@@ -90,7 +90,8 @@ struct ReceivedAttention {
   }
 
   void finish(int64_t image, char* memory, int64_t) const {
-    write_importance<W>(a, image, Scratch(a, 1, memory).rows, static_cast<W>(a.heads * a.tokens));
+    W* importance = static_cast<W*>(a.importance) + image * (a.tokens - a.prefix);
+    mean_of_heads<W>(Scratch(a, 1, memory).rows, a.heads, static_cast<W>(a.tokens), a.prefix, a.tokens, importance);
   }
 };
 

@@ -8,8 +8,18 @@ namespace diffrate::cpu::DIFFRATE_SIMD {
 
 extern const Kernels table;
 const Kernels table = {
-    DIFFRATE_STRING(DIFFRATE_SIMD), sort_tokens,     prune_merge,        merge_reduce,
-    merge_reduce_backward,          class_attention, received_attention,
+    DIFFRATE_STRING(DIFFRATE_SIMD),
+    sort_tokens,
+    prune_merge,
+    merge_reduce,
+    merge_reduce_backward,
+    class_attention,
+    received_attention,
+    masked_attention,
+    masked_attention_backward,
+    compression_rate,
+    compression_rate_backward,
+    masked_prune_merge,
 };
 
 }  // namespace diffrate::cpu::DIFFRATE_SIMD

@@ -12,6 +12,11 @@ void merge_reduce(const MergeReduceArgs&, const Threads&);
 void merge_reduce_backward(const MergeReduceArgs&, const Threads&);
 void class_attention(const AttentionArgs&, const Threads&);
 void received_attention(const AttentionArgs&, const Threads&);
+void masked_attention(const MaskedAttentionArgs&, const Threads&);
+void masked_attention_backward(const MaskedAttentionArgs&, const Threads&);
+void compression_rate(const CompressionRateArgs&, const Threads&);
+void compression_rate_backward(const CompressionRateArgs&, const Threads&);
+void masked_prune_merge(const MaskedPruneMergeArgs&, const Threads&);
 
 namespace {
 

@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..flops import ModelCost
+from ..reference import TINY
 from ..schedule import Schedule, Steps, scale_steps
+from .masked import BlockRates, SearchPlan, TokenState
 
 # (q, k, v, scale) -> the attention's output (B, H, N, D), and the importance (B, N-P) that follows from it
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor | None]]
@@ -145,6 +147,24 @@ class BlockCompressor:
         """Sort, prune, merge: x (B, k_m, C), size (B, k_m), slot (B, N)."""
         return ops.prune_merge(shortcut, importance, k_p, k_m, size, prefix=self.prefix, residual=branch)
 
+    def reduce_masked(
+        self, x: Tensor, importance: Tensor, state: TokenState, rates: BlockRates
+    ) -> tuple[Tensor, TokenState, Tensor]:
+        """The same in the search step, where all N tokens stay: x (B, N, C), masks and sizes, and slot (B, N)."""
+        mask = x.new_ones(x.shape[:2], dtype=importance.dtype) if state.mask is None else state.mask
+        x, mask, size, order, dst = ops.masked_prune_merge(
+            x,
+            mask,
+            importance,
+            state.size,
+            rates.prune_prob,
+            rates.merge_prob,
+            rates.kept_p,
+            rates.kept_m,
+            prefix=self.prefix,
+        )
+        return x, TokenState(mask, size), torch.empty_like(dst).scatter_(1, order, dst)
+
     def __call__(
         self, block: nn.Module, x: Tensor, size: Tensor | None, k_p: int, k_m: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -192,7 +212,7 @@ class Plan:
             observe: called after each block with its tokens and the composed slots.
 
         Returns:
-            the tokens that are left, (B, K, C), and their sizes (B, K), None for all ones.
+            the tokens that are left, (B, K, C), and their sizes (B, K), at least TINY; None for all ones.
         """
         steps = self.steps
         if x.shape[1] != self.tokens:
@@ -207,7 +227,10 @@ class Plan:
             if observe is not None and slot is not None:
                 slot = slot if moved is None else ops.compose_slots(slot, moved)
                 observe(x, slot)
-        return x, size
+        return x, None if size is None else size.clamp_min(TINY)
+
+    def release(self) -> None:
+        """Nothing to undo beside the module's class."""
 
 
 class CompressedModule:
@@ -217,7 +240,7 @@ class CompressedModule:
     are, and ``isinstance`` still holds.
     """
 
-    _diffrate_plan: Plan
+    _diffrate_plan: Plan | SearchPlan
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: pickle and deepcopy need to be told how

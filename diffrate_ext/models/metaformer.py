@@ -28,6 +28,7 @@ from .base import (
     original_class,
     weight_count,
 )
+from .masked import BlockRates, TokenState
 
 
 class CompressedMetaFormerStage(CompressedModule, MetaFormerStage):
@@ -61,10 +62,27 @@ class MetaFormerCompressor(BlockCompressor):
         self, shortcut: Tensor, branch: Tensor, importance: Tensor, k_p: int, k_m: int, size: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, size, order = ops.sort_tokens(shortcut + branch, importance, size, prefix=0)
-        # already in order: any falling importance says so
-        falling = torch.arange(x.shape[1] - 1, 0, -1, dtype=size.dtype, device=x.device).expand(x.shape[0], -1)
-        x, size, target = ops.prune_merge(x, falling, k_p, k_m, size, prefix=1, sizes="sum")
+        x, size, target = ops.prune_merge(x, _falling(size), k_p, k_m, size, prefix=1, sizes="sum")
         return x, size, torch.empty_like(target).scatter_(1, order, target)
+
+    def reduce_masked(
+        self, x: Tensor, importance: Tensor, state: TokenState, rates: BlockRates
+    ) -> tuple[Tensor, TokenState, Tensor]:
+        x, size, order = ops.sort_tokens(x, importance, state.size, prefix=0)
+        mask = torch.ones_like(size) if state.mask is None else state.mask.gather(1, order)
+        x, mask, size, _, dst = ops.masked_prune_merge(
+            x,
+            mask,
+            _falling(size),
+            size,
+            rates.prune_prob,
+            rates.merge_prob,
+            rates.kept_p,
+            rates.kept_m,
+            prefix=1,
+            sizes="sum",
+        )
+        return x, TokenState(mask, size), torch.empty_like(dst).scatter_(1, order, dst)
 
 
 class MetaFormerAdapter(Adapter):
@@ -168,6 +186,12 @@ class MetaFormerAdapter(Adapter):
                 rows, columns = _through(stage.downsample.conv, rows), _through(stage.downsample.conv, columns)
             grids.append((rows, columns))
         return grids
+
+
+def _falling(size: Tensor) -> Tensor:
+    """An importance (B, N-1) for tokens that are in order already and shall stay so."""
+    images, tokens = size.shape
+    return torch.arange(tokens - 1, 0, -1, dtype=size.dtype, device=size.device).expand(images, -1)
 
 
 def _stages(model: nn.Module) -> list[Any]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..flops import BlockCost, ModelCost, StageCost
-from ..reference import TINY
 from ..schedule import Schedule
 from .base import (
     Adapter,
@@ -27,6 +26,7 @@ from .base import (
     original_class,
     weight_count,
 )
+from .masked import SearchPlan
 
 _POOLS_WITHOUT_SIZES = ("token", "max", "")
 
@@ -39,7 +39,10 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
     """
 
     def forward_tokens(self, x: Tensor, observe: Observer | None = None) -> tuple[Tensor, Tensor]:
-        """Images to the tokens that are left (B, K, C), normalised, and their sizes (B, K), float32."""
+        """Images to the tokens that are left (B, K, C), normalised, and their sizes (B, K), float32.
+
+        In the search step (training mode of a :class:`RateSearch`) all N tokens are there, and masked ones have size 0.
+        """
         x = self._embed(x)
         x, size = self._diffrate_plan.run(self.blocks, x, checkpointing=self.grad_checkpointing, observe=observe)
         if size is None:
@@ -61,6 +64,8 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
         Raises:
             ValueError: ``size`` is missing and the head needs it.
         """
+        if self.global_pool == "max" and size is not None:
+            x = x.masked_fill((size == 0)[..., None], -torch.inf)
         if self.global_pool in _POOLS_WITHOUT_SIZES:
             return super().forward_head(x, pre_logits)
         if size is None:
@@ -69,13 +74,17 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
                 "model(images), or give it what model.forward_tokens(images) returns"
             )
         first = 0 if self.pool_include_prefix else self.num_prefix_tokens
-        x, size = x[:, first:], size[:, first:].clamp_min(TINY)
-        if self.global_pool == "map":
+        x, size = x[:, first:], size[:, first:]
+        if self.global_pool == "map" and size.requires_grad:
+            x = _masked_attention_pool(self.attn_pool, x, size)
+        elif self.global_pool == "map":
             x = self.attn_pool(x, attn_mask=size.log()[:, None, None].to(x.dtype))
         else:
-            weight = (size / size.sum(1, keepdim=True)).to(x.dtype)
+            weight = (size / size.detach().sum(1, keepdim=True)).to(x.dtype)
             mean = (weight[:, None] @ x).squeeze(1)
-            x = mean if self.global_pool == "avg" else 0.5 * (x.amax(1) + mean)
+            if self.global_pool == "avgmax":
+                mean = 0.5 * (x.masked_fill((size == 0)[..., None], -torch.inf).amax(1) + mean)
+            x = mean
         x = self.head_drop(self.fc_norm(x))
         return x if pre_logits else self.head(x)
 
@@ -103,6 +112,8 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
         (B, K, C).
         """
         _refuse_masks(attn_mask, is_causal)
+        if self.training and isinstance(self._diffrate_plan, SearchPlan):
+            raise ValueError("the search step has no intermediate features: call eval() first")
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         taken, last = feature_take_indices(len(self.blocks), indices)
@@ -188,7 +199,9 @@ class VisionTransformerAdapter(Adapter):
         model = cast(VisionTransformer, model)
         blocks, prefix = tuple(model.blocks), model.num_prefix_tokens
         rows, columns = model.patch_embed.grid_size
-        compressible = tuple(index > 0 for index in range(len(blocks)))
+        # what the last block does reaches a class token no more, but it does reach a pool over patches
+        end = len(blocks) if model.global_pool in ("token", "") else len(blocks) - 1
+        compressible = tuple(0 < index < end for index in range(len(blocks)))
         return (Stage(blocks, (rows, columns), rows * columns + prefix, compressible, prefix + 1),)
 
     def cost(self, model: nn.Module) -> ModelCost:
@@ -242,6 +255,20 @@ class VisionTransformerAdapter(Adapter):
 
     def run(self, model: nn.Module, images: Tensor, observe: Observer) -> None:
         cast(CompressedVisionTransformer, model).forward_tokens(images, observe)
+
+
+def _masked_attention_pool(pool: Any, x: Tensor, size: Tensor) -> Tensor:
+    """timm's attention pooling over tokens that count for their sizes, differentiable where a size is 0."""
+    latent = pool.latent.expand(len(x), -1, -1)
+    q = pool.q_norm(pool.q(latent).unflatten(2, (pool.num_heads, -1)).transpose(1, 2))
+    k, v = pool.kv(x).unflatten(2, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    logits = (q @ pool.k_norm(k).transpose(-1, -2) * pool.scale).float()
+    weights = (logits - logits.detach().amax(-1, keepdim=True)).exp() * size[:, None, None]
+    weights = weights / weights.sum(-1, keepdim=True)
+    x = pool.proj_drop(pool.proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)))
+    if pool.mlp is not None:
+        x = x + pool.mlp(pool.norm(x))
+    return x.mean(1) if pool.pool == "avg" else x[:, 0] if pool.pool == "token" else x
 
 
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
