@@ -90,12 +90,31 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class MemoryBar:
+    """A ratio to reach: beyond its results, ``rival`` takes at least ``ratio`` times the memory of diffrate_ext."""
+
+    rival: str
+    ratio: float
+
+    def judge(self, scratch: dict[str, int]) -> dict[str, Any]:
+        reached = scratch[self.rival] / max(1, scratch[OURS])
+        return {
+            "rival": f"{self.rival}, beyond results: peak memory",
+            "kind": "bar",
+            "needed": self.ratio,
+            "reached": reached,
+            "met": reached >= self.ratio,
+        }
+
+
+@dataclass(frozen=True)
 class Case:
     """One operator on one shape.
 
     ``make_inputs`` draws a fresh set of positional arguments; every contender takes them. ``check`` takes a contender's
     result and the arguments and raises when they do not fit. ``moved`` and ``operations`` are the fewest bytes to move
     and the arithmetic operations (a multiply-accumulate is two) of one call. ``yardsticks`` are timed, not checked.
+    With ``trains``, contenders run forward and backward and return results and gradients; nothing is compiled then.
     """
 
     operator: str
@@ -110,6 +129,8 @@ class Case:
     bars: tuple[Bar, ...] = ()
     yardsticks: dict[str, Callable[..., Any]] = field(default_factory=dict)
     compile_when_quick: bool = False
+    trains: bool = False
+    memory_bar: MemoryBar | None = None
 
 
 @dataclass(frozen=True)
@@ -133,13 +154,13 @@ def run_case(case: Case, settings: Settings, ceilings: Ceilings) -> dict[str, An
     """Checks all contenders against the reference, then times them; returns the record for the results."""
     device = settings.device
     torch.manual_seed(0)
-    with torch.inference_mode():
+    with torch.enable_grad() if case.trains else torch.inference_mode():
         sets = 4 if device.type == "cpu" else max(4, 2 * cache_bytes(device) // case.moved + 1)
         inputs = [case.make_inputs() for _ in range(sets)]
 
         contenders = {OURS: case.ours, **case.rivals}
         unavailable: dict[str, str] = {}
-        if not settings.quick or case.compile_when_quick:
+        if not case.trains and (not settings.quick or case.compile_when_quick):
             for name, rival in case.rivals.items():
                 fast, reason = compiled(rival, inputs[0])
                 if fast is None:
@@ -157,7 +178,11 @@ def run_case(case: Case, settings: Settings, ceilings: Ceilings) -> dict[str, An
             for name, call in contenders.items()
             if name not in case.yardsticks
         }
+        results = {name: result_bytes(contenders[name](*inputs[0])) for name in peaks}
 
+    bars = [bar.judge(timings.ratio(bar.rival, OURS)) for bar in case.bars]
+    if case.memory_bar is not None:
+        bars.append(case.memory_bar.judge({name: peaks[name] - results[name] for name in peaks}))
     floor, limited_by = ceilings.floor(case.moved, case.operations)
     return {
         "operator": case.operator,
@@ -170,6 +195,7 @@ def run_case(case: Case, settings: Settings, ceilings: Ceilings) -> dict[str, An
         "relative_error": errors,
         "unavailable": unavailable,
         "peak_bytes": peaks,
+        "result_bytes": results,
         "floor": {
             "seconds": floor,
             "limited_by": limited_by,
@@ -177,8 +203,14 @@ def run_case(case: Case, settings: Settings, ceilings: Ceilings) -> dict[str, An
             "operations": case.operations,
             **vars(ceilings),
         },
-        "bars": [bar.judge(timings.ratio(bar.rival, OURS)) for bar in case.bars],
+        "bars": bars,
     }
+
+
+def result_bytes(result: Any) -> int:
+    """Of the tensors that a call returns."""
+    tensors = result if isinstance(result, (tuple, list)) else (result,)
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def checked(case: Case, name: str, call: Callable[..., Any], inputs: tuple[Any, ...]) -> float:

@@ -120,3 +120,62 @@ def check_prune_merge(
     # half-precision features give half-precision cosines in eager code
     size_error = check_close("prune_merge: size", out_size, merged_size.to(x.dtype), merged_size, x.dtype)
     return max(features_error, size_error)
+
+
+def check_masked_prune_merge(
+    actual: tuple[Tensor, ...],
+    grad_x: Tensor,
+    grad_mask: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    importance: Tensor,
+    size: Tensor,
+    prune_prob: Tensor,
+    merge_prob: Tensor,
+    kept_p: Tensor,
+    kept_m: Tensor,
+    *,
+    prefix: int = 1,
+) -> float:
+    """A search step with gradients: order exact, matches within rounding of the best, the rest given those matches.
+
+    ``actual``: x, mask, size, order, dst, and the gradients of x, mask, prune_prob and merge_prob.
+    """
+    *values, order, dst = actual[:5]
+    check_equal("masked_prune_merge: order", order, reference.sort_order(importance, prefix))
+    last, pruned, merged = int(mask[0].sum()), int(kept_p), int(kept_m)
+    middle, tokens = min(last, pruned), x.shape[1]
+    if not prefix < merged < middle < last:
+        raise ValueError("only calls that prune and merge are checked")
+    position = torch.arange(tokens, device=x.device)
+    stays = (position < merged) | (position >= middle)
+    check_equal("masked_prune_merge: dst", torch.where(stays, dst, position), position.expand_as(dst))
+    match = dst[:, merged:middle]
+    if not bool(((match >= prefix) & (match < merged)).all()):
+        raise WrongResultError("masked_prune_merge: a token was merged into something that is no destination")
+
+    unit = torch.nn.functional.normalize(reference.gather_tokens(wide(x.detach()), order), dim=-1)
+    cosine = unit[:, merged:middle] @ unit[:, prefix:merged].transpose(1, 2)
+    chosen = cosine.gather(2, (match - prefix).unsqueeze(-1)).squeeze(-1)
+    worst = float((cosine.amax(-1) - chosen).max())
+    if not worst <= 4 * torch.finfo(x.dtype).eps:
+        raise WrongResultError(f"masked_prune_merge: a match misses the best cosine by {worst:.2e}")
+
+    def step(convert: Any) -> list[Tensor]:
+        leaves = [convert(tensor).detach().requires_grad_() for tensor in (x, mask, prune_prob, merge_prob)]
+        features, alive = reference.gather_tokens(leaves[0], order), leaves[1].gather(1, order)
+        sizes = convert(size).gather(1, order)
+        gained = (sizes[:, merged:middle] * chosen.to(sizes.dtype)).clamp_min(1)
+        kept_size = sizes[:, :merged].clamp_min(1).scatter_add(1, match, gained)
+        for first, end, probability in ((pruned, last, leaves[2]), (merged, middle, leaves[3])):
+            hard = ((position < first) | (position >= end)).to(alive.dtype)
+            alive = alive * (hard + (probability - probability.detach()))
+        means = reference.merge_reduce(features, dst, tokens)
+        features = torch.where((position < merged)[:, None], means, features)
+        gradients = torch.autograd.grad([features, alive], leaves, [convert(grad_x), convert(grad_mask)])
+        results = [features, alive, torch.cat([kept_size, gained, sizes[:, middle:]], dim=1)]
+        return [tensor.detach() for tensor in (*results, *gradients)]
+
+    names = ("x", "mask", "size", *(f"gradient of {name}" for name in ("x", "mask", "prune_prob", "merge_prob")))
+    found = zip(names, (*values, *actual[5:]), step(lambda tensor: tensor), step(wide), strict=True)
+    return max(check_close(f"masked_prune_merge: {name}", a, eager, exact, x.dtype) for name, a, eager, exact in found)

@@ -113,13 +113,35 @@ def models_table(records: Sequence[Record]) -> str:
     return "\n\n".join(part for part in (_table(header, rows), unavailable_list(records), bars_table(records)) if part)
 
 
+def search_table(records: Sequence[Record]) -> str:
+    """Time and peak memory of a search step, one line per contender."""
+    header = ["model", "batch", "contender", "time of a step", "quartiles", "time / ours (quartiles)", "peak memory"]
+    rows = []
+    for record in records:
+        for name, seconds in record["seconds"].items():
+            rows.append(
+                [
+                    record["model"],
+                    str(record["batch"]),
+                    name,
+                    microseconds(seconds["median"]),
+                    f"{microseconds(seconds['low'])} - {microseconds(seconds['high'])}",
+                    times(record["ratio"][name]) if name in record["ratio"] else "",
+                    mebibytes(record["peak_bytes"][name]),
+                ]
+            )
+    return "\n\n".join(part for part in (_table(header, rows), bars_table(records)) if part)
+
+
 def bars_table(records: Iterable[Record]) -> str:
     """Pass or miss of each bar; empty where no record has one."""
     rows = []
     for record in records:
         for bar in record["bars"]:
             case = record.get("operator", record.get("model")), record.get("case", f"batch {record.get('batch')}")
-            if bar["needed"] < 1 and bar["rival"].startswith("copy"):
+            if bar["rival"].endswith("peak memory"):
+                needed, reached = f"at most 1/{bar['needed']:g}", f"1/{bar['reached']:.2f}"
+            elif bar["needed"] < 1 and bar["rival"].startswith("copy"):
                 needed, reached = f"at most {1 / bar['needed']:g}x its time", f"{1 / bar['reached']:.2f}x"
             else:
                 needed, reached = f">= {bar['needed']:.4g}x as fast", f"{bar['reached']:.3f}x"

@@ -1,10 +1,11 @@
 """The rivals: token compression in eager PyTorch, as a good engineer writes it without kernels of their own.
 
-Same signatures and results as :mod:`diffrate_ext.ops`, for finite importances. ``sort_tokens`` and ``prune_merge`` come
-in two forms. The plain names use the functions everybody reaches for (``gather``, ``normalize``, ``bmm``,
-``scatter_reduce``), applied only to the tokens that stay or merge. The ``_tuned`` names are what profiling on a CPU
-turns them into: whole rows move through ``index_select`` and ``index_add_``, and norms are divided out of the small
-similarity matrix instead of the features.
+Same signatures and results as :mod:`diffrate_ext.ops`, for finite importances. ``compression_rate`` also comes as the
+loop over candidates that is found in the field, and ``sort_tokens`` and ``prune_merge`` in two forms. The
+plain names use the functions everybody reaches for (``gather``, ``normalize``, ``bmm``, ``scatter_reduce``), applied
+only to the tokens that stay or merge. The ``_tuned`` names are what profiling on a CPU turns them into: whole rows move
+through ``index_select`` and ``index_add_``, and norms are divided out of the small similarity matrix instead of the
+features.
 """
 
 from __future__ import annotations
@@ -210,3 +211,97 @@ def proportional_attention(
     """Attention with an explicit map, from which the importance is read."""
     attn = _logits(q, k, size, scale).softmax(-1)
     return attn @ v, _patch_importance(attn, k.shape[2], prefix, importance)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    size: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    prefix: int = 1,
+    importance: str = "class",
+) -> tuple[Tensor, Tensor]:
+    """A softmax over what the masks let through, written out in float32: exponentials, their masked sum, a map."""
+    epsilon, tokens, dtype = 1e-6, q.shape[2], v.dtype
+    if dtype != torch.float64:
+        q, k, v = q.float(), k.float(), v.float()
+    logits = _logits(q, k, size, scale)
+    exponentials = (logits - logits.amax(-1, keepdim=True).detach()).exp()
+    own = torch.eye(tokens, dtype=torch.bool, device=q.device)
+    seen = exponentials * torch.where(own, 1, mask.to(q.dtype)[:, None, None])
+    attn = (seen + epsilon / tokens) / (seen.sum(-1, keepdim=True) + epsilon)
+    out, attn = (attn @ v).to(dtype), attn.detach()
+    if importance == "class":
+        return out, _patch_importance(attn[:, :, 0], tokens, prefix, importance)
+    alive = mask.detach().to(attn.dtype)[:, None, :, None]
+    received = (attn * alive).sum(2) / alive.sum(2).clamp_min(TINY)
+    return out, _patch_importance(received, tokens, prefix, importance)
+
+
+def compression_rate(logits: Tensor, n_patches: int, granularity: int = 1, prefix: int = 1) -> tuple[Tensor, Tensor]:
+    """All proxies and candidates at once: a product with a triangle of ones."""
+    p = logits.softmax(-1)
+    candidates = torch.arange(n_patches, 0, -granularity, device=logits.device)
+    mean = (p * candidates).sum(-1)
+    keeps = torch.arange(n_patches + prefix, device=logits.device) < candidates[:, None] + prefix
+    return mean + (mean.ceil() - mean).detach() + prefix, p @ keeps.to(p.dtype)
+
+
+def compression_rate_loop(
+    logits: Tensor, n_patches: int, granularity: int = 1, prefix: int = 1
+) -> tuple[Tensor, Tensor]:
+    """One proxy and one candidate after the other, as a module of its own in each block comes to be written."""
+    kept, keep_prob = [], []
+    for row in logits:
+        p = row.softmax(-1)
+        mean: Tensor = row.new_zeros(())
+        keep: Tensor = row.new_zeros(n_patches + prefix)
+        for index, candidate in enumerate(range(n_patches, 0, -granularity)):
+            mask = torch.zeros_like(keep)
+            mask[: candidate + prefix] = 1
+            mean = mean + p[index] * candidate
+            keep = keep + p[index] * mask
+        kept.append(mean + (mean.ceil() - mean).detach() + prefix)
+        keep_prob.append(keep)
+    return torch.stack(kept), torch.stack(keep_prob)
+
+
+def masked_prune_merge(
+    x: Tensor,
+    mask: Tensor,
+    importance: Tensor,
+    size: Tensor | None,
+    prune_prob: Tensor,
+    merge_prob: Tensor,
+    kept_p: Tensor,
+    kept_m: Tensor,
+    *,
+    prefix: int = 1,
+    sizes: str = "cosine",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Argsort, gathers of everything, bmm of what merges, and means by scatter_reduce."""
+    order = _descending_order(_patch_importance(importance, x.shape[1], prefix, "class"), prefix)
+    x, size, mask = _gather_rows(x, order), (_ones(x) if size is None else size).gather(1, order), mask.gather(1, order)
+    position = torch.arange(x.shape[1], device=x.device)
+    pruned, merged, last = int(kept_p), int(kept_m), int(mask[0].sum())
+    middle = min(pruned, last)
+    dst = position.repeat(len(x), 1)
+    if pruned < last:
+        mask = mask * (((position < pruned) | (position >= last)) + (prune_prob - prune_prob.detach()))
+    if merged < middle:
+        unit = F.normalize(x[:, prefix:middle].detach(), dim=-1)
+        similarity = unit[:, merged - prefix :] @ unit[:, : merged - prefix].transpose(1, 2)
+        cosine, match = similarity.max(dim=-1)
+        dst[:, merged:middle] = match + prefix
+        sources = size[:, merged:middle]
+        gained = (sources * cosine if sizes == "cosine" else sources).clamp_min(1)
+        kept_size = size[:, :merged].clamp_min(1).scatter_add(1, match + prefix, gained.to(size.dtype))
+        size = torch.cat([kept_size, gained.to(size.dtype), size[:, middle:]], dim=1)
+        rows = (match + prefix).unsqueeze(-1).expand(-1, -1, x.shape[2])
+        kept = x[:, :merged].scatter_reduce(1, rows, x[:, merged:middle], "mean")
+        x = torch.cat([kept, x[:, merged:]], dim=1)
+        mask = mask * (((position < merged) | (position >= middle)) + (merge_prob - merge_prob.detach()))
+    return x, mask, size, order, dst

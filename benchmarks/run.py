@@ -1,4 +1,4 @@
-"""Runs the benchmarks: ``python benchmarks/run.py [--quick] [--only ops|models] [--device cpu|cuda]``."""
+"""Runs the benchmarks: ``python benchmarks/run.py [--quick] [--only ops|models|search] [--device cpu|cuda]``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from cases import DTYPES, Case, Ceilings, Settings, run_case
 from machine import describe
-from report import Results, bars_table, index_page, models_table, operators_table
+from report import Results, bars_table, index_page, models_table, operators_table, search_table
 
 HERE = Path(__file__).resolve().parent
 OPERATORS = (
@@ -23,6 +23,9 @@ OPERATORS = (
     "class_attention",
     "received_attention",
     "proportional_attention",
+    "masked_attention",
+    "compression_rate",
+    "masked_prune_merge",
 )
 
 
@@ -53,6 +56,11 @@ def main(argv: list[str] | None = None) -> int:
         run_models(results, device, dtype, quick=arguments.quick, compile_models=arguments.compile_models)
         written.append((results, models_table(results.records)))
 
+    if arguments.only in (None, "search") and dtype == torch.float32:
+        results = Results(output / f"{device.type}_search.json", machine, resume=arguments.resume)
+        run_searches(results, device, quick=arguments.quick)
+        written.append((results, search_table(results.records)))
+
     (output / "README.md").write_text(index_page(output), encoding="utf-8")
     for results, table in written:
         print(f"\n{table}\n\n{results.path.with_suffix('.md')}")
@@ -65,7 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="under two minutes: small cases, few rounds, results in a temporary folder"
     )
-    parser.add_argument("--only", choices=["ops", "models"], help="only the operators, or only the whole models")
+    parser.add_argument(
+        "--only", choices=["ops", "models", "search"], help="only operators, whole models, or steps of the rate search"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument(
@@ -103,6 +113,18 @@ def run_models(
                 results.add(record, models_table([*results.records, record]))
                 for line in bars_table([record]).splitlines()[2:]:
                     progress(line)
+
+
+def run_searches(results: Results, device: torch.device, *, quick: bool) -> None:
+    from search_step import QUICK_SEARCHES, SEARCHES, run_search_step
+
+    for spec in QUICK_SEARCHES if quick else SEARCHES:
+        if not results.has(model=spec.name, batch=spec.batch):
+            progress(f"search step, {spec.name}")
+            record = run_search_step(spec, device, quick=quick)
+            results.add(record, search_table([*results.records, record]))
+            for line in bars_table([record]).splitlines()[2:]:
+                progress(line)
 
 
 def progress(line: str) -> None:

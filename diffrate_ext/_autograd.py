@@ -245,7 +245,9 @@ def _refuse_second_backward(name: str) -> None:
     def refuse(ctx: Any, *_: Tensor) -> tuple:
         raise RuntimeError(f"{name} cannot be differentiated twice")
 
-    torch.library.register_autograd(f"diffrate::{name}_backward", refuse, setup_context=lambda ctx, inputs, output: None)
+    torch.library.register_autograd(
+        f"diffrate::{name}_backward", refuse, setup_context=lambda ctx, inputs, output: None
+    )
 
 
 torch.library.register_autograd("diffrate::sort_tokens", _sort_gradient, setup_context=_sort_context)

@@ -1,4 +1,4 @@
-"""The command line: ``diffrate demo | benchmark | visualize | info``.
+"""The command line: ``diffrate demo | search | evaluate | benchmark | visualize | info``.
 
 Nothing heavy is imported until a command runs, so that ``--help`` and wrong arguments answer at once.
 """
@@ -11,28 +11,30 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from .cli_common import (
+    OneLineParser,
+    UsageError,
+    add_model_options,
+    add_schedule_options,
+    check_embedded_options,
+    consoles,
+    device_named,
+    positive,
+    schedules_named,
+)
+from .cli_evaluate import add_evaluate_command
+from .cli_search import add_search_command
+from .embedded import SEARCH_STEPS
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
-    from torch import nn
 
-    from .demo import NamedSchedule, Workload
+    from .demo import Workload
 
 PICTURES_BY_DEFAULT = 64
 """Of the user's own; large models take seconds for each on a CPU."""
-
-
-class UsageError(Exception):
-    """Arguments that argparse does not accept."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Reports errors to :func:`main` instead of printing the usage and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,14 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv)
         command: Callable[[argparse.Namespace], None] = arguments.command
         command(arguments)
-    except (UsageError, OSError, ValueError) as error:
+    except (UsageError, OSError, ValueError, FloatingPointError) as error:
         # what the library raises for bad input; its messages are written to be read by users
         return _fail(str(error) or type(error).__name__)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "not enough memory" not in str(error):
             raise
         return _fail("out of memory: try a smaller --batch-size")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if str(stop):  # a search says how to continue it
+            print(f"diffrate: {stop}", file=sys.stderr)
         return 130
     return 0
 
@@ -69,14 +73,22 @@ def build_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="accuracy and speed of a model with and without compression, and a picture",
-        description="Without arguments: the embedded Vision Transformer on the embedded Fashion-MNIST test images. "
-        "With --model and --images: any supported timm model on your pictures.",
+        description="Without arguments: learns rates for the embedded Vision Transformer on embedded Fashion-MNIST "
+        "training images, and compares them with uniform ones on test images. With --model and --images: any supported "
+        "timm model on your pictures.",
     )
-    _add_model_options(demo)
+    add_model_options(demo)
     _add_picture_options(demo, f"default: all 2,000 embedded ones; {PICTURES_BY_DEFAULT} of yours, evenly spread")
-    _add_schedule_options(demo)
-    demo.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images in a batch (default: 32)")
-    demo.add_argument("--rounds", type=_positive, default=12, metavar="N", help="rounds of timing (default: 12)")
+    add_schedule_options(demo)
+    demo.add_argument(
+        "--search-steps",
+        type=positive,
+        default=SEARCH_STEPS,
+        metavar="N",
+        help=f"batches to learn from, without other arguments (default: {SEARCH_STEPS})",
+    )
+    demo.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images in a batch (default: 32)")
+    demo.add_argument("--rounds", type=positive, default=12, metavar="N", help="rounds of timing (default: 12)")
     demo.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
     demo.add_argument(
         "--output",
@@ -87,6 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(command=_demo)
 
+    add_search_command(commands)
+    add_evaluate_command(commands)
+
     benchmark = commands.add_parser(
         "benchmark",
         help="speed of a model on this machine, with and without compression",
@@ -94,11 +109,11 @@ def build_parser() -> argparse.ArgumentParser:
         "weights, neither of which changes the speed: nothing is downloaded.",
     )
     benchmark.add_argument("--model", metavar="NAME", help="a timm model (default: the embedded one)")
-    _add_schedule_options(benchmark)
+    add_schedule_options(benchmark)
     benchmark.add_argument(
-        "--batch-size", type=_positive, default=16, metavar="N", help="images in a batch (default: 16)"
+        "--batch-size", type=positive, default=16, metavar="N", help="images in a batch (default: 16)"
     )
-    benchmark.add_argument("--rounds", type=_positive, default=10, metavar="N", help="rounds of timing (default: 10)")
+    benchmark.add_argument("--rounds", type=positive, default=10, metavar="N", help="rounds of timing (default: 10)")
     benchmark.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
     benchmark.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(default: float32)"
@@ -111,9 +126,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="a picture of what happens to the tokens",
         description="Draws which tokens are pruned and which are merged into which, by the strongest of the schedules.",
     )
-    _add_model_options(visualize)
+    add_model_options(visualize)
     _add_picture_options(visualize, "default: 4")
-    _add_schedule_options(visualize)
+    add_schedule_options(visualize)
     visualize.add_argument(
         "--output",
         type=Path,
@@ -129,44 +144,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", metavar="NAME", help="a timm model, e.g. deit_small_patch16_224 (default: the embedded one)"
-    )
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--weights", type=Path, metavar="FILE", help="local checkpoint (.safetensors, .pth) instead of a download"
-    )
-    weights.add_argument(
-        "--no-pretrained", action="store_true", help="random weights: to try the speed without a download"
-    )
-
-
 def _add_picture_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--images", type=Path, metavar="PATH", help="a picture, or a folder of pictures (with sub-folders)"
     )
-    parser.add_argument("--n-images", type=_positive, metavar="N", help=f"how many images ({default})")
-
-
-def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument(
-        "--gflops", type=float, nargs="+", metavar="G", help="compress to so many GFLOPs, by a simple rule"
-    )
-    choice.add_argument(
-        "--schedule", type=Path, nargs="+", metavar="FILE", help="schedules as Schedule.save writes them"
-    )
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return number
+    parser.add_argument("--n-images", type=positive, metavar="N", help=f"how many images ({default})")
 
 
 def _version() -> str:
@@ -176,35 +158,12 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _consoles() -> tuple[Console, Console]:
-    """For results, on stdout, and for progress and remarks, on stderr."""
-    from rich.console import Console
-
-    return Console(highlight=False), Console(stderr=True, highlight=False)
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device: no such device: {name!r}; expected e.g. cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: this torch sees no CUDA device")
-    return device
-
-
 def _workload(arguments: argparse.Namespace, pictures: int, embedded_images: int | None, remarks: Console) -> Workload:
     """The model and the images that the arguments name; at most ``pictures`` of the user's own by default."""
     from .demo import Workload, embedded_workload
 
+    check_embedded_options(arguments)
     if arguments.model is None:
-        for option, value in (("images", arguments.images), ("weights", arguments.weights)):
-            if value is not None:
-                raise UsageError(f"--{option} needs --model NAME: the embedded model has weights and images of its own")
-        if arguments.no_pretrained:
-            raise UsageError("--no-pretrained needs --model NAME: the embedded model has weights of its own")
         return embedded_workload(arguments.n_images or embedded_images)
     if arguments.images is None:
         raise UsageError("--model needs --images PATH, a picture or a folder of pictures")
@@ -227,32 +186,18 @@ def _workload(arguments: argparse.Namespace, pictures: int, embedded_images: int
     return Workload(arguments.model, model, loaded.images, titles)
 
 
-def _schedules(arguments: argparse.Namespace, model: nn.Module) -> list[NamedSchedule]:
-    """What the arguments ask for; else the published schedules of this model, else the default targets."""
-    from .demo import NamedSchedule, published_schedules, uniform_schedules
-    from .models import adapter_for
-    from .schedule import Schedule
-
-    try:
-        adapter_for(model)
-    except TypeError as error:
-        raise UsageError(str(error)) from None
-    if arguments.gflops:
-        return [NamedSchedule(f"{g:g} GFLOPs", Schedule.uniform(model, g)) for g in arguments.gflops]
-    if arguments.schedule:
-        return [NamedSchedule(path.name, Schedule.load(path)) for path in arguments.schedule]
-    return published_schedules(arguments.model or "") or uniform_schedules(model)
-
-
 def _demo(arguments: argparse.Namespace) -> None:
-    from .demo import draw, measure, results_table
+    from .demo import draw, learned_schedule, measure, results_table
     from .visualization import check_output
 
     output = check_output(arguments.output)
-    results, remarks = _consoles()
+    results, remarks = consoles()
     workload = _workload(arguments, PICTURES_BY_DEFAULT, None, remarks)
-    workload.model.to(_device(arguments.device))
-    schedules = _schedules(arguments, workload.model)
+    workload.model.to(device_named(arguments.device))
+    if arguments.model is None and not arguments.gflops and not arguments.schedule:
+        schedules = learned_schedule(workload, arguments.search_steps, remarks)
+    else:
+        schedules = schedules_named(arguments, workload.model)
     if arguments.no_pretrained:
         remarks.print("Random weights: the speed is real, the agreement says nothing about the trained model.")
     result = measure(workload, schedules, batch_size=arguments.batch_size, rounds=arguments.rounds, console=remarks)
@@ -270,10 +215,10 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     from .model_loading import load_timm_model
     from .timing import Comparison, random_images
 
-    results, remarks = _consoles()
+    results, remarks = consoles()
     model = load_timm_model(arguments.model, pretrained=False) if arguments.model else embedded.build_model()
-    model.to(_device(arguments.device), getattr(torch, arguments.dtype)).eval()
-    schedules = _schedules(arguments, model)
+    model.to(device_named(arguments.device), getattr(torch, arguments.dtype)).eval()
+    schedules = schedules_named(arguments, model)
     comparison = Comparison(model, [named.schedule for named in schedules], random_images(model, arguments.batch_size))
     with Progress(console=remarks) as progress:
         task = progress.add_task("timing, interleaved", total=arguments.rounds)
@@ -341,10 +286,10 @@ def _visualize(arguments: argparse.Namespace) -> None:
     from .visualization import check_output
 
     output = check_output(arguments.output)
-    results, remarks = _consoles()
+    results, remarks = consoles()
     n_images = arguments.n_images or 4
     workload = _workload(arguments, n_images, 40, remarks)
-    draw(workload, _schedules(arguments, workload.model), output, n_images=n_images)
+    draw(workload, schedules_named(arguments, workload.model), output, n_images=n_images)
     results.print(f"Picture: {output}", soft_wrap=True, markup=False)
 
 
@@ -361,4 +306,4 @@ def _info(arguments: argparse.Namespace) -> None:
     for key, value in info.items():
         listed = isinstance(value, (list, tuple, set, frozenset))
         table.add_row(key.replace("_", " "), (", ".join(map(str, value)) or "none") if listed else str(value))
-    _consoles()[0].print(table)
+    consoles()[0].print(table)

@@ -72,6 +72,21 @@ def uniform_schedules(model: nn.Module) -> list[NamedSchedule]:
     return [NamedSchedule(f"{share:.0%} FLOPs", Schedule.uniform(model, share * uncompressed)) for share in SHARES]
 
 
+def learned_schedule(workload: Workload, steps: int, console: Console) -> list[NamedSchedule]:
+    """The simple rule at the default target of the search, and what a search on the embedded training images finds."""
+    from .embedded_search import search_embedded
+    from .search_report import progress_report
+
+    gflops = round(embedded.SEARCH_SHARE * flops(workload.model) / 1e9, 4)
+    with progress_report(console, "learning rates", steps, gflops, labelled=False) as report:
+        found = search_embedded(gflops, steps=steps, report=report)
+    share = f"{embedded.SEARCH_SHARE:.0%} FLOPs"
+    return [
+        NamedSchedule(f"uniform, {share}", Schedule.uniform(workload.model, gflops)),
+        NamedSchedule(f"learned, {share}", found.schedule),
+    ]
+
+
 def published_schedules(name: str) -> list[NamedSchedule]:
     """The authors' schedules for a model of timm, the mildest first; none where they published none."""
     return [
@@ -134,11 +149,12 @@ def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result
         f"batches of {first.batch_size}, {where}",
     )
     table.add_column("", no_wrap=True)
-    for heading in ("GFLOPs", "top-1", "agreement", "images/s", "speed-up", "FLOPs ratio"):
+    for heading in ("GFLOPs", "loss", "top-1", "agreement", "images/s", "speed-up", "FLOPs ratio"):
         table.add_column(heading, justify="right")
     table.add_row(
         "uncompressed",
         f"{first.uncompressed_gflops:.3g}",
+        _number(result.uncompressed.loss),
         _percent(result.uncompressed.top1),
         _percent(1.0),
         f"{first.uncompressed_images_per_second:.4g}",
@@ -149,6 +165,7 @@ def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result
         table.add_row(
             named.name,
             f"{speed.gflops:.3g}",
+            _number(evaluation.loss),
             _percent(evaluation.top1),
             _percent(evaluation.agreement),
             f"{speed.images_per_second:.4g}",
@@ -159,8 +176,12 @@ def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result
 
 
 def draw(workload: Workload, schedules: Sequence[NamedSchedule], output: Path, *, n_images: int = 4) -> None:
-    """Write a picture of the strongest of the schedules on a few images, all different in title where possible."""
-    strongest = min((named.schedule for named in schedules), key=lambda schedule: schedule.gflops(workload.model))
+    """Write a picture of the strongest of the schedules on a few images, all different in title where possible.
+
+    Of schedules that are equally strong, within 1 %, the last one.
+    """
+    costs = [named.schedule.gflops(workload.model) for named in schedules]
+    *_, strongest = (named.schedule for named, cost in zip(schedules, costs, strict=True) if cost <= 1.01 * min(costs))
     first_of_title = {title: i for i, title in reversed(list(enumerate(workload.titles)))}
     chosen = sorted(first_of_title.values())
     chosen = (chosen + [i for i in range(len(workload.titles)) if i not in chosen])[:n_images]
@@ -177,6 +198,10 @@ def draw(workload: Workload, schedules: Sequence[NamedSchedule], output: Path, *
         f"Tokens of {workload.name} at {cost:.3g} of {uncompressed:.3g} GFLOPs", fontsize=13, fontweight="bold"
     )
     figure.savefig(output, dpi=110)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _percent(share: float | None) -> str:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, pixels in [0, 1]
 
+SEARCH_STEPS = 100
+SEARCH_SHARE = 0.6  # of the uncompressed model's FLOPs
+
 _DATA = resources.files("diffrate_ext") / "data"
 
 

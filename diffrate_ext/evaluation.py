@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -46,58 +46,68 @@ def evaluate(
             reference predictions of another number of images.
         TypeError: batches, logits or labels of another type.
     """
-    models = [model, *([reference] if isinstance(reference, nn.Module) else [])]
-    modes = [m.training for m in models]
-    for m in models:
-        m.eval()
+    found = evaluate_all([model, *([reference] if isinstance(reference, nn.Module) else [])], loader)
+    if reference is None:
+        return found[0]
+    wanted = reference.cpu() if isinstance(reference, Tensor) else found[1].predictions
+    if wanted.shape != found[0].predictions.shape:
+        raise ValueError(f"reference holds predictions of shape {tuple(wanted.shape)}, expected ({found[0].n},)")
+    return _agreeing(found[0], wanted)
+
+
+def evaluate_all(models: Sequence[nn.Module], loader: Iterable[Tensor | Sequence[Tensor]]) -> list[Evaluation]:
+    """Several models on the same images, which are read once. Agreement is with the first model.
+
+    Arguments and errors as for :func:`evaluate`.
+    """
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
     try:
-        return _evaluate(model, loader, reference)
+        return _evaluate_all(models, loader)
     finally:
-        for m, training in zip(models, modes, strict=True):
-            m.train(training)
+        for model, training in zip(models, modes, strict=True):
+            model.train(training)
 
 
 @torch.inference_mode()
-def _evaluate(
-    model: nn.Module, loader: Iterable[Tensor | Sequence[Tensor]], reference: nn.Module | Tensor | None
-) -> Evaluation:
-    predictions: list[Tensor] = []
-    expected: list[Tensor] = []
-    hits, loss, labelled = 0, 0.0, False
+def _evaluate_all(models: Sequence[nn.Module], loader: Iterable[Tensor | Sequence[Tensor]]) -> list[Evaluation]:
+    predictions: list[list[Tensor]] = [[] for _ in models]
+    hits, losses = [0] * len(models), [0.0] * len(models)
+    n, labelled = 0, False
     for batch in loader:
-        images, labels = _split_batch(batch)
-        if predictions and (labels is not None) != labelled:
+        images, labels = split_batch(batch)
+        if n and (labels is not None) != labelled:
             raise ValueError("some batches of the loader have labels and some have none")
         labelled = labels is not None
-        logits = _logits(model, images)
-        predictions.append(logits.argmax(1).cpu())
-        if isinstance(reference, nn.Module):
-            expected.append(_logits(reference, images).argmax(1).cpu())
-        if labels is not None:
-            _check_labels(labels, logits)
-            truth = labels.to(logits.device, torch.int64)
-            hits += int((logits.argmax(1) == truth).sum())
-            loss += float(F.cross_entropy(logits.float(), truth, reduction="sum"))
-    found = torch.cat(predictions) if predictions else torch.empty(0, dtype=torch.int64)
-    n = len(found)
+        n += len(images)
+        for i, model in enumerate(models):
+            logits = _logits(model, images)
+            predictions[i].append(logits.argmax(1).cpu())
+            if labels is not None:
+                check_labels(labels, logits)
+                truth = labels.to(logits.device, torch.int64)
+                hits[i] += int((logits.argmax(1) == truth).sum())
+                losses[i] += float(F.cross_entropy(logits.float(), truth, reduction="sum"))
     if n == 0:
         raise ValueError("the loader gave no images")
-    agreement = None
-    if reference is not None:
-        wanted = reference.cpu() if isinstance(reference, Tensor) else torch.cat(expected)
-        if wanted.shape != found.shape:
-            raise ValueError(f"reference holds predictions of shape {tuple(wanted.shape)}, expected ({n},)")
-        agreement = int((found == wanted).sum()) / n
-    return Evaluation(
-        n=n,
-        top1=hits / n if labelled else None,
-        loss=loss / n if labelled else None,
-        agreement=agreement,
-        predictions=found,
-    )
+    found = [
+        Evaluation(n, hit / n if labelled else None, loss / n if labelled else None, None, torch.cat(parts))
+        for hit, loss, parts in zip(hits, losses, predictions, strict=True)
+    ]
+    return [found[0], *(_agreeing(evaluation, found[0].predictions) for evaluation in found[1:])]
 
 
-def _split_batch(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def _agreeing(evaluation: Evaluation, predictions: Tensor) -> Evaluation:
+    return replace(evaluation, agreement=int((evaluation.predictions == predictions).sum()) / evaluation.n)
+
+
+def split_batch(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Images and labels of a batch that a loader gave.
+
+    Raises:
+        TypeError: it is neither images nor (images, labels).
+    """
     if isinstance(batch, Tensor):
         return batch, None
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
@@ -117,7 +127,8 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def _check_labels(labels: Tensor, logits: Tensor) -> None:
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Raise when labels do not fit logits (B, classes): TypeError or ValueError."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
     images, classes = logits.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,9 +38,12 @@ class ModelCost:
     head: int
     head_per_token: int = 0
 
-    def total(self, kept: Sequence[Sequence[int]]) -> int:
-        """Multiply-accumulates for one image, given the tokens left after each block of each stage."""
-        total = self.head
+    def total(self, kept: Sequence[Sequence[Any]]) -> Any:
+        """Multiply-accumulates for one image, given the tokens left after each block of each stage.
+
+        Tokens are whole numbers or, in the rate search, 0-d tensors with a gradient; so is the result.
+        """
+        total: Any = self.head
         for stage, numbers in zip(self.stages, kept, strict=True):
             total += stage.fixed
             tokens = stage.tokens

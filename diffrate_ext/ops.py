@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffrate_ext import _autograd  # noqa: F401  registers fake kernels and gradients
+from diffrate_ext import _autograd, _composites  # noqa: F401  register fake kernels, gradients, and what CUDA lacks
 from diffrate_ext._checks import (
     check_choice,
     check_int,
@@ -257,8 +257,8 @@ def masked_attention(
         importance: ``"class"``, or ``"received"``: the mean over the queries that are not masked.
 
     Returns:
-        out (B, H, N, D) over (B, N, H, D) memory, and importance (B, N-P), float32. Gradients reach q, k, v and the mask,
-        masked tokens included: what would change if they were there. Sizes and importance are constants.
+        out (B, H, N, D) over (B, N, H, D) memory, and importance (B, N-P), float32. Gradients reach q, k, v and the
+        mask, masked tokens included: what would change if they were there. Sizes and importance are constants.
     """
     check_choice("importance", importance, ("class", "received"))
     size, scale, prefix = _check_queries(q, k, size, scale, prefix)
@@ -313,7 +313,7 @@ def masked_prune_merge(
     prefix: int = 1,
     sizes: str = "cosine",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`prune_merge` in the search step: all tokens stay and a mask says which are alive (section 3.3 of the paper).
+    """:func:`prune_merge` in the search step: all tokens stay, and a mask says which are alive (paper, section 3.3).
 
     Tokens are sorted by importance. Of the ``last`` tokens that are alive, pruning masks those at positions from
     ``kept_p``; merging takes those at positions from ``kept_m`` as sources, gives each destination (positions
@@ -350,9 +350,7 @@ def masked_prune_merge(
     kept_m = _check_rate("kept_m", kept_m, x, (), "0-d").detach()
     if images and x.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_masked_kept(mask, kept_p, kept_m, prefix)
-    return _ops.masked_prune_merge(
-        x, mask, importance, size, prune_prob, merge_prob, kept_p, kept_m, prefix, sizes
-    )
+    return _ops.masked_prune_merge(x, mask, importance, size, prune_prob, merge_prob, kept_p, kept_m, prefix, sizes)
 
 
 def compose_slots(first: Tensor, second: Tensor) -> Tensor:
@@ -421,7 +419,9 @@ def _check_masked_kept(mask: Tensor, kept_p: Tensor, kept_m: Tensor, prefix: int
     if not pruned >= prefix:
         raise ValueError(f"kept_p must be at least the prefix, {prefix}, got {pruned:g}")
     if not (merged >= min(alive, pruned) or merged >= prefix + 1):
-        raise ValueError(f"kept_m must be at least {prefix + 1} (the prefix and one token to merge into), got {merged:g}")
+        raise ValueError(
+            f"kept_m must be at least {prefix + 1} (the prefix and one token to merge into), got {merged:g}"
+        )
 
 
 def _check_slot(name: str, slot: object) -> None:
@@ -496,24 +496,3 @@ def _key_bias(size: Tensor | None, q: Tensor) -> Tensor | None:
     bias = size.clamp_min(TINY).log()[:, None, None, :]
     # on the CPU a float32 bias beside half-precision queries is as fast, and keeps its digits
     return bias if q.device.type == "cpu" else bias.to(q.dtype)
-
-
-def _class_attention_composite(q: Tensor, k: Tensor, size: Tensor | None, scale: float, prefix: int) -> Tensor:
-    return _mean_attention(q[:, :, :1], k, size, scale).mean((1, 2))[:, prefix:]
-
-
-def _received_attention_composite(q: Tensor, k: Tensor, size: Tensor | None, scale: float, prefix: int) -> Tensor:
-    total = sum(_mean_attention(some, k, size, scale).sum((1, 2)) for some in q.split(64, dim=2))
-    return (total / (q.shape[1] * q.shape[2]))[:, prefix:]  # type: ignore[index,operator]
-
-
-def _mean_attention(q: Tensor, k: Tensor, size: Tensor | None, scale: float) -> Tensor:
-    logits = (q.to(wide_dtype(q)) @ k.to(wide_dtype(k)).transpose(-1, -2)) * scale
-    if size is not None:
-        logits = logits + size.clamp_min(TINY).log()[:, None, None]
-    return logits.softmax(-1)
-
-
-# No CUDA kernels for these two yet: the rows that are needed, or a few rows at a time, in plain PyTorch.
-torch.library.impl("diffrate::class_attention", "cuda", _class_attention_composite)
-torch.library.impl("diffrate::received_attention", "cuda", _received_attention_composite)

@@ -17,6 +17,9 @@ from .models.masked import BlockRates, SearchPlan
 from .reference import rate_candidates
 from .schedule import Schedule
 
+MOST_TILT = 0.5
+"""Per patch, of a distribution that a search can still move."""
+
 
 class RateSearch(nn.Module):
     """A model with differentiable compression rates.
@@ -126,6 +129,72 @@ class RateSearch(nn.Module):
             model=self._adapter.name(self.model),
         )
 
+    def reachable_gflops(self) -> tuple[float, float]:
+        """The least and the most that any rates can lead to."""
+        most = self._stages[self._stage_index].tokens
+        return self._gflops_at(self._stages[self._stage_index].fewest), self._gflops_at(most)
+
+    @torch.no_grad()
+    def set_schedule(self, schedule: Schedule) -> None:
+        """Make the rates stand for a schedule, or nearly so: a place to search from.
+
+        Each distribution becomes the broadest with the mean that is wanted, ``p_k ~ exp(tilt * c_k)``, where that is
+        broad enough to move on: within a few tokens of none or of all, it stays that far away.
+
+        Raises:
+            ValueError: the schedule does not fit the model.
+        """
+        steps = self._adapter.steps(self.model, schedule)[self._stage_index]
+        compressible = self._stages[self._stage_index].compressible
+        wanted = [numbers for numbers, here in zip(steps, compressible, strict=True) if here]
+        candidates = torch.tensor(rate_candidates(self.n_patches, self.granularity), dtype=torch.float64)
+        for column, logits in zip((0, 1) if self._adapter.prunes else (1,), self._proxies(), strict=True):
+            # half a token less: a kept number is a ceiling
+            means = torch.tensor([numbers[column] - self.prefix - 0.5 for numbers in wanted], dtype=torch.float64)
+            low, high = torch.full_like(means, -MOST_TILT), torch.full_like(means, MOST_TILT)
+            for _ in range(60):
+                tilt = (low + high) / 2
+                p = torch.softmax(tilt[:, None] * candidates, dim=-1)
+                above = (p * candidates).sum(-1) > means
+                low, high = torch.where(above, low, tilt), torch.where(above, tilt, high)
+            logits.copy_(low[:, None] * candidates)
+
+    @torch.no_grad()
+    def project(self, gflops: float) -> None:
+        """Shift the rates so that :meth:`schedule` takes so many GFLOPs, as nearly as whole tokens allow.
+
+        Every distribution over candidates is tilted by the same factor per patch, ``p_k ~ exp(logit_k + tilt * c_k)``:
+        where the search was sure, little moves.
+
+        Raises:
+            ValueError: no rates lead there.
+        """
+        low, high = self.reachable_gflops()
+        if not low <= gflops <= high * (1 + 1e-9):
+            raise ValueError(f"{gflops:g} GFLOPs cannot be reached: the rates lead to {low:.4g} to {high:.4g}")
+        proxies = self._proxies()
+        found = [logits.clone() for logits in proxies]
+        candidates = torch.tensor(rate_candidates(self.n_patches, self.granularity), device=proxies[0].device)
+        offset = (candidates / self.n_patches).to(proxies[0].dtype)  # rising tilt: more tokens
+
+        def error(tilt: float) -> float:
+            for logits, start in zip(proxies, found, strict=True):
+                logits.copy_(start + tilt * offset)
+            return self.schedule().gflops(self.model) - gflops
+
+        below, above = -1.0, 1.0
+        while error(below) > 0 and below > -1e8:
+            below *= 2
+        while error(above) < 0 and above < 1e8:
+            above *= 2
+        for _ in range(60):
+            middle = (below + above) / 2
+            if error(middle) > 0:
+                above = middle
+            else:
+                below = middle
+        error(min((below, above), key=lambda tilt: abs(error(tilt))))
+
     @contextmanager
     def uncompressed(self) -> Iterator[nn.Module]:
         """The model as it was before the search, in evaluation mode, within a ``with`` block."""
@@ -171,10 +240,24 @@ class RateSearch(nn.Module):
             parameter.requires_grad_(True)
         self._frozen = []
 
+    def _gflops_at(self, kept: int) -> float:
+        """GFLOPs if every block that may compress keeps so many tokens."""
+        numbers = []
+        for index, stage in enumerate(self._stages):
+            left, row = stage.tokens, list[int]()
+            for here in stage.compressible:
+                left = min(left, kept) if here and index == self._stage_index else left
+                row.append(left)
+            numbers.append(row)
+        return self._cost.total(numbers) / 1e9
+
+    def _proxies(self) -> tuple[Tensor, ...]:
+        """The logits of pruning, if there are any, and of merging."""
+        return (self.merge_logits,) if self.prune_logits is None else (self.prune_logits, self.merge_logits)
+
     def _kept(self) -> tuple[Tensor, Tensor]:
         """Kept numbers (blocks, 1 or 2) and keep probabilities (blocks, 1 or 2, N): pruning, then merging."""
-        proxies = [self.merge_logits] if self.prune_logits is None else [self.prune_logits, self.merge_logits]
-        logits = torch.stack(proxies, dim=1)
+        logits = torch.stack(self._proxies(), dim=1)
         kept, keep_prob = ops.compression_rate(logits.flatten(0, 1), self.n_patches, self.granularity, self.prefix)
         fewest = self._stages[self._stage_index].fewest  # one patch to merge into; CAFormer needs two
         return kept.clamp_min(fewest).view(logits.shape[:2]), keep_prob.view(*logits.shape[:2], -1)

@@ -222,9 +222,7 @@ def rate_candidates(n_patches: int, granularity: int) -> list[int]:
     return list(range(n_patches, 0, -granularity))
 
 
-def compression_rate(
-    logits: Tensor, n_patches: int, granularity: int = 1, prefix: int = 1
-) -> tuple[Tensor, Tensor]:
+def compression_rate(logits: Tensor, n_patches: int, granularity: int = 1, prefix: int = 1) -> tuple[Tensor, Tensor]:
     """Section 3.3 of the paper: the differentiable discrete proxy, all blocks at once.
 
     ``kept = ceil(sum_k c_k p_k) + P`` with a straight-through gradient, ``t_j = sum_k p_k [j < c_k + P]``.

@@ -1,4 +1,4 @@
-"""What class_attention and received_attention have in common."""
+"""What the attention operators have in common."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from compare import assert_as_accurate_as_eager, assert_same
 from strategies import AttentionCase
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffrate_ext.reference import class_attention
 
@@ -133,3 +134,18 @@ RAW_ERRORS: list[tuple] = [
 def check_raw_error(operator: Operator, arguments: tuple) -> None:
     with pytest.raises(RuntimeError, match="diffrate: "):
         operator(*arguments)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operator returned, and which operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.operator = 0, ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and tensor.numel() > self.elements:
+                self.elements, self.operator = tensor.numel(), str(func)
+        return result

@@ -24,6 +24,13 @@ def _destinations(*shape: int, kept: int) -> Tensor:
     return torch.randint(-1, kept, shape, generator=torch.Generator().manual_seed(kept))
 
 
+def _mask(images: int, tokens: int) -> Tensor:
+    """Two tokens of each image are masked."""
+    mask = torch.ones(images, tokens)
+    mask[:, 5] = mask[:, tokens - 1] = 0
+    return mask
+
+
 @dataclass(frozen=True)
 class Sample:
     """A public operator on inputs for any number of images, and which of its tensors can require a gradient."""
@@ -41,6 +48,20 @@ def _samples() -> list[Sample]:
     def weighted(x: Tensor, attn: Tensor, size: Tensor) -> Any:
         options: dict[str, Any] = {"importance": "received", "features": "weighted", "sizes": "sum"}
         return ops.prune_merge(x, attn, 17, 9, size, prefix=0, **options)
+
+    def masked_prune_merge(x: Tensor, mask: Tensor, p: Tensor, m: Tensor, importance: Tensor, *rest: Tensor) -> Any:
+        size, kept_p, kept_m = rest
+        return ops.masked_prune_merge(x, mask, importance, size, p, m, kept_p, kept_m)
+
+    def masked_sum(x: Tensor, mask: Tensor, p: Tensor, m: Tensor, importance: Tensor, *rest: Tensor) -> Any:
+        _, kept_p, kept_m = rest
+        return ops.masked_prune_merge(x, mask, importance, None, p, m, kept_p, kept_m, prefix=2, sizes="sum")
+
+    def rated_tokens(images: int, kept_p: float, kept_m: float) -> tuple[Tensor, ...]:
+        features = _tensor(images, 17, 8), _mask(images, 17), _positive(17), _positive(17)
+        # masked tokens are the least important
+        importance = _positive(images, 17) * features[1]
+        return *features, importance, _positive(images, 17), torch.tensor(kept_p), torch.tensor(kept_m)
 
     return [
         Sample(
@@ -96,6 +117,31 @@ def _samples() -> list[Sample]:
             lambda images: (*(_tensor(images, 2, 17, 8, seed=s) for s in range(3)), _positive(images, 17)),
             3,
         ),
+        Sample(
+            "masked_attention",
+            lambda q, k, v, mask, size: ops.masked_attention(q, k, v, mask, size),
+            lambda images: (
+                *(_tensor(images, 2, 17, 8, seed=s) for s in range(3)),
+                _mask(images, 17),
+                _positive(images, 17),
+            ),
+            4,
+        ),
+        Sample(
+            "masked_attention, received and scaled",
+            lambda q, k, v, mask: ops.masked_attention(q, k, v, mask, scale=0.7, prefix=0, importance="received"),
+            lambda images: (*(_tensor(images, 2, 17, 8, seed=s) for s in range(3)), _mask(images, 17)),
+            4,
+        ),
+        Sample(
+            "compression_rate",
+            lambda logits: ops.compression_rate(logits, 16, 3, 2),
+            lambda proxies: (_tensor(proxies, 6),),
+            1,
+        ),
+        Sample("masked_prune_merge", masked_prune_merge, lambda images: rated_tokens(images, 12.0, 7.0), 4),
+        Sample("masked_prune_merge that only merges", masked_sum, lambda images: rated_tokens(images, 17.0, 7.0), 4),
+        Sample("masked_prune_merge that only prunes", masked_sum, lambda images: rated_tokens(images, 12.0, 12.0), 4),
         Sample(
             "compose_slots",
             lambda first, second: ops.compose_slots(first, second),

@@ -25,6 +25,7 @@ HEAD_LAYOUTS = ("contiguous", "packed qkv", "tokens before heads", "transposed",
 FEATURES = ("normal", "codebook", "clustered", "zero rows", "NaN", "large", "tiny")
 IMPORTANCES = ("random", "ties", "equal", "signed zeros", "NaN", "all NaN", "infinite", "negative", "any bits")
 SIZES = (None, "ones", "random", "extreme")
+MASKS = ("random", "ones", "prefix only", "one image empty", "fractional")
 MOST_ELEMENTS = 150_000  # of x: large shapes are met, but not all extents are large at once
 
 
@@ -116,6 +117,21 @@ def make_size(kind: str | None, shape: tuple[int, int], dtype: torch.dtype, rand
     elif kind == "extreme":
         choices = torch.tensor([0.0, -0.0, -3.0, 1e-30, 1e30, 1.0, 2.5], dtype=torch.float64)
         values = choices[torch.randint(len(choices), shape, generator=random)]
+    return values.to(dtype)
+
+
+def make_mask(kind: str, shape: tuple[int, int], prefix: int, dtype: torch.dtype, random: torch.Generator) -> Tensor:
+    """Which tokens are alive (B, N): the prefix always is, but for the last image of "one image empty"."""
+    values = torch.rand(shape, generator=random, dtype=torch.float64)
+    if kind == "ones":
+        values = torch.ones(shape)
+    elif kind == "prefix only":
+        values = torch.zeros(shape)
+    elif kind != "fractional":
+        values = (values < 0.6).double()
+    values[:, :prefix] = 1
+    if kind == "one image empty":
+        values[-1:] = 0
     return values.to(dtype)
 
 
@@ -221,10 +237,18 @@ class AttentionCase:
         random = torch.Generator().manual_seed(self.seed + 1)
         return make_size(self.sizes, (self.images, self.tokens), wide(self.dtype), random)
 
+    def mask(self, kind: str) -> Tensor:
+        random = torch.Generator().manual_seed(self.seed + 2)
+        return make_mask(kind, (self.images, self.tokens), self.prefix, wide(self.dtype), random)
+
+    def gradient(self) -> Tensor:
+        shape = (self.images, self.heads, self.tokens, self.head_dim)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 3)).to(self.dtype)
+
 
 @st.composite
-def attention_cases(draw: st.DrawFn, least_prefix: int = 0) -> AttentionCase:
-    tokens = draw(st.sampled_from(TOKENS))
+def attention_cases(draw: st.DrawFn, least_prefix: int = 0, most_tokens: int = TOKENS[-1]) -> AttentionCase:
+    tokens = draw(st.sampled_from([n for n in TOKENS if n <= most_tokens]))
     images = draw(st.sampled_from(IMAGES if tokens < 500 else (1, 2)))
     return AttentionCase(
         images=images,

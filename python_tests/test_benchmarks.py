@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from diffrate_ext.embedded import build_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import cases
 import checks
 import harness
 import report
@@ -115,6 +117,84 @@ def test_attention_rivals_equal_reference(with_size: bool, scale: float | None) 
         actual = getattr(rivals, name)(*arguments, sizes, scale=scale)
         expected = getattr(reference, name)(*arguments, sizes, scale=scale)
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("importance", ["class", "received"])
+def test_masked_attention_equals_reference(importance: str) -> None:
+    q, k, v, size = draw_qkv()
+    mask = (torch.rand(2, 17, generator=torch.Generator().manual_seed(1)) < 0.6).double()
+    mask[:, 0] = 1
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v, mask)]
+    results = []
+    for module in (rivals, reference):
+        out, measured = module.masked_attention(*leaves, size, scale=0.7, importance=importance)
+        results.append([out, measured, *torch.autograd.grad(out.square().sum(), leaves)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("rival", [rivals.compression_rate, rivals.compression_rate_loop])
+@pytest.mark.parametrize(("granularity", "prefix"), [(1, 1), (5, 0), (40, 2)])
+def test_compression_rate_equals_reference(rival: Callable[..., Any], granularity: int, prefix: int) -> None:
+    candidates = len(range(16, 0, -granularity))
+    logits = torch.randn(3, candidates, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    logits.requires_grad_()
+    results = []
+    for function in (rival, reference.compression_rate):
+        kept, keep_prob = function(logits, 16, granularity, prefix)
+        (gradient,) = torch.autograd.grad(kept.sum() + keep_prob.square().sum(), logits)
+        results.append([kept, keep_prob, gradient])
+    torch.testing.assert_close(*results)
+
+
+def draw_search_step() -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of x and mask, and the arguments of masked_prune_merge; three tokens are masked already."""
+    x, importance, size, grad_x = draw()
+    mask = (torch.arange(33) < 30).double().repeat(2, 1)
+    probabilities = torch.rand(2, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    kept = torch.tensor([25.0, 20.0], dtype=torch.float64)
+    arguments = [x, mask, importance + mask[:, 1:], size - 1, *probabilities, *kept]
+    return [grad_x, probabilities.clone()], arguments
+
+
+def step(function: Callable[..., Any], gradients: list[Tensor], arguments: list[Tensor]) -> list[Tensor]:
+    leaves = [arguments[index].detach().requires_grad_() for index in (0, 1, 4, 5)]
+    results = function(*leaves[:2], *arguments[2:4], *leaves[2:], *arguments[6:])
+    found = torch.autograd.grad(results[:2], leaves, gradients, allow_unused=True)
+    return [*(result.detach() for result in results), *(leaves[0] * 0 if g is None else g for g in found)]
+
+
+@pytest.mark.parametrize(("kept_p", "kept_m"), [(25.0, 20.0), (33.0, 20.0), (25.0, 25.0), (20.0, 25.0)])
+@pytest.mark.parametrize("sizes", ["cosine", "sum"])
+def test_masked_prune_merge_equals_reference(kept_p: float, kept_m: float, sizes: str) -> None:
+    gradients, arguments = draw_search_step()
+    arguments[6:] = torch.tensor([kept_p, kept_m]).unbind()
+    results = []
+    for module in (rivals, reference):
+        results.append(step(partial(module.masked_prune_merge, sizes=sizes), gradients, arguments))
+    torch.testing.assert_close(*results)
+
+
+def test_the_check_of_a_search_step_rejects_wrong_results() -> None:
+    gradients, arguments = ([tensor.float() for tensor in tensors] for tensors in draw_search_step())
+    right = step(reference.masked_prune_merge, gradients, arguments)
+    checks.check_masked_prune_merge(tuple(right), *gradients, *arguments)
+    for index in range(9):
+        wrong = list(right)
+        wrong[index] = right[index].flip(1) if right[index].dtype == torch.int64 else right[index] * 1.001
+        with pytest.raises(checks.WrongResultError):
+            checks.check_masked_prune_merge(tuple(wrong), *gradients, *arguments)
+    wrong = list(right)
+    wrong[4] = torch.where(right[4] == torch.arange(33), right[4], right[4] % 19 + 1)  # other destinations
+    with pytest.raises(checks.WrongResultError, match="misses the best cosine"):
+        checks.check_masked_prune_merge(tuple(wrong), *gradients, *arguments)
+
+
+def test_memory_beyond_results_is_judged() -> None:
+    bar = cases.MemoryBar("eager", 3)
+    assert not bar.judge({"eager": 299, cases.OURS: 100})["met"]
+    assert bar.judge({"eager": 300, cases.OURS: 100})["met"]
+    assert bar.judge({"eager": 3, cases.OURS: 0})["met"]
+    assert cases.result_bytes((torch.zeros(3), [1], torch.zeros(2, 2, dtype=torch.int64))) == 3 * 4 + 4 * 8
 
 
 def test_eager_model_equals_the_reference_and_leaves_the_model_alone() -> None:
@@ -221,7 +301,7 @@ def test_quick_benchmarks_run(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     operators = json.loads((tmp_path / "cpu_ops.json").read_text(encoding="utf-8"))["records"]
-    assert len({record["operator"] for record in operators}) == 6
+    assert len({record["operator"] for record in operators}) == 9
     assert all("diffrate_ext" in record["relative_error"] for record in operators)
     models = json.loads((tmp_path / "cpu_models.json").read_text(encoding="utf-8"))["records"]
     assert {record["batch"] for record in models} == {1, 4, 16}

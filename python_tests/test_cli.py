@@ -32,6 +32,17 @@ def folder(tmp_path):
     return folder
 
 
+@pytest.fixture
+def labelled(tmp_path):
+    """Four pictures of two classes of ImageNet."""
+    folder = tmp_path / "labelled"
+    random = np.random.default_rng(1)
+    for name in ("n01440764/a.png", "n01440764/b.png", "n01443537/a.png", "n01443537/b.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (180, 180, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
@@ -154,6 +165,224 @@ def test_benchmark_as_json_with_published_schedules(capsys):
         assert result["realised_gain"] == pytest.approx(result["speed_up"] / result["flops_ratio"])
 
 
+def search(folder, *options: str) -> list[str]:
+    """Arguments of a search of two steps."""
+    return ["search", "--steps", "2", "--batch-size", "2", "--workers", "0", "--output", str(folder), *options]
+
+
+def test_search_on_the_embedded_model(tmp_path, capsys):
+    folder = tmp_path / "search"
+    assert main(search(folder)) == 0
+    captured = capsys.readouterr()
+    schedule = Schedule.load(folder / "schedule.json")
+    model = embedded.build_model()
+    assert schedule.gflops(model) == pytest.approx(0.6 * 0.3509, rel=0.01)
+    assert str(folder / "schedule.json") in captured.out
+    assert "from the target" in captured.out
+    assert captured.err.splitlines()[-1].startswith("0.2106 GFLOPs  step 2/2  loss ")
+    assert_is_a_drawing(folder / "search.png")
+    history = json.loads((folder / "history.json").read_text())
+    assert [record["step"] for record in history["records"]] == [0, 1]
+    # 1 of 2 right, or the like: hard labels, and a trained model
+    assert {record["accuracy"] for record in history["records"]} <= {0.0, 0.5, 1.0}
+
+    assert main(search(folder, "--resume")) == 0
+    captured = capsys.readouterr()
+    assert "was finished before" in captured.out
+    assert captured.err == ""
+    assert Schedule.load(folder / "schedule.json") == schedule
+    assert "holds a search already" in fails(search(folder), capsys)
+    assert "seed: 0 then, 1 now" in fails(search(folder, "--resume", "--seed", "1"), capsys)
+
+
+def test_search_for_several_targets(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "search"
+    argv = search(folder, "--gflops", "0.25", "0.15", "--tensorboard")
+    from diffrate_ext.rates import RateSearch
+
+    gflops, calls = RateSearch.gflops, []
+
+    def interrupt_in_the_second(self):
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return gflops(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RateSearch, "gflops", interrupt_in_the_second)
+        assert main(argv) == 130
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("diffrate: search stopped after step 1 of 2")
+    assert "--resume" in error
+    first = (folder / "0.25G" / "checkpoint.pt").stat().st_mtime_ns
+
+    assert main([*argv, "--resume"]) == 0
+    output = capsys.readouterr().out
+    assert "0.25 GFLOPs, was finished before" in output
+    assert "0.15 GFLOPs, resumed after step 1" in output
+    assert (folder / "0.25G" / "checkpoint.pt").stat().st_mtime_ns == first
+    for target in (0.25, 0.15):
+        schedule = Schedule.load(folder / f"{target}G" / "schedule.json")
+        assert schedule.gflops(embedded.build_model()) == pytest.approx(target, rel=0.01)
+        assert list((folder / f"{target}G" / "tensorboard").iterdir())
+
+
+def test_search_on_the_users_pictures(labelled, tmp_path, capsys):
+    folder = tmp_path / "search"
+    argv = search(folder, *TEST_VIT, "--images", str(labelled), "--gflops", "0.025", "--lr", "0.2")
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert "accuracy" in captured.err
+    assert len(Schedule.load(folder / "schedule.json")) == 6
+    # random weights and a seed: the same again
+    again = search(tmp_path / "again", *argv[9:])
+    assert main(again) == 0
+    assert (tmp_path / "again" / "history.json").read_text() == (folder / "history.json").read_text()
+
+
+def test_search_passes_its_options_on(tmp_path, monkeypatch):
+    from diffrate_ext import sampling, searching
+
+    seen = {}
+
+    def loader(source, model, **options):
+        seen.update(options, where=source.where, labelled=source.labelled)
+        return []
+
+    def run(model, loader, gflops, settings, **options):
+        seen.update(gflops=gflops, settings=settings, resume=options["resume"], facts=options["facts"])
+        loader(3)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(sampling, "search_loader", loader)
+    monkeypatch.setattr(searching, "run_search", run)
+    words = "search --gflops 0.2 --steps 7 --batch-size 6 --lr 0.5 --min-lr 0.1 --weight-decay 0.01 --flops-weight 3 "
+    words += "--flops-loss absolute --warmup-steps 2 --amp --granularity 4 --mixup 0.3 --cutmix 0.4 "
+    words += "--label-smoothing 0.2 --no-augment --workers 2 --seed 9 --split test --resume"
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2
+    assert seen["gflops"] == 0.2
+    assert seen["settings"] == searching.SearchSettings(
+        steps=7,
+        lr=0.5,
+        min_lr=0.1,
+        weight_decay=0.01,
+        flops_weight=3,
+        flops_loss="absolute",
+        warmup_steps=2,
+        amp=True,
+        granularity=4,
+        seed=9,
+    )
+    for name, value in {
+        "batch_size": 6,
+        "steps": 7,
+        "start": 3,
+        "seed": 9,
+        "rank": 0,
+        "world": 1,
+        "augment": False,
+        "mixup": 0.3,
+        "cutmix": 0.4,
+        "smoothing": 0.2,
+        "workers": 2,
+        "resume": True,
+        "labelled": True,
+        "where": "the embedded test images",
+    }.items():
+        assert seen[name] == value, name
+    for fact in ("mixup", "cutmix", "smoothing", "augment", "images", "global batch size"):
+        assert fact in seen["facts"]
+    assert main(["search", "--soft-targets"]) == 2
+    assert seen["settings"] == searching.SearchSettings(steps=100, soft_targets=True)
+    assert (seen["mixup"], seen["cutmix"], seen["smoothing"], seen["labelled"]) == (0, 0, 0, False)
+    assert seen["gflops"] == pytest.approx(0.6 * 0.3509, rel=1e-3)
+
+
+def test_search_without_labels(folder, tmp_path, capsys):
+    argv = search(tmp_path / "search", *TEST_VIT, "--images", str(folder), "--gflops", "0.025")
+    error = fails(argv, capsys)
+    assert "has no labels" in error
+    assert "--soft-targets" in error
+    assert main([*argv, "--soft-targets"]) == 0
+    captured = capsys.readouterr()
+    assert f"left out {folder / 'broken.jpg'}, which cannot be read" in captured.err
+    assert "agreement" in captured.err
+    assert "UserWarning" not in captured.err
+
+
+def test_search_with_other_classes(labelled, tmp_path, capsys):
+    (labelled / "n01440764").rename(labelled / "tench")
+    argv = search(tmp_path / "search", *TEST_VIT, "--images", str(labelled), "--gflops", "0.025")
+    assert "2 classes" in fails(argv, capsys)
+
+
+def test_search_that_diverges(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", lambda logits, _: logits.sum() * float("nan"))
+    assert main(search(tmp_path / "search")) == 2
+    assert "the loss or its gradient is not finite" in capsys.readouterr().err
+
+
+def test_tensorboard_that_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    error = fails(search(tmp_path / "search", "--tensorboard"), capsys)
+    assert "pip install tensorboard" in error
+    assert not (tmp_path / "search").exists()
+
+
+def test_evaluate(labelled, capsys):
+    argv = ["evaluate", *TEST_VIT, "--images", str(labelled), "--workers", "0", "--batch-size", "3"]
+    assert main([*argv, "--gflops", "0.03", "0.02"]) == 0
+    captured = capsys.readouterr()
+    table = rows(captured.out)
+    assert list(table) == ["uncompressed", "0.03 GFLOPs", "0.02 GFLOPs"]
+    assert [float(row[0]) for row in table.values()] == pytest.approx([0.03768, 0.03, 0.02], rel=0.02)
+    for _, top1, loss, agreement, speed, speed_up in table.values():
+        assert all(re.fullmatch(r"\d+\.\d\d%", share) for share in (top1, agreement))
+        assert float(loss) > 0
+        assert float(speed) > 0
+        assert re.fullmatch(r"\d+\.\d\dx", speed_up)
+    assert table["uncompressed"][3] == "100.00%"
+    assert "4 images" in captured.out
+
+
+def test_evaluate_as_json_finds_what_the_library_finds(labelled, tmp_path, capsys):
+    import timm
+    import torch
+
+    from diffrate_ext.image_data import match_classes, open_images
+    from diffrate_ext.sampling import evaluation_loader
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit").eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    schedule = Schedule.uniform(model, 0.02)
+    schedule.save(tmp_path / "mine.json")
+    argv = ["evaluate", "--model", "test_vit", "--weights", str(tmp_path / "weights.pth"), "--images", str(labelled)]
+    assert main([*argv, "--schedule", str(tmp_path / "mine.json"), "--workers", "0", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    loader = evaluation_loader(match_classes(open_images(labelled), 1000), model, batch_size=4)
+    plain = diffrate_ext.evaluate(model, loader)
+    compressed = diffrate_ext.evaluate(diffrate_ext.compress(model, schedule), loader, plain.predictions)
+    assert content["number_of_images"] == 4
+    assert [result["schedule"] for result in content["results"]] == ["uncompressed", "mine.json"]
+    for result, expected in zip(content["results"], (plain, compressed), strict=True):
+        assert result["top1"] == expected.top1
+        assert result["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert content["results"][1]["agreement"] == compressed.agreement
+    assert content["results"][1]["gflops"] == schedule.gflops(model)
+
+
+def test_evaluate_without_labels(folder, capsys):
+    argv = ["evaluate", *TEST_VIT, "--images", str(folder), "--workers", "0", "--gflops", "0.02", "--amp"]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    table = rows(captured.out)
+    assert {(row[1], row[2]) for row in table.values()} == {("-", "-")}
+    assert "3 images" in captured.out
+    assert "broken.jpg" in captured.err
+
+
 def test_info_as_json(capsys):
     assert main(["info", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
@@ -224,6 +453,24 @@ def test_as_a_module(tmp_path):
         (["demo", "--output", "/no/such/folder/x.png"], "/no/such/folder"),
         (["demo", "--output", "x.docx"], "x.docx"),
         (["demo", "--device", "abacus"], "abacus"),
+        (["search", "--steps", "0"], "at least 1, got '0'"),
+        (["search", "--lr", "fast"], "at least 0, got 'fast'"),
+        (["search", "--warmup-steps", "-1"], "at least 0, got '-1'"),
+        (["search", "--lr", "0.1", "--min-lr", "0.2"], "min_lr must not be above lr"),
+        (["search", "--images", "."], "--images needs --model"),
+        (["search", *TEST_VIT], "--model needs --images"),
+        (["search", *TEST_VIT, "--images", "/no/such/folder"], "/no/such/folder"),
+        (["search", "--split", "val"], "'search' and 'test', got 'val'"),
+        (["search", "--gflops", "0.2", "9"], "9 GFLOPs cannot be reached: the model takes 0.3509"),
+        (["search", "--gflops", "0.2", "0.2"], "a target twice"),
+        (["search", "--mixup", "1", "--batch-size", "3"], "even"),
+        (["search", "--device", "abacus"], "abacus"),
+        (["search", "--output", "/dev/null/x"], "/dev/null is a file"),
+        (["evaluate", "--images", "."], "--images needs --model"),
+        (["evaluate", *TEST_VIT], "--model needs --images"),
+        (["evaluate", "--split", "train"], "'search' and 'test', got 'train'"),
+        (["evaluate", "--gflops", "9"], "9"),
+        (["evaluate", "--schedule", "/no/such/schedule.json"], "/no/such/schedule.json"),
         (["benchmark", "--model", "no_such_model"], "no_such_model"),
         (["benchmark", "--model", "test_resnet"], "ResNet"),
         (["benchmark", "--dtype", "int8"], "int8"),

@@ -1,7 +1,7 @@
 // What the kernels take: raw pointers, sizes, strides. One plain struct per operator, shared by CPU and CUDA.
 //
-// All strides are in elements. `Type` is the dtype of the features (x, out, grad, q, k, v); importances, sizes and masks
-// are `wide`: float, or double beside double features.
+// All strides are in elements. `Type` is the dtype of the features (x, out, grad, q, k, v); importances, sizes and
+// masks are `wide`: float, or double beside double features.
 #pragma once
 
 #include <cstdint>

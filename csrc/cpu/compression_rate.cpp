@@ -79,9 +79,8 @@ void compression_rate(const CompressionRateArgs& a, const Threads&) {
 }
 
 void compression_rate_backward(const CompressionRateArgs& a, const Threads&) {
-  for_proxies(a, [&](const auto& op, int64_t proxy, double* scratch) {
-    op.backward(proxy, scratch, scratch + a.candidates);
-  });
+  for_proxies(
+      a, [&](const auto& op, int64_t proxy, double* scratch) { op.backward(proxy, scratch, scratch + a.candidates); });
 }
 
 }  // namespace diffrate::cpu::DIFFRATE_SIMD

@@ -8,15 +8,15 @@
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {
 
-constexpr int64_t kQueries = 48;            // in a block: their logits fit the second-level cache
-constexpr double kMaskedEpsilon = 1e-6;     // of the masked softmax
+constexpr int64_t kQueries = 48;         // in a block: their logits fit the second-level cache
+constexpr double kMaskedEpsilon = 1e-6;  // of the masked softmax
 
 template <class T>
 struct MaskedAttention {
   using W = Wide<T>;
   const MaskedAttentionArgs& a;
   bool backward;
-  int64_t length;   // of a row over tokens, padded to whole vectors
+  int64_t length;    // of a row over tokens, padded to whole vectors
   int64_t channels;  // of a row over a head's channels, padded
 
   MaskedAttention(const MaskedAttentionArgs& args, bool backward)
@@ -24,11 +24,11 @@ struct MaskedAttention {
 
   // Of one part, which handles one head at a time.
   struct Part {
-    W *keys_t, *values_t;                      // (D, length): transposed
-    W *keys, *values;                          // (N, channels)
-    W *grad_k, *grad_v;                        // (N, channels)
-    W *query, *grad_out, *result;              // (kQueries, channels)
-    W *weights, *grad_weights;                 // (kQueries, length)
+    W *keys_t, *values_t;          // (D, length): transposed
+    W *keys, *values;              // (N, channels)
+    W *grad_k, *grad_v;            // (N, channels)
+    W *query, *grad_out, *result;  // (kQueries, channels)
+    W *weights, *grad_weights;     // (kQueries, length)
   };
 
   struct Scratch {
@@ -126,7 +126,8 @@ struct MaskedAttention {
         for (int64_t j = 0; j < length; j += kLanes<W>) store(e + j, load(e + j) * inverse + floor);
         if (a.received || i + r == 0) {
           W counts = a.received ? s.mask[i + r] : 1;
-          for (int64_t j = 0; j < length; j += kLanes<W>) store(row_sums + j, load(row_sums + j) + load(e + j) * counts);
+          for (int64_t j = 0; j < length; j += kLanes<W>)
+            store(row_sums + j, load(row_sums + j) + load(e + j) * counts);
         }
       }
       multiply<W>({t.weights, length, 1}, t.values, channels, a.tokens, t.result, channels, queries, channels);
@@ -154,7 +155,8 @@ struct MaskedAttention {
       multiply<W>({t.grad_weights, 1, length}, t.query, channels, queries, t.grad_k, channels, a.tokens, channels,
                   true);
       multiply<W>({t.grad_weights, length, 1}, t.keys, channels, a.tokens, t.result, channels, queries, channels);
-      for (int64_t r = 0; r < queries; ++r) unpack(t.result + r * channels, scale, row_out(a.grad_q, image, head, i + r));
+      for (int64_t r = 0; r < queries; ++r)
+        unpack(t.result + r * channels, scale, row_out(a.grad_q, image, head, i + r));
     }
     for (int64_t j = 0; j < a.tokens; ++j) {
       unpack(t.grad_k + j * channels, W(1), row_out(a.grad_k, image, head, j));
@@ -237,9 +239,8 @@ struct MaskedAttention {
 }  // namespace
 
 void masked_attention(const MaskedAttentionArgs& a, const Threads& threads) {
-  dispatch(a.type, [&](auto example) {
-    for_images(threads, a.images, a.heads, MaskedAttention<decltype(example)>(a, false));
-  });
+  dispatch(a.type,
+           [&](auto example) { for_images(threads, a.images, a.heads, MaskedAttention<decltype(example)>(a, false)); });
 }
 
 void masked_attention_backward(const MaskedAttentionArgs& a, const Threads& threads) {

@@ -8,7 +8,7 @@ namespace {
 // The tokens that stay alive are written as if the others were dropped; what is masked follows after them.
 PruneMergeArgs alive_part(const MaskedPruneMergeArgs& a) {
   int64_t middle = a.k_p < a.last ? a.k_p : a.last;
-  return {a.type,  a.images,  a.tokens,     a.channels, a.prefix, middle,         a.k_m < middle ? a.k_m : middle,
+  return {a.type,  a.images,        a.tokens,     a.channels, a.prefix, middle,         a.k_m < middle ? a.k_m : middle,
           a.x,     {nullptr, 0, 0}, a.importance, a.size,     false,    a.cosine_sizes, a.out,
           nullptr, nullptr};
 }
@@ -60,7 +60,8 @@ struct MaskedPruneMerge : PruneMerge<T> {
 void masked_prune_merge(const MaskedPruneMergeArgs& a, const Threads& threads) {
   PruneMergeArgs alive = alive_part(a);
   int64_t blocks = (a.tokens + kBlock - 1) / kBlock;
-  dispatch(a.type, [&](auto example) { for_images(threads, a.images, blocks, MaskedPruneMerge<decltype(example)>(alive, a)); });
+  dispatch(a.type,
+           [&](auto example) { for_images(threads, a.images, blocks, MaskedPruneMerge<decltype(example)>(alive, a)); });
 }
 
 }  // namespace diffrate::cpu::DIFFRATE_SIMD

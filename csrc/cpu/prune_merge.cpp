@@ -31,7 +31,8 @@ struct DroppingPruneMerge : PruneMerge<T> {
 
 void prune_merge(const PruneMergeArgs& a, const Threads& threads) {
   int64_t blocks = (a.k_m + kBlock - 1) / kBlock;
-  dispatch(a.type, [&](auto example) { for_images(threads, a.images, blocks, DroppingPruneMerge<decltype(example)>(a)); });
+  dispatch(a.type,
+           [&](auto example) { for_images(threads, a.images, blocks, DroppingPruneMerge<decltype(example)>(a)); });
 }
 
 }  // namespace diffrate::cpu::DIFFRATE_SIMD

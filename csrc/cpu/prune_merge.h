@@ -62,7 +62,7 @@ struct PruneMerge {
   using W = Wide<T>;
   const PruneMergeArgs& a;
   int64_t out_tokens;  // rows of an image in `out`, of which this writes the first k_m
-  int64_t stride;  // of a row in scratch memory: channels, rounded up to whole vectors
+  int64_t stride;      // of a row in scratch memory: channels, rounded up to whole vectors
   int64_t sources;
   int64_t source_groups;  // of kColumns, the last one filled up
   int64_t source_rows;

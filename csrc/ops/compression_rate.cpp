@@ -41,8 +41,9 @@ Tensor compression_rate_backward(Tensor grad_kept, Tensor grad_keep_prob, Tensor
   check_same_device(grad_keep_prob, logits, "grad_keep_prob");
   check_shape(grad_kept, {args.proxies}, "grad_kept");
   check_shape(grad_keep_prob, {args.proxies, n_patches + prefix}, "grad_keep_prob");
-  DIFFRATE_CHECK(grad_kept.scalar_type() == logits.scalar_type() && grad_keep_prob.scalar_type() == logits.scalar_type(),
-                 "gradients must have the dtype of logits");
+  DIFFRATE_CHECK(
+      grad_kept.scalar_type() == logits.scalar_type() && grad_keep_prob.scalar_type() == logits.scalar_type(),
+      "gradients must have the dtype of logits");
   grad_kept = torch::stable::contiguous(grad_kept);
   grad_keep_prob = torch::stable::contiguous(grad_keep_prob);
   Tensor grad = empty_like(logits, {args.proxies, args.candidates}, logits.scalar_type());
@@ -58,7 +59,8 @@ Tensor compression_rate_backward(Tensor grad_kept, Tensor grad_keep_prob, Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(diffrate, library) {
   library.def("compression_rate(Tensor logits, int n_patches, int granularity=1, int prefix=1) -> (Tensor, Tensor)");
   library.def(
-      "compression_rate_backward(Tensor grad_kept, Tensor grad_keep_prob, Tensor logits, int n_patches, int granularity, "
+      "compression_rate_backward(Tensor grad_kept, Tensor grad_keep_prob, Tensor logits, int n_patches, int "
+      "granularity, "
       "int prefix) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(diffrate, CPU, library) {

@@ -75,7 +75,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_prune_merge(Tensor x, 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(diffrate, library) {
   library.def(
-      "masked_prune_merge(Tensor x, Tensor mask, Tensor importance, Tensor? size, Tensor prune_prob, Tensor merge_prob, "
+      "masked_prune_merge(Tensor x, Tensor mask, Tensor importance, Tensor? size, Tensor prune_prob, Tensor "
+      "merge_prob, "
       "Tensor kept_p, Tensor kept_m, int prefix=1, str sizes='cosine') -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(diffrate, CPU, library) {

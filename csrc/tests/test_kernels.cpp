@@ -1,6 +1,7 @@
 // Tests of the torch-free CPU kernels, mostly for the sanitizers: every buffer is exactly as long as it must be, so
 // that one read or write too far is an error. Values are compared with plain loops in double. CTest runs this once for
 // each instruction set (DIFFRATE_CPU_CAPABILITY), and Python tests the operators in depth.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -230,6 +231,224 @@ void test_attention(const Case& c, const cpu::Threads& threads) {
   check(received_right, "received_attention", c.tokens, c.channels);
 }
 
+// sum_i out_i . grad_i of masked attention, by its formula in double.
+double masked_attention_loss(const Case& c, int64_t heads, const std::vector<double>& q, const std::vector<double>& k,
+                             const std::vector<double>& v, const std::vector<double>& mask, const float* size,
+                             const float* grad, std::vector<double>* out, std::vector<double>* importance) {
+  double loss = 0;
+  std::vector<double> e(c.tokens);
+  for (int64_t b = 0; b < c.images; ++b) {
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t i = 0; i < c.tokens; ++i) {
+        auto row = [&](int64_t token) { return ((b * heads + h) * c.tokens + token) * c.channels; };
+        double top = -INFINITY, total = 1e-6;
+        for (int64_t j = 0; j < c.tokens; ++j) {
+          e[j] = std::log(double(size[b * c.tokens + j]));
+          for (int64_t d = 0; d < c.channels; ++d) e[j] += 0.5 * q[row(i) + d] * k[row(j) + d];
+          top = std::fmax(top, e[j]);
+        }
+        for (int64_t j = 0; j < c.tokens; ++j) {
+          e[j] = std::exp(e[j] - top) * (i == j ? 1 : mask[b * c.tokens + j]);
+          total += e[j];
+        }
+        for (int64_t j = 0; j < c.tokens; ++j) {
+          double a = (e[j] + 1e-6 / double(c.tokens)) / total;
+          if (importance && i == 0 && j >= c.prefix)
+            (*importance)[b * (c.tokens - c.prefix) + j - c.prefix] += a / double(heads);
+          for (int64_t d = 0; d < c.channels; ++d) {
+            loss += a * v[row(j) + d] * double(grad[row(i) + d]);
+            if (out) (*out)[((b * c.tokens + i) * heads + h) * c.channels + d] += a * v[row(j) + d];
+          }
+        }
+      }
+    }
+  }
+  return loss;
+}
+
+// The forward pass against the formula, the gradients against its difference quotient in a random direction.
+void test_masked_attention(const Case& c, const cpu::Threads& threads) {
+  const int64_t heads = 2;
+  int64_t rows = c.images * c.tokens, count = rows * heads * c.channels, patches = c.tokens - c.prefix;
+  auto q = random_floats(count, 11), k = random_floats(count, 12), v = random_floats(count, 13);
+  auto size = random_floats(rows, 14, 0.5f, 3), grad = random_floats(count, 15), mask = exact<float>(rows);
+  for (int64_t i = 0; i < rows; ++i) mask[i] = i % c.tokens < c.k_p;
+  auto out = exact<float>(count), importance = exact<float>(c.images * patches);
+  auto grad_q = exact<float>(count), grad_k = exact<float>(count), grad_v = exact<float>(count);
+  auto grad_mask = exact<float>(rows);
+  auto heads_of = [&](const float* data) {
+    return Heads{data, heads * c.tokens * c.channels, c.tokens * c.channels, c.channels};
+  };
+  MaskedAttentionArgs args{Type::f32,
+                           c.images,
+                           heads,
+                           c.tokens,
+                           c.channels,
+                           c.prefix,
+                           heads_of(q.get()),
+                           heads_of(k.get()),
+                           heads_of(v.get()),
+                           {mask.get(), c.tokens, 1},
+                           {size.get(), c.tokens, 1},
+                           0.5,
+                           false,
+                           out.get(),
+                           importance.get(),
+                           heads_of(grad.get()),
+                           grad_q.get(),
+                           grad_k.get(),
+                           grad_v.get(),
+                           grad_mask.get()};
+  cpu::kernels().masked_attention(args, threads);
+  cpu::kernels().masked_attention_backward(args, threads);
+
+  auto widened = [](const float* values, int64_t n) { return std::vector<double>(values, values + n); };
+  std::vector<double> expected(count), expected_importance(c.images * patches);
+  masked_attention_loss(c, heads, widened(q.get(), count), widened(k.get(), count), widened(v.get(), count),
+                        widened(mask.get(), rows), size.get(), grad.get(), &expected, &expected_importance);
+  bool forward_right = true, importance_right = true;
+  for (int64_t i = 0; i < count; ++i) forward_right = forward_right && near(out[i], expected[i]);
+  for (int64_t i = 0; i < c.images * patches; ++i)
+    importance_right = importance_right && near(importance[i], expected_importance[i]);
+  check(forward_right, "masked_attention", c.tokens, c.channels);
+  check(importance_right, "masked_attention: importance", c.tokens, c.channels);
+
+  auto step = random_floats(count, 16), mask_step = random_floats(rows, 17);
+  const double h = 1e-4;
+  auto moved = [&](const float* values, const float* direction, int64_t n, double by) {
+    std::vector<double> result(n);
+    for (int64_t i = 0; i < n; ++i) result[i] = values[i] + by * direction[i];
+    return result;
+  };
+  auto along = [&](const float* gradient, const float* direction, int64_t layout) {
+    double total = 0;
+    for (int64_t i = 0; i < layout; ++i) {
+      int64_t at = i;
+      if (layout == count) {  // gradients are (B, N, H, D), directions (B, H, N, D)
+        int64_t d = i % c.channels, head = i / c.channels % heads, token = i / c.channels / heads % c.tokens;
+        int64_t image = i / c.channels / heads / c.tokens;
+        at = ((image * heads + head) * c.tokens + token) * c.channels + d;
+      }
+      total += double(gradient[i]) * direction[at];
+    }
+    return total;
+  };
+  auto loss_at = [&](int which, double by) {
+    auto maybe = [&](int index, const float* values) {
+      return moved(values, step.get(), count, index == which ? by : 0);
+    };
+    return masked_attention_loss(c, heads, maybe(0, q.get()), maybe(1, k.get()), maybe(2, v.get()),
+                                 moved(mask.get(), mask_step.get(), rows, which == 3 ? by : 0), size.get(), grad.get(),
+                                 nullptr, nullptr);
+  };
+  const float* gradients[] = {grad_q.get(), grad_k.get(), grad_v.get(), grad_mask.get()};
+  const char* names[] = {"masked_attention: gradient of q", "masked_attention: gradient of k",
+                         "masked_attention: gradient of v", "masked_attention: gradient of the mask"};
+  for (int which = 0; which < 4; ++which) {
+    double quotient = (loss_at(which, h) - loss_at(which, -h)) / (2 * h);
+    double found = which < 3 ? along(gradients[which], step.get(), count) : along(gradients[3], mask_step.get(), rows);
+    check(near(found, quotient, 1e-3), names[which], c.tokens, c.channels);
+  }
+}
+
+void test_compression_rate(int64_t patches, int64_t granularity, const cpu::Threads& threads) {
+  const int64_t proxies = 3, prefix = 1, tokens = patches + prefix;
+  int64_t candidates = (patches - 1) / granularity + 1;
+  auto logits = random_floats(proxies * candidates, 18);
+  auto kept = exact<float>(proxies), keep = exact<float>(proxies * tokens);
+  auto grad_kept = random_floats(proxies, 19), grad_keep = random_floats(proxies * tokens, 20);
+  auto grad = exact<float>(proxies * candidates);
+  CompressionRateArgs args{Type::f32,    proxies,    candidates, patches,         granularity,     prefix,
+                           logits.get(), kept.get(), keep.get(), grad_kept.get(), grad_keep.get(), grad.get()};
+  cpu::kernels().compression_rate(args, threads);
+  cpu::kernels().compression_rate_backward(args, threads);
+  bool kept_right = true, keep_right = true, grad_right = true;
+  for (int64_t l = 0; l < proxies; ++l) {
+    double total = 0, mean = 0, mean_grad = 0;
+    std::vector<double> p(candidates), t(tokens), to_p(candidates);
+    for (int64_t k = 0; k < candidates; ++k) total += p[k] = std::exp(double(logits[l * candidates + k]));
+    for (int64_t k = 0; k < candidates; ++k) {
+      int64_t c = patches - granularity * k;
+      p[k] /= total;
+      mean += p[k] * double(c);
+      to_p[k] = double(grad_kept[l]) * double(c);
+      for (int64_t j = 0; j < c + prefix; ++j) {
+        t[j] += p[k];
+        to_p[k] += double(grad_keep[l * tokens + j]);
+      }
+      mean_grad += p[k] * to_p[k];
+    }
+    kept_right = kept_right && kept[l] == std::ceil(mean) + prefix;
+    for (int64_t j = 0; j < tokens; ++j) keep_right = keep_right && near(keep[l * tokens + j], t[j]);
+    for (int64_t k = 0; k < candidates; ++k)
+      grad_right = grad_right && near(grad[l * candidates + k], p[k] * (to_p[k] - mean_grad));
+  }
+  check(kept_right, "compression_rate: kept", tokens, granularity);
+  check(keep_right, "compression_rate: keep probability", tokens, granularity);
+  check(grad_right, "compression_rate: gradient", tokens, granularity);
+}
+
+void test_masked_prune_merge(const Case& c, const cpu::Threads& threads) {
+  int64_t rows = c.images * c.tokens, last = c.tokens - c.tokens / 8;
+  auto x = random_floats(rows * c.channels, 21), size = random_floats(rows, 22, 0.5f, 3), mask = exact<float>(rows);
+  // what is masked already is what matters least
+  auto importance = exact<float>(c.images * (c.tokens - c.prefix));
+  for (int64_t i = 0; i < c.images * (c.tokens - c.prefix); ++i)
+    importance[i] = float(c.tokens - i % (c.tokens - c.prefix));
+  for (int64_t i = 0; i < rows; ++i) mask[i] = i % c.tokens < last;
+  auto out = exact<float>(rows * c.channels), out_mask = exact<float>(rows), out_size = exact<float>(rows);
+  auto order = exact<int64_t>(rows), dst = exact<int64_t>(rows);
+  MaskedPruneMergeArgs args{Type::f32,
+                            c.images,
+                            c.tokens,
+                            c.channels,
+                            c.prefix,
+                            last,
+                            c.k_p,
+                            c.k_m,
+                            {x.get(), c.tokens * c.channels, c.channels},
+                            given(importance.get(), c),
+                            {mask.get(), c.tokens, 1},
+                            {size.get(), c.tokens, 1},
+                            false,
+                            out.get(),
+                            out_mask.get(),
+                            out_size.get(),
+                            order.get(),
+                            dst.get()};
+  cpu::kernels().masked_prune_merge(args, threads);
+  int64_t middle = std::min(last, c.k_p), kept = std::min(middle, c.k_m);
+  bool places = true, masks = true, means = true, sizes = true;
+  for (int64_t b = 0; b < c.images; ++b) {
+    std::vector<double> sum(c.tokens * c.channels), members(c.tokens), total(c.tokens);
+    auto started = [&](int64_t j) {
+      double own = size[b * c.tokens + order[b * c.tokens + j]];
+      return kept < middle && j < middle ? std::fmax(own, 1) : own;
+    };
+    for (int64_t j = 0; j < c.tokens; ++j) {
+      int64_t at = b * c.tokens + j, to = dst[at];
+      places = places && order[at] == j && (j >= kept && j < middle ? to >= c.prefix && to < kept : to == j);
+      masks = masks && out_mask[at] == (j < kept);
+      if (to < 0 || to >= c.tokens) continue;
+      ++members[to];
+      total[to] += started(j);
+      for (int64_t k = 0; k < c.channels; ++k) sum[to * c.channels + k] += x[at * c.channels + k];
+    }
+    for (int64_t j = 0; j < c.tokens; ++j) {
+      int64_t at = b * c.tokens + j;
+      bool is_source = j >= kept && j < middle;
+      sizes = sizes && near(out_size[at], is_source ? started(j) : total[j]);
+      for (int64_t k = 0; k < c.channels; ++k)
+        means = means && near(out[at * c.channels + k],
+                              is_source ? x[at * c.channels + k] : sum[j * c.channels + k] / members[j]);
+    }
+  }
+  check(places, "masked_prune_merge: order and destinations", c.tokens, c.channels);
+  check(masks, "masked_prune_merge: mask", c.tokens, c.channels);
+  check(means, "masked_prune_merge: features", c.tokens, c.channels);
+  check(sizes, "masked_prune_merge: sizes", c.tokens, c.channels);
+}
+
 // float16 and bfloat16 as every value's round trip and as rounding to nearest even.
 template <class T>
 void test_half_format(T, const char* name) {
@@ -273,7 +492,12 @@ int main() {
       test_prune_merge(c, threads, true);
       test_merge_reduce(c, threads);
       test_attention(c, threads);
+      test_masked_attention(c, threads);
+      test_masked_prune_merge(c, threads);
     }
+    test_compression_rate(196, 1, threads);
+    test_compression_rate(17, 4, threads);
+    test_compression_rate(1, 1, threads);
   }
   test_half_format(simd::Half{}, "float16: round trip, rounding to nearest even");
   test_half_format(simd::BFloat16{}, "bfloat16: round trip, rounding to nearest even");

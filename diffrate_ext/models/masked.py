@@ -72,7 +72,9 @@ class SearchPlan:
         slot = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         for block, rates in zip(blocks.children(), self.rates.block_rates(self.stage), strict=True):
             if checkpointing and torch.is_grad_enabled():
-                x, state, moved = checkpoint(_masked_block, self.compressor, block, x, state, rates, use_reentrant=False)
+                x, state, moved = checkpoint(
+                    _masked_block, self.compressor, block, x, state, rates, use_reentrant=False
+                )
             else:
                 x, state, moved = _masked_block(self.compressor, block, x, state, rates)
             if observe is not None:

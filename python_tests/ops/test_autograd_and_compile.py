@@ -29,9 +29,13 @@ def inputs_on(device: torch.device, sample: Sample, images: int, gradients: bool
 
 
 def gradients_of(function: Any, inputs: list[Tensor], count: int) -> list[Tensor]:
-    out = tensors(function(*inputs))[0]
-    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
-    return list(torch.autograd.grad(out, inputs[:count], weights))
+    """Of all that the function's results say of the first ``count`` inputs; no gradient is a zero one."""
+    results = [out for out in tensors(function(*inputs)) if out.requires_grad]
+    weights = [
+        torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape) for out in results
+    ]
+    gradients = torch.autograd.grad(results, inputs[:count], weights, allow_unused=True)
+    return [torch.zeros_like(a) if g is None else g for a, g in zip(inputs, gradients, strict=False)]
 
 
 def opcheck_cases() -> list[Any]:
@@ -71,6 +75,40 @@ def opcheck_cases() -> list[Any]:
         cases[f"received_attention, {dtype}"] = (_raw.received_attention, (q, k, size, 0.5))
         cases[f"class_attention, bare, {dtype}"] = (_raw.class_attention, (q.contiguous(), k.contiguous(), None, 1.0))
         cases[f"received_attention, prefix, {dtype}"] = (_raw.received_attention, (q, k, None, -0.5, 1))
+    for gradient in (False, True):
+        for dtype in (torch.float32, torch.bfloat16, double):
+            wide = double if dtype == double else torch.float32
+            kind = f"{'with gradient' if gradient else 'no gradient'}, {dtype}"
+            heads = [floats(2, 3, 9, 8, dtype=dtype, gradient=gradient) for _ in range(4)]
+            mask, size = (floats(2, 9) < 0.6).to(wide).requires_grad_(gradient), 1 + floats(2, 9, dtype=wide)
+            cases[f"masked_attention, {kind}"] = (_raw.masked_attention, (*heads[:3], mask, size, 0.5, 2, "received"))
+            cases[f"masked_attention, bare, {kind}"] = (_raw.masked_attention, (*heads[:3], mask, None, 0.5))
+            grad, *heads = (head.detach() for head in heads)  # it refuses to be differentiated
+            cases[f"masked_attention_backward, {kind}"] = (
+                _raw.masked_attention_backward,
+                (grad, *heads, mask.detach(), size, 0.5),
+            )
+            rates = [floats(9, dtype=wide, gradient=gradient) for _ in range(2)]
+            x, importance = floats(2, 9, 6, dtype=dtype, gradient=gradient), floats(2, 8)
+            for kept_p, kept_m in ((7.0, 4.0), (9.0, 4.0), (5.0, 5.0), (9.0, 9.0)):
+                kept = [torch.tensor(number, dtype=wide) for number in (kept_p, kept_m)]
+                alive = torch.ones(2, 9, dtype=wide, requires_grad=gradient)
+                cases[f"masked_prune_merge, {kept_p}, {kept_m}, {kind}"] = (
+                    _raw.masked_prune_merge,
+                    (x, alive, importance, size, *rates, *kept, 1, "sum"),
+                )
+            bare = (x.transpose(1, 2).contiguous().transpose(1, 2), mask, importance, None, *rates, *kept)
+            cases[f"masked_prune_merge, bare, {kind}"] = (_raw.masked_prune_merge, bare)
+        for dtype in (torch.float32, double):
+            kind = f"{'with gradient' if gradient else 'no gradient'}, {dtype}"
+            logits = floats(3, 5, dtype=dtype, gradient=gradient)
+            cases[f"compression_rate, {kind}"] = (_raw.compression_rate, (logits, 9, 2, 0))
+            cases[f"compression_rate, bare, {kind}"] = (_raw.compression_rate, (logits.t().contiguous().t(), 5))
+        grads = floats(3), floats(3, 10)
+        cases["compression_rate_backward"] = (
+            _raw.compression_rate_backward,
+            (*grads, logits.detach().float(), 9, 2, 1),
+        )
     return [pytest.param(*case, id=name) for name, case in cases.items()]
 
 
@@ -101,7 +139,7 @@ def test_compiled_once_for_all_batch_sizes(device: torch.device, sample: Sample)
         inputs = inputs_on(device, sample, images)
         expected = tensors(sample.function(*inputs))
         for tensor in inputs:
-            if tensor.shape[0] == images:
+            if tensor.ndim > 0 and tensor.shape[0] == images:
                 torch._dynamo.mark_dynamic(tensor, 0)
         for index, (a, b) in enumerate(zip(tensors(compiled(*inputs)), expected, strict=True)):
             assert_same(f"result {index}, {images} images", a, b)
@@ -121,7 +159,7 @@ def test_compiled_gradients(device: torch.device, sample: Sample) -> None:
         inputs = inputs_on(device, sample, images, gradients=True)
         expected = gradients_of(sample.function, inputs, sample.differentiable)
         for tensor in inputs:
-            if tensor.shape[0] == images:
+            if tensor.ndim > 0 and tensor.shape[0] == images:
                 torch._dynamo.mark_dynamic(tensor, 0)
         actual = gradients_of(compiled, inputs, sample.differentiable)
         for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
@@ -159,6 +197,28 @@ def test_inductor(device: torch.device) -> None:
     for a, b in zip(compiled(x, q, k), function(x, q, k), strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(gradients_of(compiled, [x, q, k], 1), gradients_of(function, [x, q, k], 1))
+
+
+def test_inductor_in_a_search_step(device: torch.device) -> None:
+    """Forward and backward through all three operators of the search, from the rates to the loss."""
+
+    def function(logits: Tensor, q: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        kept, prob = ops.compression_rate(logits, 16, 2)
+        out, importance = ops.masked_attention(q, q * 0.5, q + 1, mask)
+        y = x + out.transpose(1, 2).flatten(2)
+        y, mask, size, _, _ = ops.masked_prune_merge(y, mask, importance, None, prob[0], prob[1], kept[0], kept[1])
+        return (y.tanh() * (mask * size)[..., None]).sum(1)
+
+    torch._dynamo.reset()
+    q, _, _, x, _ = block_inputs(device, 2)
+    logits = torch.tensor([[2.0] * 3 + [0] * 5, [0.0] * 8], device=device)
+    inputs = [tensor.detach().requires_grad_() for tensor in (logits, q, x, torch.ones(2, 17, device=device))]
+    compiled = torch.compile(function, fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), function(*inputs))
+    actual, expected = gradients_of(compiled, inputs, 4), gradients_of(function, inputs, 4)
+    torch.testing.assert_close(actual, expected)
+    for gradient in expected:
+        assert gradient.abs().sum() > 0
 
 
 class Block(nn.Module):
@@ -220,6 +280,42 @@ def test_second_backward_is_right_or_raises(device: torch.device) -> None:
         (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), x)
         assert second.abs().sum() > 0
+
+
+def test_autocast_leaves_the_search_operators_as_they_are(device: torch.device) -> None:
+    """They choose their own precision: a kept number from half-precision sums would be wrong."""
+    for name in ("masked_attention", "compression_rate", "masked_prune_merge"):
+        sample = SAMPLES[name]
+        inputs = inputs_on(device, sample, 3, gradients=True)
+        expected = tensors(sample.function(*inputs))
+        gradients = gradients_of(sample.function, inputs, sample.differentiable)
+        with torch.autocast(device.type, torch.bfloat16):
+            actual = tensors(sample.function(*inputs))
+            actual_gradients = gradients_of(sample.function, inputs, sample.differentiable)
+        for a, b in zip([*actual, *actual_gradients], [*expected, *gradients], strict=True):
+            assert_same(name, a, b)
+
+
+def test_autocast_of_a_search_step(device: torch.device) -> None:
+    """Half-precision attention beside a float32 stream, float32 masks and float32 rates."""
+    linear = nn.Linear(16, 48, device=device)
+    x = torch.randn(2, 17, 16, device=device, requires_grad=True)
+    logits = torch.randn(2, 16, device=device, requires_grad=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        kept, prob = ops.compression_rate(logits, 16)
+        q, k, v = linear(x).view(2, 17, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        mask = torch.ones(2, 17, device=device, requires_grad=True)
+        out, importance = ops.masked_attention(q, k, v, mask)
+        assert (out.dtype, importance.dtype) == (torch.bfloat16, torch.float32)
+        y = x + out.transpose(1, 2).flatten(2)
+        y, mask, size, _, _ = ops.masked_prune_merge(y, mask, importance, None, prob[0], prob[1], kept[0], kept[1])
+        assert y.dtype == mask.dtype == size.dtype == torch.float32
+        (y.sum() + mask.square().sum()).backward()
+    for leaf in (x, logits, linear.weight):
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == torch.float32
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("residual_dtype", [torch.bfloat16, torch.float32])

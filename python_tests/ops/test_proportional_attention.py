@@ -9,11 +9,11 @@ import attention_checks
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_checks import LargestTensor
 from compare import assert_as_accurate_as_eager, assert_same
 from hypothesis import given, settings
 from strategies import AttentionCase, attention_cases
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffrate_ext import ops, reference
 
@@ -151,21 +151,6 @@ def test_a_size_counts_as_so_many_tokens(device: torch.device) -> None:
     attn = (q @ k[:, :, index].transpose(-1, -2) * 8**-0.5).softmax(-1)
     torch.testing.assert_close(out, attn @ v[:, :, index])
     torch.testing.assert_close(importance[:, 3], attn[:, :, 0, 4:7].sum(-1).mean(1))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operator returned, and which operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements, self.operator = 0, ""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor) and tensor.numel() > self.elements:
-                self.elements, self.operator = tensor.numel(), str(func)
-        return result
 
 
 TOKENS = 601  # large beside what is legitimately there: H * N * D elements are a tenth of N * N

@@ -11,7 +11,8 @@ import pytest
 import torch
 from compare import assert_as_accurate_as_eager, assert_same
 from hypothesis import given
-from oracles import cosines, sorted_positions
+from match_checks import check_matches
+from oracles import sorted_positions
 from strategies import DTYPES, FEATURES, TokenCase, kept_numbers, make_importance, token_cases
 from torch import Tensor
 
@@ -46,27 +47,7 @@ def check_slots(case: TokenCase, x: Tensor, order: Tensor, slot: Tensor, k_p: in
     assert_same("slots of kept tokens", slot.gather(1, order[:, :k_m]), position[:, :k_m])
     assert_same("slots of pruned tokens", slot.gather(1, order[:, k_p:]), torch.full_like(order[:, k_p:], -1))
     match = slot.gather(1, order[:, k_m:k_p])
-    if match.numel() == 0:
-        return
-    assert int(match.min()) >= case.prefix
-    assert int(match.max()) < k_m
-    sorted_x = torch.stack([rows[index] for rows, index in zip(x, order, strict=True)])
-    table = cosines(sorted_x)[:, k_m:k_p, case.prefix : k_m]
-    table = table.nan_to_num(nan=-torch.inf)  # a NaN is similar to nothing, and equally so to every destination
-    found = table.gather(2, (match - case.prefix)[..., None]).squeeze(-1)
-    best = table.max(2).values
-    # a dot product of n products is off by at most n eps |u| |v|; few more roundings make it a cosine; two are compared
-    rounding = 2 * (case.channels + 6) * torch.finfo(case.wide).eps
-    missed = torch.where(best.isinf(), 0.0, best - found)
-    assert float(missed.max()) <= rounding, f"a destination less similar by {float(missed.max()):.3e} was chosen"
-    nothing_similar = best.isinf()
-    assert_same(
-        "match of what is similar to nothing", match[nothing_similar], match[nothing_similar].mul(0) + case.prefix
-    )
-    if case.features == "codebook":
-        # the first of all destinations that are the same direction
-        first = (table >= best[..., None] - rounding).int().argmax(2) + case.prefix
-        assert_same("match among equal destinations", match, first)
+    check_matches(case, reference.gather_tokens(x, order), match, k_m)
 
 
 def expected_sizes(order: Tensor, slot: Tensor, k_p: int, k_m: int, sizes: str) -> Any:

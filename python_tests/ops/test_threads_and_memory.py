@@ -13,7 +13,7 @@ import torch
 from compare import assert_same
 from hypothesis import given, settings
 from samples import tensors
-from strategies import AttentionCase, TokenCase, attention_cases, kept_numbers, token_cases
+from strategies import MASKS, AttentionCase, TokenCase, attention_cases, kept_numbers, token_cases
 from torch import Tensor
 
 from diffrate_ext import ops
@@ -75,6 +75,53 @@ def test_attention(case: AttentionCase) -> None:
     check_threads(lambda: ops.received_attention(q, k, size, scale=case.scale, prefix=case.prefix))
 
 
+@settings(max_examples=15)
+@given(case=attention_cases(least_prefix=1, most_tokens=257), mask_kind=st.sampled_from(MASKS), data=st.data())
+def test_masked_attention(case: AttentionCase, mask_kind: str, data: st.DataObject) -> None:
+    importance = data.draw(st.sampled_from(["class", "received"]))
+    options: dict[str, Any] = {"scale": case.scale, "prefix": case.prefix, "importance": importance}
+    leaves = [tensor.detach().requires_grad_() for tensor in (*case.qkv(), case.mask(mask_kind))]
+    size, gradient = case.size(), case.gradient()
+
+    def train() -> tuple[Tensor, ...]:
+        out, measured = ops.masked_attention(*leaves, size, **options)
+        return out, measured, *torch.autograd.grad(out, leaves, gradient)
+
+    check_threads(train)
+
+
+@settings(max_examples=15)
+@given(case=token_cases(), data=st.data())
+def test_masked_tokens(case: TokenCase, data: st.DataObject) -> None:
+    kept_p, kept_m = data.draw(kept_numbers(case.tokens, case.prefix))
+    alive = data.draw(st.integers(case.prefix, case.tokens))
+    x, prob = case.x().requires_grad_(), torch.ones(case.tokens, dtype=case.wide, requires_grad=True)
+    # the last ones are masked, and stay the last
+    importance = torch.rand(case.images, case.tokens, generator=torch.Generator().manual_seed(case.seed))
+    position = torch.arange(case.tokens).expand(case.images, -1)
+    mask = (position < alive).to(case.wide)
+    importance = importance + mask
+    kept = [torch.tensor(number, dtype=case.wide) for number in (kept_p, kept_m)]
+    size, gradient = case.size(), case.gradient(case.tokens)
+    options: dict[str, Any] = {"prefix": case.prefix, "sizes": data.draw(st.sampled_from(["cosine", "sum"]))}
+
+    def train() -> tuple[Tensor, ...]:
+        results = ops.masked_prune_merge(x, mask, importance, size, prob, prob, *kept, **options)
+        gradients = torch.autograd.grad(results[:2], [x, prob], [gradient, torch.ones_like(mask)], allow_unused=True)
+        return *results, *(found for found in gradients if found is not None)
+
+    check_threads(train)
+
+
+def test_many_masked_parts() -> None:
+    """Enough tokens that every thread has several blocks of them."""
+    case = TokenCase(2, 400, 24, 1, torch.float32, features="codebook", importances="ties")
+    x, importance, ones = case.x(), case.importance(), torch.ones(2, 400)
+    for kept in ((390.0, 300.0), (390.0, 150.0), (200.0, 200.0)):
+        numbers = [torch.tensor(number) for number in kept]
+        check_threads(lambda: ops.masked_prune_merge(x, ones, importance, None, ones[0], ones[0], *numbers))  # noqa: B023
+
+
 FAR = 2**30 + 7  # elements between tokens: the third one is further away than 32 bits count
 
 
@@ -93,6 +140,7 @@ def test_offsets_beyond_32_bits(far_apart: Tensor) -> None:
     near = far_apart.contiguous()
     importance = torch.tensor([[1.0, 2.0]])
     dst = torch.tensor([[1, 0, 0]])
+    ones = torch.ones(1, 3)
     for function in (
         lambda x: ops.sort_tokens(x, importance),
         lambda x: ops.prune_merge(x, importance, 3, 2, residual=x),
@@ -101,6 +149,11 @@ def test_offsets_beyond_32_bits(far_apart: Tensor) -> None:
         lambda x: ops.class_attention(x[:, None], x[:, None]),
         lambda x: ops.received_attention(x[:, None], x[:, None]),
         lambda x: ops.prune_merge(torch.ones(1, 3, 2), x.transpose(1, 2)[:, :, :3], 2, 2),
+        lambda x: ops.masked_attention(x[:, None], x[:, None], x[:, None], ones),
+        lambda x: torch.ops.diffrate.masked_attention_backward(*[x[:, None]] * 4, ones, None, 1.0),
+        lambda x: ops.masked_prune_merge(
+            x, ones, importance, None, ones[0], ones[0], torch.tensor(3.0), torch.tensor(2.0)
+        ),
     ):
         for a, b in zip(tensors(function(far_apart)), tensors(function(near)), strict=True):
             assert_same("result", a, b)

@@ -1,0 +1,141 @@
+"""Does a learned schedule lose less than a uniform one of the same FLOPs? ``python benchmarks/learned_schedules.py``.
+
+On the embedded model: rates are learned on the 1,000 embedded training images, once for each seed, and compared on all
+10,000 test images of Fashion-MNIST with the uniform schedule, image by image. Writes results/learned_schedules.*.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from machine import describe
+from report import machine_line
+from torch import Tensor, nn
+
+from diffrate_ext import Schedule, embedded
+from diffrate_ext.embedded_search import search_embedded
+from diffrate_ext.flops import flops
+from diffrate_ext.sharing import compressed_copy
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "scripts"))
+from train_embedded import read_split  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        default=Path("/usr/share/datasets/fashion-mnist"),
+        help="IDX files of Fashion-MNIST (default: where Debian's dataset-fashion-mnist puts them)",
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shares", type=float, nargs="+", default=[embedded.SEARCH_SHARE], help="of the FLOPs")
+    parser.add_argument("--steps", type=int, default=embedded.SEARCH_STEPS)
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    arguments = parser.parse_args()
+
+    images, labels = read_split(arguments.dataset, "t10k")
+    model = embedded.load_model()
+    uncompressed = Outcome(model, images, labels)
+    content: dict[str, Any] = {
+        "machine": describe(torch.device("cpu")),
+        "images": len(labels),
+        "steps": arguments.steps,
+        "uncompressed": uncompressed.summary(),
+        "records": [],
+    }
+    for share in arguments.shares:
+        gflops = share * flops(model) / 1e9
+        uniform = Schedule.uniform(model, gflops)
+        plain = Outcome(compressed_copy(model, uniform), images, labels)
+        for seed in range(arguments.seeds):
+            print(f"{share:.0%} of the FLOPs, seed {seed}", file=sys.stderr, flush=True)
+            found = search_embedded(gflops, seed=seed, steps=arguments.steps)
+            learned = Outcome(compressed_copy(model, found.schedule), images, labels)
+            content["records"].append(
+                {
+                    "share": share,
+                    "seed": seed,
+                    "searched_gflops": found.searched_gflops,
+                    "uniform": schedule_summary(uniform, model) | plain.summary(uncompressed),
+                    "learned": schedule_summary(found.schedule, model) | learned.summary(uncompressed),
+                    "learned_minus_uniform": {
+                        "loss": paired(learned.losses, plain.losses),
+                        "top1": paired(learned.hits, plain.hits),
+                        "agreement": paired(learned.agrees(uncompressed), plain.agrees(uncompressed)),
+                    },
+                }
+            )
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            path = arguments.output / "learned_schedules.json"
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            path.with_suffix(".md").write_text(page(content), encoding="utf-8")
+    print(page(content))
+    return 0
+
+
+class Outcome:
+    """What a model makes of each test image."""
+
+    @torch.inference_mode()
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        logits = torch.cat([model(embedded.normalize(chunk)) for chunk in images.split(100)])
+        self.losses = F.cross_entropy(logits, labels, reduction="none").double()
+        self.predictions = logits.argmax(1)
+        self.hits = (self.predictions == labels).double()
+
+    def agrees(self, other: Outcome) -> Tensor:
+        return (self.predictions == other.predictions).double()
+
+    def summary(self, uncompressed: Outcome | None = None) -> dict[str, float]:
+        result = {"loss": float(self.losses.mean()), "top1": float(self.hits.mean())}
+        return result if uncompressed is None else result | {"agreement": float(self.agrees(uncompressed).mean())}
+
+
+def schedule_summary(schedule: Schedule, model: nn.Module) -> dict[str, Any]:
+    return {"gflops": schedule.gflops(model), "prune": schedule.prune, "merge": schedule.merge}
+
+
+def paired(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    """The mean difference over the images, and its 95 % interval: the same images, so that their spread cancels."""
+    difference = ours - theirs
+    mean, half = float(difference.mean()), 1.96 * float(difference.std()) / math.sqrt(len(difference))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def page(content: dict[str, Any]) -> str:
+    base = content["uncompressed"]
+    lines = [
+        machine_line(content["machine"]),
+        "",
+        f"{content['images']:,} test images, {content['steps']} steps of search; uncompressed: loss "
+        f"{base['loss']:.4f}, top-1 {base['top1']:.2%}. Differences are learned minus uniform with 95 % intervals over the images.",
+        "",
+        "| FLOPs | seed | uniform: loss, top-1, agreement | learned: the same | loss | top-1 | agreement |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for record in content["records"]:
+        cells = [f"{record['share']:.0%}", str(record["seed"])]
+        for kind in ("uniform", "learned"):
+            found = record[kind]
+            cells.append(f"{found['loss']:.4f}, {found['top1']:.2%}, {found['agreement']:.2%}")
+        difference = record["learned_minus_uniform"]
+        cells.append("{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**difference["loss"]))
+        for name in ("top1", "agreement"):
+            points = {key: 100 * value for key, value in difference[name].items()}
+            cells.append("{mean:+.2f} ({low:+.2f} to {high:+.2f}) points".format(**points))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

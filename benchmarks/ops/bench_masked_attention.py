@@ -1,0 +1,67 @@
+"""masked_attention, forward and backward, against explicit attention maps in eager PyTorch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import rivals
+import torch
+from cases import Bar, Case, MemoryBar, Settings, Shape, main
+from checks import check_function
+from torch import Tensor
+
+from diffrate_ext import ops, reference
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    def inputs(shape: Shape) -> tuple[Any, ...]:
+        q, k, v = settings.qkv(shape)
+        # a quarter of the tokens is masked already, the class token is not
+        mask = (torch.rand(shape.batch, shape.tokens, device=settings.device) < 0.75).float()
+        mask[:, 0] = 1
+        gradient = settings.randn(shape.batch, shape.tokens, shape.heads, shape.head_dim).transpose(1, 2)
+        return gradient, *(tensor.requires_grad_() for tensor in (q, k, v, mask)), settings.sizes(shape)
+
+    def check(actual: tuple[Tensor, ...], *inputs: Any) -> float:
+        return check_function("masked_attention", training(reference.masked_attention), actual, inputs, {})
+
+    models = [("ViT-S", 384, 6), ("ViT-B", 768, 12)]
+    for model, channels, heads in models[:1] if settings.quick else models:
+        shape = Shape(model, 8, channels, heads)
+        elements = shape.batch * shape.tokens * shape.channels
+        judged = settings.device.type == "cpu" and settings.dtype == torch.float32 and model == "ViT-S"
+        yield Case(
+            operator="masked_attention",
+            label=f"{shape.label}, with gradients",
+            shape=shape,
+            ours=training(ops.masked_attention),
+            rivals={"eager": training(rivals.masked_attention)},
+            make_inputs=partial(inputs, shape),
+            check=check,
+            # q, k and v are read twice; the products with N x N maps: two forward, and five backward
+            moved=(6 + 1 + 1 + 3) * elements * settings.dtype.itemsize,
+            operations=14 * elements * shape.tokens,
+            bars=(Bar("eager", 2),) if judged else (),
+            trains=True,
+            memory_bar=MemoryBar("eager", 3) if judged else None,
+        )
+
+
+def training(operator: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
+    """out, importance, and the gradients of q, k, v and the mask."""
+
+    def step(gradient: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        out, importance = operator(*inputs)
+        return out.detach(), importance, *torch.autograd.grad(out, inputs[:4], gradient)
+
+    return step
+
+
+if __name__ == "__main__":
+    main(cases)

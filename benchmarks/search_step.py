@@ -1,0 +1,138 @@
+"""One step of the rate search: time and peak memory beside the reference operators.
+
+The rival is the same search step by :mod:`diffrate_ext.reference`, which follows the paper's formulas with explicit
+attention maps, and computes the gradients of the weights too, as the authors' code does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from cases import OURS, Bar
+from checks import SUMMATION, WrongResultError, relative_error
+from harness import measure, peak_memory
+from models import timm_model
+from torch import Tensor, nn
+
+from diffrate_ext import RateSearch, rates, reference
+from diffrate_ext.embedded import build_model
+from diffrate_ext.models import base, masked
+from diffrate_ext.timing import random_images
+
+RIVAL = "reference operators, with weight gradients"
+FROZEN_RIVAL = "reference operators, weights frozen"
+TARGET_SHARE = 0.63  # of the FLOPs, as DeiT-S at 2.9 G
+
+
+@dataclass(frozen=True)
+class Search:
+    """An architecture with random weights, and a batch size."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: int
+    speed_bar: float | None = None
+    memory_bar: float | None = None
+
+
+_DEIT_S = partial(timm_model, "deit_small_patch16_224")
+SEARCHES = (
+    Search("DeiT-S", _DEIT_S, 8, speed_bar=1.5, memory_bar=2.0),
+    Search("embedded ViT", build_model, 64, speed_bar=2.0, memory_bar=2.0),
+)
+QUICK_SEARCHES = (Search("embedded ViT", build_model, 8),)
+
+
+@contextmanager
+def reference_operators() -> Iterator[None]:
+    """The search step by the reference instead of the operators, while it lasts."""
+    with (
+        mock.patch.object(base, "ops", reference),
+        mock.patch.object(masked, "ops", reference),
+        mock.patch.object(rates, "ops", reference),
+    ):
+        yield
+
+
+def search_step(search: RateSearch, images: Tensor, labels: Tensor, target: float) -> tuple[Tensor, ...]:
+    """Forward and backward. Returns the loss and the gradients of the logits."""
+    search.zero_grad(set_to_none=True)
+    loss = F.cross_entropy(search(images), labels) + 5 * (search.gflops() - target) ** 2
+    loss.backward()
+    assert search.prune_logits is not None
+    return loss.detach(), *(p.grad for p in (search.prune_logits, search.merge_logits) if p.grad is not None)
+
+
+def run_search_step(spec: Search, device: torch.device, *, quick: bool) -> dict[str, Any]:
+    """Checks that both ways give the same loss and gradients, then times them."""
+    torch.manual_seed(0)
+    ours = RateSearch(spec.build().to(device)).train()
+    target = TARGET_SHARE * ours.reachable_gflops()[1]
+    ours.project(target)
+    state = ours.state_dict()
+
+    def copy_of_ours(train_weights: bool) -> RateSearch:
+        copied = RateSearch(spec.build().to(device), train_weights=train_weights).train()
+        copied.load_state_dict(state)
+        return copied
+
+    images = random_images(ours.model, spec.batch)
+    labels = torch.arange(spec.batch, device=device) % 10
+
+    def by_reference(search: RateSearch) -> tuple[Tensor, ...]:
+        with reference_operators():
+            return search_step(search, images, labels, target)
+
+    contenders: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        OURS: partial(search_step, ours, images, labels, target),
+        RIVAL: partial(by_reference, copy_of_ours(True)),
+        FROZEN_RIVAL: partial(by_reference, copy_of_ours(False)),
+    }
+    error = check(contenders[OURS](), contenders[RIVAL]())
+    timings = measure(
+        contenders, [()], device=device, rounds=3 if quick else 15, min_seconds=0, max_seconds=60 if quick else 300
+    )
+    peaks = {name: peak_memory(call, device) for name, call in contenders.items()}
+    bars = []
+    if spec.speed_bar is not None and device.type == "cpu":
+        bars.append(Bar(RIVAL, spec.speed_bar).judge(timings.ratio(RIVAL, OURS)))
+    if spec.memory_bar is not None and device.type == "cpu":
+        reached = peaks[RIVAL] / peaks[OURS]
+        bars.append(
+            {
+                "rival": f"{RIVAL}: peak memory",
+                "kind": "bar",
+                "needed": spec.memory_bar,
+                "reached": reached,
+                "met": reached >= spec.memory_bar,
+            }
+        )
+    return {
+        "model": spec.name,
+        "batch": spec.batch,
+        "rounds": timings.rounds,
+        "seconds": {name: vars(timings.time(name)) for name in contenders},
+        "ratio": {name: vars(timings.ratio(name, OURS)) for name in contenders if name != OURS},
+        "peak_bytes": peaks,
+        "relative_error": error,
+        "bars": bars,
+    }
+
+
+def check(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> float:
+    """The largest relative error of loss and gradients.
+
+    Rounding turns a near tie between two tokens around now and then, and one token's gradient is then another's: the
+    tests compare in depth, this only sees that both compute the same thing.
+    """
+    errors = [relative_error(a, b) for a, b in zip(ours, theirs, strict=True)]
+    if not (errors[0] <= 1e-4 + SUMMATION and max(errors) <= 0.05):
+        raise WrongResultError(f"search step: relative errors of loss and gradients {errors}")
+    return max(errors)

@@ -1,0 +1,146 @@
+"""What the commands of the command line share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from torch import nn
+
+    from .demo import NamedSchedule
+
+
+class UsageError(Exception):
+    """Arguments that argparse does not accept."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports errors as a UsageError instead of printing the usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="NAME", help="a timm model, e.g. deit_small_patch16_224 (default: the embedded one)"
+    )
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights", type=Path, metavar="FILE", help="local checkpoint (.safetensors, .pth) instead of a download"
+    )
+    weights.add_argument(
+        "--no-pretrained", action="store_true", help="random weights: to try the speed without a download"
+    )
+
+
+def add_schedule_options(parser: argparse.ArgumentParser) -> None:
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--gflops", type=float, nargs="+", metavar="G", help="compress to so many GFLOPs, by a simple rule"
+    )
+    choice.add_argument(
+        "--schedule", type=Path, nargs="+", metavar="FILE", help="schedules as Schedule.save writes them"
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    return _whole(text, 1)
+
+
+def not_negative(text: str) -> int:
+    """A whole number of at least 0."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+    return number
+
+
+def amount(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return number
+
+
+def consoles(*, quiet: bool = False) -> tuple[Console, Console]:
+    """For results, on stdout, and for progress and remarks, on stderr."""
+    from rich.console import Console
+
+    return Console(highlight=False, quiet=quiet), Console(stderr=True, highlight=False, quiet=quiet)
+
+
+@contextmanager
+def warnings_on(console: Console) -> Iterator[None]:
+    """Within a ``with`` block, warnings, as of pictures that cannot be read, are remarks of one line."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: console.print(
+            str(message), style="yellow", markup=False, soft_wrap=True
+        )
+        yield
+
+
+def device_named(name: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device: no such device: {name!r}; expected e.g. cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: this torch sees no CUDA device")
+    return device
+
+
+def check_embedded_options(arguments: argparse.Namespace) -> None:
+    """Refuse what only makes sense beside --model when the embedded model is asked for."""
+    if arguments.model is not None:
+        return
+    for option, value in (("images", arguments.images), ("weights", arguments.weights)):
+        if value is not None:
+            raise UsageError(f"--{option} needs --model NAME: the embedded model has weights and images of its own")
+    if arguments.no_pretrained:
+        raise UsageError("--no-pretrained needs --model NAME: the embedded model has weights of its own")
+
+
+def check_supported(model: nn.Module) -> None:
+    """Refuse a model of a family that compression does not know."""
+    from .models import adapter_for
+
+    try:
+        adapter_for(model)
+    except TypeError as error:
+        raise UsageError(str(error)) from None
+
+
+def schedules_named(arguments: argparse.Namespace, model: nn.Module) -> list[NamedSchedule]:
+    """What the arguments ask for; else the published schedules of this model, else the default targets."""
+    from .demo import NamedSchedule, published_schedules, uniform_schedules
+    from .schedule import Schedule
+
+    check_supported(model)
+    if arguments.gflops:
+        return [NamedSchedule(f"{g:g} GFLOPs", Schedule.uniform(model, g)) for g in arguments.gflops]
+    if arguments.schedule:
+        return [NamedSchedule(path.name, Schedule.load(path)) for path in arguments.schedule]
+    return published_schedules(arguments.model or "") or uniform_schedules(model)

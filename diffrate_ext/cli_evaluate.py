@@ -1,0 +1,172 @@
+"""``diffrate evaluate``: accuracy, loss, cost and speed of schedules on a collection of images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cli_common import (
+    UsageError,
+    add_model_options,
+    add_schedule_options,
+    check_embedded_options,
+    consoles,
+    device_named,
+    not_negative,
+    positive,
+    schedules_named,
+    warnings_on,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .image_data import ImageSource
+    from .sampling import Batch
+
+SPEED_ROUNDS = 8
+
+
+def add_evaluate_command(commands: Any) -> None:
+    """Add ``evaluate`` to the commands of a parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "evaluate",
+        help="accuracy, loss, GFLOPs and speed of schedules on labelled images",
+        description="Compares a model under one or several schedules with the uncompressed one. Without arguments: the "
+        "embedded model on the embedded test images, by a simple rule. A model whose schedules the authors published "
+        "is measured under those by default.",
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="class sub-folders of pictures, or a saved Hugging Face dataset; without labels: agreement only",
+    )
+    parser.add_argument(
+        "--split", metavar="NAME", help="the part of the images (default: val or test, or the only one)"
+    )
+    add_schedule_options(parser)
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images in a batch (default: 32)")
+    parser.add_argument(
+        "--workers", type=not_negative, metavar="N", help="processes that read images (default: 4; embedded: 0)"
+    )
+    parser.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+    parser.add_argument("--amp", action="store_true", help="mixed precision (bfloat16)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(command=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .evaluation import evaluate_all
+    from .sampling import evaluation_loader
+    from .sharing import compressed_copy
+    from .timing import Comparison
+
+    check_embedded_options(arguments)
+    if arguments.model is not None and arguments.images is None:
+        raise UsageError("--model needs --images FOLDER to evaluate on")
+    results, remarks = consoles()
+    device = device_named(arguments.device)
+    images, model = _images_and_model(arguments)
+    model.to(device)
+    schedules = schedules_named(arguments, model)
+    workers = arguments.workers if arguments.workers is not None else 4 if arguments.model else 0
+    loader = evaluation_loader(images, model, batch_size=arguments.batch_size, workers=workers)
+    models = [model, *(compressed_copy(model, named.schedule) for named in schedules)]
+    first: list[torch.Tensor] = []  # the batch that is timed
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        warnings_on(remarks),
+        Progress(*columns, console=remarks) as progress,
+        torch.autocast(device.type, torch.bfloat16, enabled=arguments.amp),
+    ):
+        task = progress.add_task("evaluating, batches", total=len(loader))
+        found = evaluate_all(models, progress.track(_keeping_first(loader, first), task_id=task))
+        own = next(model.parameters())
+        comparison = Comparison(model, [named.schedule for named in schedules], first[0].to(own.device, own.dtype))
+        timing = progress.add_task("timing, interleaved", total=SPEED_ROUNDS)
+        for done in comparison.run(SPEED_ROUNDS):
+            progress.update(timing, completed=done)
+    speed = comparison.results()
+    name = arguments.model or "embedded ViT"
+    content: list[dict[str, Any]] = []
+    for i, result in enumerate(found):
+        compressed = speed[i - 1] if i else None
+        content.append(
+            {
+                "schedule": schedules[i - 1].name if i else "uncompressed",
+                "gflops": compressed.gflops if compressed else speed[0].uncompressed_gflops,
+                "top1": result.top1,
+                "loss": result.loss,
+                "agreement": result.agreement if i else 1.0,
+                "images_per_second": compressed.images_per_second
+                if compressed
+                else speed[0].uncompressed_images_per_second,
+                "speed_up": compressed.speed_up if compressed else 1.0,
+            }
+        )
+    setting = {
+        "model": name,
+        "images": images.where,
+        "number_of_images": found[0].n,
+        "device": arguments.device,
+        "amp": arguments.amp,
+        "threads": torch.get_num_threads(),
+        "batch_size": len(first[0]),
+    }
+    if arguments.json:
+        print(json.dumps({**setting, "results": content}, indent=2))
+    else:
+        results.print(_table(setting, content))
+
+
+def _images_and_model(arguments: argparse.Namespace) -> tuple[ImageSource, nn.Module]:
+    from . import embedded
+    from .image_data import match_classes, open_images
+    from .model_loading import load_timm_model
+
+    images = open_images(arguments.images, split=arguments.split, purpose="evaluation")
+    if arguments.model is None:
+        return images, embedded.load_model()
+    model = load_timm_model(arguments.model, pretrained=not arguments.no_pretrained, weights=arguments.weights)
+    return (match_classes(images, model.num_classes) if images.labelled else images), model  # type: ignore[arg-type]
+
+
+def _keeping_first(loader: Iterable[Batch], first: list[Any]) -> Iterator[Batch]:
+    """The batches; the images of the first are put in the list ``first``."""
+    for batch in loader:
+        if not first:
+            first.append(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        yield batch
+
+
+def _table(setting: dict[str, Any], content: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    where = f"{setting['threads']} CPU threads" if setting["device"] == "cpu" else setting["device"]
+    table = Table(
+        title=f"{setting['model']} on {setting['number_of_images']:,} images of {setting['images']}",
+        caption=f"agreement: same class as uncompressed; speed: medians of {SPEED_ROUNDS} interleaved rounds, "
+        f"batches of {setting['batch_size']}, {where}",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("GFLOPs", "top-1", "loss", "agreement", "images/s", "speed-up"):
+        table.add_column(heading, justify="right")
+    for row in content:
+        table.add_row(
+            row["schedule"],
+            f"{row['gflops']:.4g}",
+            "-" if row["top1"] is None else f"{row['top1']:.2%}",
+            "-" if row["loss"] is None else f"{row['loss']:.4f}",
+            f"{row['agreement']:.2%}",
+            f"{row['images_per_second']:.4g}",
+            f"{row['speed_up']:.2f}x",
+        )
+    return table

@@ -1,0 +1,311 @@
+"""``diffrate search``: learn schedules for a model from images."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cli_common import (
+    UsageError,
+    add_model_options,
+    amount,
+    check_embedded_options,
+    check_supported,
+    consoles,
+    device_named,
+    not_negative,
+    positive,
+    warnings_on,
+)
+from .embedded import SEARCH_SHARE, SEARCH_STEPS
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from torch import nn
+
+    from .image_data import ImageSource
+    from .processes import Processes
+    from .searching import SearchResult, SearchSettings
+
+STEPS = 1000
+MIXUP, CUTMIX, SMOOTHING = 0.8, 1.0, 0.1
+
+
+def add_search_command(commands: Any) -> None:
+    """Add ``search`` to the commands of a parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "search",
+        help="learn a schedule for a model from images",
+        description="Learns how many tokens each block of a model may prune and merge at a given cost. Without "
+        "arguments: for the embedded model, on the embedded training images. Several processes or machines: "
+        "torchrun --nproc_per_node N -m diffrate_ext search ...",
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="class sub-folders of pictures, a saved Hugging Face dataset, or, with --soft-targets, any pictures",
+    )
+    parser.add_argument("--split", metavar="NAME", help="the part of the images (default: train, or the only one)")
+    parser.add_argument(
+        "--gflops",
+        type=amount,
+        nargs="+",
+        metavar="G",
+        help=f"the target, or several for one search each (default: {SEARCH_SHARE:.0%} of the model's)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("diffrate_search"),
+        metavar="FOLDER",
+        help="for schedule, history, plot and checkpoint (default: diffrate_search)",
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the search in the output folder")
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--steps", type=positive, metavar="N", help=f"batches (default: {STEPS}; embedded: {SEARCH_STEPS})"
+    )
+    training.add_argument(
+        "--batch-size", type=positive, default=64, metavar="N", help="images in a batch of each process (default: 64)"
+    )
+    training.add_argument(
+        "--lr", type=amount, help="first learning rate (default: such that those of all steps add up to 20, capped)"
+    )
+    training.add_argument("--min-lr", type=amount, metavar="LR", help="last learning rate (default: a tenth of --lr)")
+    training.add_argument("--weight-decay", type=amount, default=0.0, metavar="W", help="of AdamW (default: 0)")
+    training.add_argument(
+        "--flops-weight", type=amount, default=5.0, metavar="W", help="of the FLOPs in the loss (default: 5)"
+    )
+    training.add_argument(
+        "--flops-loss",
+        choices=("relative", "absolute"),
+        default="relative",
+        help="relative: to the model's FLOPs; absolute: in GFLOPs, as in the paper (default: relative)",
+    )
+    training.add_argument(
+        "--warmup-steps", type=not_negative, default=0, metavar="N", help="first steps without FLOPs loss (default: 0)"
+    )
+    training.add_argument(
+        "--soft-targets",
+        action=argparse.BooleanOptionalAction,
+        help="learn what the uncompressed model says: needs no labels (default: no; embedded: yes)",
+    )
+    training.add_argument(
+        "--start",
+        choices=("uniform", "zeros"),
+        default="uniform",
+        help="first rates: the uniform rule's at the target, or all logits 0, as in the paper (default: uniform)",
+    )
+    training.add_argument(
+        "--clip",
+        type=amount,
+        default=0.5,
+        metavar="Q",
+        help="clip the loss's gradient on each block at this quantile of its norms; 1: never (default: 0.5)",
+    )
+    training.add_argument(
+        "--granularity", type=positive, default=1, metavar="N", help="step of the kept numbers, in patches (default: 1)"
+    )
+    training.add_argument("--amp", action="store_true", help="mixed precision (bfloat16)")
+
+    data = parser.add_argument_group("images")
+    data.add_argument(
+        "--mixup", type=amount, metavar="A", help=f"strength of mixup (default: {MIXUP}; embedded: 0, off)"
+    )
+    data.add_argument(
+        "--cutmix", type=amount, metavar="A", help=f"strength of cutmix (default: {CUTMIX:g}; embedded: 0, off)"
+    )
+    data.add_argument(
+        "--label-smoothing", type=amount, metavar="S", help=f"(default: {SMOOTHING}; embedded or soft targets: 0)"
+    )
+    data.add_argument("--no-augment", action="store_true", help="show the images as an evaluation does")
+    data.add_argument(
+        "--workers", type=not_negative, metavar="N", help="processes that read images (default: 4; embedded: 0)"
+    )
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+    run.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of all random choices (default: 0)")
+    run.add_argument("--tensorboard", action="store_true", help="log to FOLDER/tensorboard")
+    parser.set_defaults(command=_search)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all searches of one call share."""
+
+    model: nn.Module
+    images: ImageSource
+    settings: SearchSettings
+    processes: Processes
+    loading: dict[str, Any]
+    remarks: Console
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    from .processes import Processes, joined
+
+    check_embedded_options(arguments)
+    with joined(device_named(arguments.device)) as device:
+        processes = Processes.current()
+        results, remarks = consoles(quiet=not processes.first)
+        with warnings_on(remarks):
+            job = _job(arguments, device, processes, remarks)
+            targets = _targets(arguments, job)
+            found = [_search_one(arguments, job, gflops, folder) for gflops, folder in targets.items()]
+        for result, folder in zip(found, targets.values(), strict=True):
+            results.print(_summary(result, folder, job.settings), soft_wrap=True, markup=False)
+
+
+def _job(arguments: argparse.Namespace, device: torch.device, processes: Processes, remarks: Console) -> _Job:
+    import torch
+
+    from . import embedded
+    from .image_data import match_classes, open_images
+    from .model_loading import load_timm_model
+    from .searching import SearchSettings
+
+    ours = arguments.model is None
+    if not ours and arguments.images is None:
+        raise UsageError("--model needs --images FOLDER to learn from")
+    _check_tensorboard(arguments)
+
+    def choose(value: Any, default: Any, of_ours: Any) -> Any:
+        return value if value is not None else of_ours if ours else default
+
+    settings = SearchSettings(
+        steps=choose(arguments.steps, STEPS, SEARCH_STEPS),
+        lr=arguments.lr,
+        min_lr=arguments.min_lr,
+        weight_decay=arguments.weight_decay,
+        flops_weight=arguments.flops_weight,
+        flops_loss=arguments.flops_loss,
+        warmup_steps=arguments.warmup_steps,
+        soft_targets=choose(arguments.soft_targets, False, True),
+        amp=arguments.amp,
+        start=arguments.start,
+        clip=arguments.clip,
+        granularity=arguments.granularity,
+        seed=arguments.seed,
+    )
+    images = open_images(arguments.images, split=arguments.split)
+    if not images.labelled and not settings.soft_targets:
+        raise UsageError(
+            f"{images.where} has no labels ({images.why_unlabelled}): add --soft-targets, to learn from what the "
+            "uncompressed model says"
+        )
+    torch.manual_seed(arguments.seed)  # random weights are the same when the search is resumed
+    if ours:
+        model: nn.Module = embedded.load_model()
+    else:
+        model = load_timm_model(arguments.model, pretrained=not arguments.no_pretrained, weights=arguments.weights)
+    check_supported(model)
+    if images.labelled and not settings.soft_targets:
+        images = match_classes(images, model.num_classes)  # type: ignore[arg-type]
+    if not images.labelled or settings.soft_targets:
+        from .image_data import without_labels
+
+        images = without_labels(images)
+    if arguments.no_pretrained:
+        remarks.print("Random weights: what is searched for is real, what is found says nothing.")
+    loading = {
+        "batch_size": arguments.batch_size,
+        "augment": not arguments.no_augment,
+        "mixup": choose(arguments.mixup, MIXUP, 0.0),
+        "cutmix": choose(arguments.cutmix, CUTMIX, 0.0),
+        "smoothing": 0.0 if settings.soft_targets else choose(arguments.label_smoothing, SMOOTHING, 0.0),
+        "workers": choose(arguments.workers, 4, 0),
+    }
+    return _Job(model.to(device), images, settings, processes, loading, remarks)
+
+
+def _check_tensorboard(arguments: argparse.Namespace) -> None:
+    if arguments.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+
+
+def _targets(arguments: argparse.Namespace, job: _Job) -> dict[float, Path]:
+    """The folder of each target; all are checked before the first search starts."""
+    from .checkpoints import SearchFolder
+    from .flops import flops
+    from .searching import check_target
+
+    gflops = arguments.gflops or [round(SEARCH_SHARE * flops(job.model) / 1e9, 4)]
+    if len(set(gflops)) < len(gflops):
+        raise UsageError(f"--gflops names a target twice: {' '.join(f'{g:g}' for g in gflops)}")
+    several = len(gflops) > 1
+    targets = {g: arguments.output / f"{g:g}G" if several else arguments.output for g in gflops}
+    for target in targets:
+        check_target(job.model, target, job.settings.granularity)
+    if job.processes.first:
+        for folder in targets.values():
+            SearchFolder(folder).check(resume=arguments.resume)
+    return targets
+
+
+def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder: Path) -> SearchResult:
+    from .sampling import search_loader
+    from .search_report import all_reports, progress_report, tensorboard_report
+    from .searching import run_search
+
+    settings, processes = job.settings, job.processes
+    place: dict[str, Any] = {"rank": processes.rank, "world": processes.world}
+
+    def loader(start: int) -> Any:
+        run: dict[str, Any] = {"steps": settings.steps, "seed": settings.seed, "start": start}
+        return search_loader(job.images, job.model, **job.loading, **run, **place)
+
+    facts = {name: value for name, value in job.loading.items() if name not in ("batch_size", "workers")}
+    facts |= {
+        "images": job.images.where,
+        "number of images": len(job.images),
+        "global batch size": job.loading["batch_size"] * processes.world,
+    }
+    with ExitStack() as stack:
+        reports = [
+            stack.enter_context(
+                progress_report(job.remarks, f"{gflops:g} GFLOPs", settings.steps, gflops, labelled=job.images.labelled)
+            )
+        ]
+        if arguments.tensorboard:
+            reports.append(stack.enter_context(tensorboard_report(folder / "tensorboard")))
+        return run_search(
+            job.model,
+            loader,
+            gflops,
+            settings,
+            output=folder,
+            resume=arguments.resume,
+            report=all_reports(reports),
+            facts=facts,
+        )
+
+
+def _summary(result: SearchResult, folder: Path, settings: SearchSettings) -> str:
+    from .checkpoints import SearchFolder
+
+    off = result.gflops / result.target_gflops - 1
+    if abs(off) <= 0.01:
+        verdict = f"{abs(off):.2%} from the target"
+    else:
+        verdict = f"{abs(off):.1%} from the target: steps of {settings.granularity} patches come no nearer"
+    before = ""
+    if result.steps_before == settings.steps:
+        before = "was finished before: "
+    elif result.steps_before:
+        before = f"resumed after step {result.steps_before}: "
+    files = SearchFolder(folder)
+    return (
+        f"{result.target_gflops:g} GFLOPs, {before}the search ended at {result.searched_gflops:.4g}, "
+        f"the schedule takes {result.gflops:.4g} ({verdict})\n  {files.schedule}\n  {files.plot}"
+    )

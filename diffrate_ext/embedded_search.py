@@ -1,0 +1,34 @@
+"""The rate search on the embedded model: what ``diffrate demo`` shows and ``diffrate search`` does by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from . import embedded
+from .image_data import open_images, without_labels
+from .sampling import Batch, search_loader
+from .search_history import StepRecord
+from .searching import SearchResult, SearchSettings, run_search
+
+
+def search_embedded(
+    gflops: float,
+    *,
+    seed: int = 0,
+    steps: int = embedded.SEARCH_STEPS,
+    report: Callable[[StepRecord], None] | None = None,
+) -> SearchResult:
+    """Learn a schedule for the embedded model from the 1,000 embedded training images.
+
+    With soft targets: the model has seen these images with their labels, and how far it leaves its own opinion says
+    more than its errors.
+    """
+    model, images = embedded.load_model(), without_labels(open_images(None))
+
+    def loader(start: int) -> Iterable[Batch]:
+        return search_loader(
+            images, model, batch_size=64, mixup=0, cutmix=0, smoothing=0, steps=steps, seed=seed, start=start
+        )
+
+    settings = SearchSettings(steps=steps, soft_targets=True, seed=seed)
+    return run_search(model, loader, gflops, settings, report=report)

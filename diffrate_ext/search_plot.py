@@ -1,0 +1,185 @@
+"""A picture of a search: how its schedule came about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .visualization import CURVES, INK, OWN
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+    from .schedule import Schedule
+    from .search_history import SearchHistory
+
+LOSS, ACCURACY, SEARCHED = CURVES[3], CURVES[2], CURVES[0]
+KEPT, MERGED, PRUNED = "#33608f", "#e0952b", "#d9d6d0"
+
+
+def draw_search(history: SearchHistory, schedule: Schedule, gflops: float) -> Figure:
+    """Draw how a search went, and the schedule that came out.
+
+    Above, over the steps: the tokens that leave each block, and how many each block prunes and merges. Below: the final
+    schedule, the FLOPs on their way to the target, loss and accuracy on the batches with their running means.
+
+    Args:
+        history: at least one record of the search.
+        schedule: what it found.
+        gflops: what the model takes under this schedule.
+
+    Returns:
+        a matplotlib figure, made without pyplot: nothing global changes.
+
+    Raises:
+        ValueError: the history is empty.
+    """
+    from matplotlib.figure import Figure
+
+    if not history.records:
+        raise ValueError("the search has no records to draw")
+    steps = np.array([record.step + 1 for record in history.records])
+    left, pruned, merged = _counts(history)
+
+    figure = Figure(figsize=(15, 8.2), layout="constrained", facecolor="white")
+    figure.suptitle(
+        f"Search for {history.target_gflops:.4g} of {history.uncompressed_gflops:.4g} GFLOPs",
+        fontsize=14,
+        fontweight="bold",
+        color=INK,
+    )
+    axes = figure.subplots(2, 3)
+    _plot_left(axes[0, 0], figure, steps, left)
+    most = max(int(pruned.max()), int(merged.max()), 1)
+    _plot_removed(axes[0, 1], steps, pruned, most, "pruned by each block")
+    image = _plot_removed(axes[0, 2], steps, merged, most, "merged by each block")
+    figure.colorbar(image, ax=axes[0, 2], label="tokens", pad=0.02)
+    _plot_schedule(axes[1, 0], schedule, history.tokens)
+    _plot_gflops(axes[1, 1], steps, history, gflops)
+    _plot_loss(axes[1, 2], steps, history)
+    for axis in axes.flat:
+        axis.title.set_color(INK)
+        axis.tick_params(labelsize=8, colors=INK)
+    return figure
+
+
+def _counts(history: SearchHistory) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens that leave, are pruned by and are merged by each block: (records, blocks) each."""
+    tokens = np.array(history.tokens)
+    merge = np.array([record.merge for record in history.records])
+    enter = _entering(merge, tokens)
+    prune = np.array([record.prune or entered for record, entered in zip(history.records, enter, strict=True)])
+    return merge, enter - prune, prune - merge
+
+
+def _entering(merge: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens that enter each block (..., blocks), given those that leave it and those of the uncompressed model."""
+    before = np.concatenate([np.broadcast_to(tokens[0], (*merge.shape[:-1], 1)), merge[..., :-1]], axis=-1)
+    return np.where(np.diff(tokens, prepend=tokens[0]) != 0, tokens, before)  # another stage has another grid
+
+
+def _plot_left(axis: Axes, figure: Figure, steps: NDArray[np.int64], left: NDArray[np.int64]) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    blocks = left.shape[1]
+    colours = colormaps["viridis_r"]
+    norm = Normalize(1 - 0.15 * blocks, blocks)  # the palest yellow is hard to see on white
+    for block in range(blocks):
+        axis.plot(steps, left[:, block], color=colours(norm(block + 1)), linewidth=1.4)
+    axis.set_title("tokens after each block", fontsize=11)
+    axis.set_xlabel("step")
+    axis.set_ylabel("tokens")
+    axis.set_ylim(0, None)
+    _plain(axis)
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axis, label="block", pad=0.02)
+    bar.ax.set_ylim(1, blocks)
+    bar.ax.invert_yaxis()
+
+
+def _plot_removed(axis: Axes, steps: NDArray[np.int64], removed: NDArray[np.int64], most: int, title: str) -> AxesImage:
+    blocks = removed.shape[1]
+    image = axis.imshow(
+        removed.T,
+        aspect="auto",
+        interpolation="nearest",
+        cmap="magma_r",
+        vmin=0,
+        vmax=most,
+        extent=(0.5, steps[-1] + 0.5, blocks + 0.5, 0.5),
+    )
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel("step")
+    axis.set_ylabel("block")
+    axis.set_yticks(_some_blocks(blocks))
+    return image
+
+
+def _plot_schedule(axis: Axes, schedule: Schedule, tokens: Sequence[int]) -> None:
+    blocks = np.arange(1, len(schedule) + 1)
+    merge = np.array(schedule.merge)
+    enter = _entering(merge, np.array(tokens))
+    prune = enter if schedule.prune is None else np.array(schedule.prune)
+    axis.bar(blocks, merge, color=KEPT, label="kept")
+    axis.bar(blocks, prune - merge, bottom=merge, color=MERGED, label="merged")
+    if schedule.prune is not None:
+        axis.bar(blocks, enter - prune, bottom=prune, color=PRUNED, label="pruned")
+    axis.set_title("the schedule found", fontsize=11)
+    axis.set_xlabel("block")
+    axis.set_ylabel("tokens")
+    axis.set_xticks(_some_blocks(len(blocks)))
+    axis.set_ylim(0, 1.13 * max(tokens))
+    axis.legend(frameon=False, fontsize=9, ncols=3, loc="upper center")
+    _plain(axis)
+
+
+def _plot_gflops(axis: Axes, steps: NDArray[np.int64], history: SearchHistory, gflops: float) -> None:
+    axis.axhline(history.target_gflops, color=OWN, linestyle="--", linewidth=1.2, label="target")
+    axis.plot(steps, [r.gflops for r in history.records], color=SEARCHED, linewidth=1.6, label="search")
+    axis.plot(steps[-1], gflops, "o", color=INK, markersize=6, label="schedule found", clip_on=False)
+    axis.set_title(f"GFLOPs (uncompressed {history.uncompressed_gflops:.4g})", fontsize=11)
+    axis.set_xlabel("step")
+    axis.legend(frameon=False, fontsize=9)
+    axis.margins(y=0.15)
+    _plain(axis)
+
+
+def _plot_loss(axis: Axes, steps: NDArray[np.int64], history: SearchHistory) -> None:
+    loss = np.array([record.loss for record in history.records])
+    accuracy = np.array([record.accuracy for record in history.records])
+    axis.set_title("on the batches: loss and accuracy", fontsize=11)
+    axis.set_xlabel("step")
+    axis.set_ylabel("cross entropy", color=LOSS)
+    beside = axis.twinx()
+    beside.set_ylabel("accuracy", color=ACCURACY)
+    beside.set_ylim(0, 1)
+    beside.yaxis.set_major_formatter("{x:.0%}")
+    beside.tick_params(labelsize=8, colors=INK)
+    for axis_, values, colour in ((axis, loss, LOSS), (beside, accuracy, ACCURACY)):
+        axis_.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+        axis_.plot(steps, _running_mean(values), color=colour, linewidth=1.8)
+        axis_.spines["top"].set_visible(False)
+        axis_.margins(x=0.015)
+    axis.set_ylim(0, None)
+
+
+def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Over a tenth of the records on either side, or as many as there are."""
+    reach = max(1, len(values) // 20)
+    return np.array([values[max(0, i - reach) : i + reach + 1].mean() for i in range(len(values))])
+
+
+def _some_blocks(blocks: int) -> NDArray[np.int64]:
+    return np.arange(1, blocks + 1, max(1, blocks // 12))
+
+
+def _plain(axis: Axes) -> None:
+    axis.margins(x=0.015)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)

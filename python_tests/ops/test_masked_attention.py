@@ -1,0 +1,518 @@
+"""masked_attention: values and gradients against the reference in float64, and that no attention map is ever kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import attention_checks
+import hypothesis.strategies as st
+import pytest
+import torch
+from attention_checks import LargestTensor
+from compare import assert_as_accurate_as_eager, assert_same
+from hypothesis import given, settings
+from strategies import DTYPES, HEAD_LAYOUTS, MASKS, AttentionCase, attention_cases, wide
+from torch import Tensor
+
+from diffrate_ext import ops, reference
+
+TINY = torch.finfo(torch.float32).tiny
+NAMES = ("q", "k", "v", "mask")
+
+
+@st.composite
+def calls(draw: st.DrawFn, most_tokens: int = 1025) -> tuple[AttentionCase, str, str]:
+    importance = draw(st.sampled_from(["class", "received"]))
+    case = draw(attention_cases(least_prefix=importance == "class", most_tokens=most_tokens))
+    return case, draw(st.sampled_from(MASKS)), importance
+
+
+def scale_of(case: AttentionCase) -> float:
+    return case.head_dim**-0.5 if case.scale is None else case.scale
+
+
+def reference_of(case: AttentionCase, importance: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"scale": case.scale, "prefix": case.prefix, "importance": importance}
+        return reference.masked_attention(q, k, v, mask, size, **options)
+
+    return compute
+
+
+class Magnitudes:
+    """Magnitudes of all that is rounded on the way to a result, for the tolerance.
+
+    A logit is as uncertain as its terms are large; an uncertain logit moves its exponential by as much. Only results
+    are rounded to half precision.
+    """
+
+    def __init__(self, case: AttentionCase, q: Tensor, k: Tensor, mask: Tensor, size: Tensor | None) -> None:
+        self.case = case
+        self.q, self.k, mask = q.double().abs(), k.double().abs(), mask.double()[:, None, None]
+        logits = (q.double() @ k.double().transpose(-1, -2)) * scale_of(case)
+        terms = self.q @ self.k.transpose(-1, -2) * abs(scale_of(case))
+        if size is not None:
+            log_size = size.double().clamp_min(TINY).log()[:, None, None]
+            logits, terms = logits + log_size, terms + log_size.abs()
+        own = torch.eye(case.tokens, dtype=torch.float64)
+        seen = mask + (1 - mask) * own
+        e = (logits - logits.amax(-1, keepdim=True)).exp()
+        total = (e * seen).sum(-1, keepdim=True) + reference.MASKED_EPSILON
+        self.uncertainty = 1 + terms + terms.amax(-1, keepdim=True)
+        self.attn = (e * seen + reference.MASKED_EPSILON / case.tokens) / total
+        self.seen, self.shown = e * seen / total, e / total * (1 - own)
+        self.alive = mask.transpose(-1, -2)
+
+    def narrow(self, result: Tensor, terms: Tensor) -> Tensor:
+        """Of a result in the features' dtype, of which ``terms`` are rounded in the wide one."""
+        return result.abs() + terms * (torch.finfo(wide(self.case.dtype)).eps / torch.finfo(self.case.dtype).eps)
+
+    def out(self, v: Tensor) -> Tensor:
+        v = v.double().abs()
+        return self.narrow(self.attn @ v, self.attn * self.uncertainty @ v)
+
+    def importance(self, kind: str) -> Tensor:
+        terms = self.attn * self.uncertainty
+        if kind == "class":
+            return terms[:, :, 0].mean(1)[:, self.case.prefix :]
+        return (terms * self.alive).sum(2).div(self.alive.sum(2).clamp_min(TINY)).mean(1)[:, self.case.prefix :]
+
+    def gradients(self, v: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+        v, gradient = v.double().abs(), gradient.double().abs()
+        change = gradient @ v.transpose(-1, -2)
+        change = change + (self.attn * change).sum(-1, keepdim=True)
+
+        def of_features(weights: Tensor, to_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            to_logits = to_logits * abs(scale_of(self.case))
+            return to_logits @ self.k, to_logits.transpose(-1, -2) @ self.q, weights.transpose(-1, -2) @ gradient
+
+        exact = of_features(self.attn, self.seen * change)
+        uncertain = of_features(self.attn * self.uncertainty, self.seen * change * self.uncertainty)
+        to_mask = (self.shown * change * self.uncertainty).sum((1, 2))
+        return (*(self.narrow(*pair) for pair in zip(exact, uncertain, strict=True)), to_mask)
+
+
+@given(call=calls())
+def test_accuracy(device: torch.device, call: tuple[AttentionCase, str, str]) -> None:
+    case, mask_kind, importance_kind = call
+    q, k, v = case.qkv()
+    inputs = [q, k, v, case.mask(mask_kind), case.size()]
+    on_device = [None if tensor is None else tensor.to(device) for tensor in inputs]
+    out, importance = ops.masked_attention(
+        *on_device,  # type: ignore[arg-type]
+        scale=case.scale,
+        prefix=case.prefix,
+        importance=importance_kind,
+    )
+    compute, magnitudes = reference_of(case, importance_kind), Magnitudes(case, q, k, inputs[3], inputs[4])
+    assert_as_accurate_as_eager(
+        "out", out, lambda *args: compute(*args)[0], inputs, dtype=case.dtype, terms=magnitudes.out(v)
+    )
+    assert not importance.requires_grad
+    assert importance.is_contiguous()
+    assert_as_accurate_as_eager(
+        "importance",
+        importance,
+        lambda *args: compute(*args)[1],
+        inputs,
+        dtype=wide(case.dtype),
+        terms=magnitudes.importance(importance_kind),
+    )
+
+
+@settings(max_examples=25)
+@given(call=calls(most_tokens=257))
+def test_gradients(device: torch.device, call: tuple[AttentionCase, str, str]) -> None:
+    check_gradients(device, *call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_at_the_sizes_of_a_model(device: torch.device, dtype: torch.dtype) -> None:
+    check_gradients(device, AttentionCase(1, 2, 577, 64, 1, dtype, "packed qkv", "random"), "random", "class")
+
+
+def check_gradients(device: torch.device, case: AttentionCase, mask_kind: str, importance_kind: str) -> None:
+    q, k, v = case.qkv()
+    mask, size, gradient = case.mask(mask_kind), case.size(), case.gradient()
+    leaves = [tensor.to(device).detach().requires_grad_() for tensor in (q, k, v, mask)]
+    assert [leaf.stride() for leaf in leaves[:3]] == [tensor.stride() for tensor in (q, k, v)]
+    out, importance = ops.masked_attention(
+        *leaves,
+        None if size is None else size.to(device),
+        scale=case.scale,
+        prefix=case.prefix,
+        importance=importance_kind,
+    )
+    assert not importance.requires_grad
+    grads = torch.autograd.grad(out, leaves, gradient.to(device))
+
+    compute_all = remembered(gradients_of_reference(case, importance_kind))
+    terms = Magnitudes(case, q, k, mask, size).gradients(v, gradient)
+    for index, name in enumerate(NAMES):
+
+        def compute(*inputs: Any, index: int = index) -> Tensor:
+            return compute_all(*inputs)[index]
+
+        assert_as_accurate_as_eager(
+            f"gradient of {name}",
+            grads[index],
+            compute,
+            [q, k, v, mask, size, gradient],
+            dtype=wide(case.dtype) if name == "mask" else case.dtype,
+            terms=terms[index],
+        )
+
+
+def gradients_of_reference(case: AttentionCase, importance: str) -> Callable[..., tuple[Tensor, ...]]:
+    def compute(*inputs: Any) -> tuple[Tensor, ...]:
+        *features, size, gradient = inputs
+        leaves = [tensor.detach().requires_grad_() for tensor in features]
+        out, _ = reference_of(case, importance)(*leaves, size)
+        return torch.autograd.grad(out, leaves, gradient)
+
+    return compute
+
+
+def remembered(compute: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The comparisons of four gradients ask for the same ones, on the same few inputs."""
+    known: dict[tuple, tuple[Tensor, ...]] = {}
+
+    def call(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+        key = tuple(None if t is None else (t.dtype, t.double().nan_to_num(0, 1, -1).sum().item()) for t in inputs)
+        if key not in known:
+            known[key] = compute(*inputs)
+        return known[key]
+
+    return call
+
+
+def test_gradcheck(device: torch.device) -> None:
+    random = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 5, 3, generator=random, dtype=torch.float64).to(device)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [1, 0.3, 0.8, 0, 1]], dtype=torch.float64, device=device)
+    size = (1 + torch.rand(2, 5, generator=random)).double().to(device)
+
+    def function(*inputs: Tensor) -> Tensor:
+        return ops.masked_attention(*inputs, size)[0]
+
+    assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in (q, k, v, mask)])
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
+def test_some_gradients_alone(device: torch.device, wanted: tuple[int, ...]) -> None:
+    case = AttentionCase(2, 2, 17, 8, 1, torch.float32, sizes="random")
+    inputs = [tensor.to(device) for tensor in (*case.qkv(), case.mask("random"))]
+    gradient, size = case.gradient().to(device), case.size()
+    assert size is not None
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    every = torch.autograd.grad(ops.masked_attention(*leaves, size.to(device))[0], leaves, gradient)
+    leaves = [tensor.clone().requires_grad_(index in wanted) for index, tensor in enumerate(inputs)]
+    ops.masked_attention(*leaves, size.to(device))[0].backward(gradient)
+    for index, leaf in enumerate(leaves):
+        if index in wanted:
+            assert leaf.grad is not None
+            assert_same(f"gradient of {NAMES[index]}", leaf.grad, every[index])
+        else:
+            assert leaf.grad is None
+
+
+def test_size_is_a_constant(device: torch.device) -> None:
+    case = AttentionCase(2, 2, 6, 4, 1, torch.float32)
+    q, k, v = (tensor.to(device).requires_grad_() for tensor in case.qkv())
+    size = torch.full((2, 6), 2.0, device=device, requires_grad=True)
+    ops.masked_attention(q, k, v, torch.ones(2, 6, device=device), size)[0].sum().backward()
+    assert q.grad is not None
+    assert size.grad is None
+
+
+def test_a_second_backward_raises(device: torch.device) -> None:
+    """Rather than returning zeros for what it has no formula for."""
+    case = AttentionCase(1, 2, 5, 3, 1, torch.float64)
+    leaves = [tensor.to(device).requires_grad_() for tensor in (*case.qkv(), case.mask("fractional"))]
+    out, _ = ops.masked_attention(*leaves)
+    first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    for index in range(4):
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(first[index].square().sum(), leaves, retain_graph=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask_dtype", DTYPES)
+def test_masks_of_another_dtype(device: torch.device, dtype: torch.dtype, mask_dtype: torch.dtype) -> None:
+    case = AttentionCase(2, 2, 17, 8, 1, dtype)
+    q, k, v = (tensor.to(device) for tensor in case.qkv())
+    mask = case.mask("random").to(device, mask_dtype).requires_grad_()
+    out, importance = ops.masked_attention(q, k, v, mask)
+    assert out.dtype == dtype
+    assert importance.dtype == wide(dtype)
+    out.sum().backward()
+    assert mask.grad is not None
+    assert mask.grad.dtype == mask_dtype
+    assert_same("out", out, ops.masked_attention(q, k, v, mask.detach().to(wide(dtype)))[0])
+
+
+# --- what masks mean
+
+
+@pytest.mark.parametrize("importance", ["class", "received"])
+def test_nothing_masked_is_proportional_attention(device: torch.device, importance: str) -> None:
+    case = AttentionCase(2, 3, 65, 16, 1, torch.float64, "packed qkv", "random")
+    q, k, v, size = (None if t is None else t.to(device) for t in (*case.qkv(), case.size()))
+    ones = torch.ones(2, 65, dtype=torch.float64, device=device)
+    out, measured = ops.masked_attention(q, k, v, ones, size, importance=importance)  # type: ignore[arg-type]
+    expected, expected_importance = ops.proportional_attention(q, k, v, size, importance=importance)  # type: ignore[arg-type]
+    bound = 1e-5  # of the epsilon, beside an exponential of at least 1
+    torch.testing.assert_close(out, expected, atol=bound, rtol=0)
+    torch.testing.assert_close(measured, expected_importance, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("importance", ["class", "received"])
+def test_masked_tokens_are_as_if_dropped(device: torch.device, importance: str) -> None:
+    """What the search step promises: the others see, and are measured, as at inference, where masked ones are gone."""
+    case = AttentionCase(2, 3, 33, 16, 1, torch.float64, sizes="random")
+    q, k, v, size = (tensor.to(device) for tensor in (*case.qkv(), case.size()) if tensor is not None)
+    alive = torch.arange(33) % 3 != 1
+    alive[0] = True
+    mask = alive.double().expand(2, -1).to(device)
+    out, measured = ops.masked_attention(q, k, v, mask, size, importance=importance)
+    kept = [tensor[:, :, alive] for tensor in (q, k, v)]
+    expected, expected_importance = ops.proportional_attention(*kept, size[:, alive], importance=importance)  # type: ignore[arg-type]
+    bound = 1e-4  # the largest exponential may belong to a masked token, beside which the epsilon is larger
+    torch.testing.assert_close(out[:, :, alive], expected, atol=bound, rtol=0)
+    assert expected_importance is not None
+    torch.testing.assert_close(measured[:, alive[1:]], expected_importance, atol=bound, rtol=0)
+    assert (measured[:, ~alive[1:]] < 1e-5).all()
+    assert (measured[:, ~alive[1:]] >= 0).all()
+
+
+def test_a_masked_token_sees_itself(device: torch.device) -> None:
+    q = torch.ones(1, 2, 6, 4, device=device)
+    v = torch.randn(1, 2, 6, 4, device=device)
+    out, _ = ops.masked_attention(q, q, v, torch.zeros(1, 6, device=device))
+    torch.testing.assert_close(out, v, atol=1e-5, rtol=1e-5)
+    mask = torch.tensor([[1.0, 0, 0, 0, 0, 0]], device=device)
+    out, importance = ops.masked_attention(q, q, v, mask)
+    torch.testing.assert_close(out[:, :, 0], v[:, :, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out[:, :, 4], (v[:, :, 0] + v[:, :, 4]) / 2, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(importance, torch.full((1, 5), 1e-6 / 6, device=device))
+
+
+def test_the_own_mask_of_a_token_has_no_effect_on_it(device: torch.device) -> None:
+    """... and so no gradient: a token sees itself whatever its mask."""
+    case = AttentionCase(1, 2, 5, 3, 1, torch.float64)
+    q, k, v = (tensor.to(device) for tensor in case.qkv())
+    for token in range(5):
+        mask = torch.zeros(1, 5, dtype=torch.float64, device=device, requires_grad=True)
+        out, _ = ops.masked_attention(q, k, v, mask)
+        (gradient,) = torch.autograd.grad(out[:, :, token].sum(), mask)
+        assert float(gradient[0, token]) == 0.0
+        assert int(gradient.count_nonzero()) == 4
+
+
+def test_nobody_left_to_receive_from(device: torch.device) -> None:
+    case = AttentionCase(2, 2, 6, 4, 0, torch.float32)
+    q, k, v = (tensor.to(device) for tensor in case.qkv())
+    mask = torch.ones(2, 6, device=device)
+    mask[1] = 0
+    _, importance = ops.masked_attention(q, k, v, mask, prefix=0, importance="received")
+    assert_same("importance", importance[1], torch.zeros(6))
+    torch.testing.assert_close(importance[0].sum().cpu(), torch.tensor(1.0))
+
+
+def test_a_size_counts_as_so_many_tokens(device: torch.device) -> None:
+    q, k, v = torch.randn(3, 2, 2, 6, 8, device=device)
+    size, mask = torch.ones(2, 6, device=device), torch.ones(2, 6, device=device)
+    size[:, 4], mask[:, 2] = 3, 0
+    out, importance = ops.masked_attention(q, k, v, mask, size)
+    index = torch.tensor([0, 1, 3, 4, 4, 4, 5], device=device)
+    attn = (q @ k[:, :, index].transpose(-1, -2) * 8**-0.5).softmax(-1)
+    alive = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(out[:, :, alive], (attn @ v[:, :, index])[:, :, alive], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(importance[:, 3], attn[:, :, 0, 3:6].sum(-1).mean(1), atol=1e-4, rtol=1e-4)
+
+
+# --- special values
+
+
+@pytest.mark.parametrize("small", [0.0, -0.0, -1.0, -torch.inf, TINY / 2])
+def test_a_size_without_a_logarithm_counts_as_the_smallest_float(device: torch.device, small: float) -> None:
+    case = AttentionCase(2, 2, 17, 8, 1, torch.float32)
+    leaves = [tensor.to(device).requires_grad_() for tensor in (*case.qkv(), case.mask("random"))]
+    results = []
+    for value in (small, TINY):
+        size = torch.ones(2, 17, device=device)
+        size[:, 5] = value
+        out, importance = ops.masked_attention(*leaves, size)
+        results.append([out, importance, *torch.autograd.grad(out.sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        assert_same("result", a, b)
+        assert a.isfinite().all()
+
+
+def test_no_size_is_size_one(device: torch.device) -> None:
+    case = AttentionCase(2, 2, 17, 8, 1, torch.float32)
+    inputs = [tensor.to(device) for tensor in (*case.qkv(), case.mask("random"))]
+    bare, with_ones = ops.masked_attention(*inputs), ops.masked_attention(*inputs, torch.ones(2, 17, device=device))
+    for a, b in zip(bare, with_ones, strict=True):
+        assert_same("result", a, b)
+
+
+@pytest.mark.parametrize("scale", [1e3, -1e3, 1e30])
+@pytest.mark.parametrize("importance", ["class", "received"])
+def test_large_logits(device: torch.device, scale: float, importance: str) -> None:
+    case = AttentionCase(2, 3, 33, 16, 1, torch.float32)
+    leaves = [tensor.to(device).requires_grad_() for tensor in (*case.qkv(), case.mask("random"))]
+    out, measured = ops.masked_attention(*leaves, scale=scale, importance=importance)
+    assert out.isfinite().all()
+    assert ((measured >= 0) & (measured <= 1 + 1e-5)).all()
+    for gradient in torch.autograd.grad(out.sum(), leaves[2:]):
+        assert gradient.isfinite().all()
+
+
+def test_nan_stays_in_its_image(device: torch.device) -> None:
+    case = AttentionCase(3, 2, 17, 8, 1, torch.float32)
+    q, k, v = (tensor.to(device) for tensor in case.qkv())
+    mask = case.mask("random").to(device)
+    clean = ops.masked_attention(q, k, v, mask)
+    q[1, :, 0, 3] = torch.nan
+    out, importance = ops.masked_attention(q, k, v, mask)
+    assert_same("other images", out[[0, 2]], clean[0][[0, 2]])
+    assert_same("other tokens", out[1, :, 1:], clean[0][1, :, 1:])
+    assert out[1, :, 0].isnan().all()
+    assert importance[1].isnan().all()
+    assert_same("importance of other images", importance[[0, 2]], clean[1][[0, 2]])
+
+
+@pytest.mark.parametrize("importance", ["class", "received"])
+def test_no_images(device: torch.device, importance: str) -> None:
+    q = torch.zeros(0, 2, 5, 4, device=device, requires_grad=True)
+    mask = torch.ones(0, 5, device=device, requires_grad=True)
+    out, measured = ops.masked_attention(q, q, q, mask, torch.ones(0, 5, device=device), importance=importance)
+    assert out.shape == (0, 2, 5, 4)
+    assert measured.shape == (0, 4)
+    out.sum().backward()
+    assert mask.grad is not None
+    assert mask.grad.shape == (0, 5)
+
+
+def test_no_patches(device: torch.device) -> None:
+    q = torch.randn(2, 2, 3, 4, device=device)
+    assert ops.masked_attention(q, q, q, torch.ones(2, 3, device=device), prefix=3)[1].shape == (2, 0)
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("layout", HEAD_LAYOUTS[:3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_out_is_ready_for_the_projection(device: torch.device, layout: str, dtype: torch.dtype) -> None:
+    case = AttentionCase(2, 3, 65, 16, 1, dtype, layout, "random")
+    inputs = [tensor.to(device) for tensor in (*case.qkv(), case.mask("random"), case.size()) if tensor is not None]
+    assert ops.masked_attention(*inputs)[0].transpose(1, 2).is_contiguous()
+
+
+TOKENS = 601  # large beside what is legitimately there: H * N * D elements are a tenth of N * N
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("importance", ["class", "received"])
+def test_no_attention_map_is_built_or_kept(dtype: torch.dtype, importance: str) -> None:
+    case = AttentionCase(1, 2, TOKENS, 16, 1, dtype, "packed qkv", "random")
+    leaves = [tensor.requires_grad_() for tensor in (*case.qkv(), case.mask("random"))]
+    largest, kept = train_and_watch(ops.masked_attention, leaves, case.size(), importance)
+    assert 0 < kept <= 2 * TOKENS * 16, f"{kept} elements of one tensor are kept for the backward"
+    assert 0 < largest.elements < TOKENS * TOKENS / 2, f"{largest.operator} returned {largest.elements} elements"
+
+
+def test_the_recorders_see_an_attention_map() -> None:
+    case = AttentionCase(1, 2, TOKENS, 16, 1, torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in (*case.qkv(), case.mask("random"))]
+    largest, kept = train_and_watch(reference.masked_attention, leaves, None, "class")
+    assert largest.elements == kept == 2 * TOKENS * TOKENS
+
+
+def train_and_watch(
+    operator: Callable[..., Any], leaves: list[Tensor], size: Tensor | None, importance: str
+) -> tuple[LargestTensor, int]:
+    """The largest tensor that was made forward or backward, and the elements of the largest kept in between."""
+    kept = [0]
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with LargestTensor() as largest:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out, _ = operator(*leaves, size, importance=importance)
+        out.backward(torch.ones_like(out))
+    return largest, max(kept)
+
+
+# --- errors
+
+Q = attention_checks.Q
+MASK = torch.ones(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        *attention_checks.ERRORS,
+        ({"v": None}, TypeError, "v must be a tensor (B, H, N, D), got NoneType"),
+        ({"v": Q[..., :3]}, ValueError, "v must be the shape of q = (2, 3, 6, 4), got shape (2, 3, 6, 3)"),
+        ({"v": Q.half()}, TypeError, "v is torch.float16 and q torch.float32"),
+        ({"v": Q.to("meta")}, ValueError, "v is on meta and q on cpu"),
+        ({"mask": None}, TypeError, "mask must be a tensor (B, N), got NoneType"),
+        ({"mask": MASK[0]}, ValueError, "mask must be (B, N), got shape (6,)"),
+        ({"mask": MASK[:, :5]}, ValueError, "mask must be (B, N) = (2, 6), got shape (2, 5)"),
+        ({"mask": MASK[:1]}, ValueError, "mask must be (B, N) = (2, 6), got shape (1, 6)"),
+        ({"mask": MASK.bool()}, TypeError, "mask must be float32, float16, bfloat16 or float64, got torch.bool"),
+        ({"mask": MASK.to("meta")}, ValueError, "mask is on meta and q on cpu"),
+        ({"importance": "cls"}, ValueError, "importance must be one of 'class', 'received', got 'cls'"),
+        ({"importance": None}, ValueError, "importance must be one of 'class', 'received', got None"),
+        ({"prefix": 0}, ValueError, "prefix must be at least 1 (index 0 is the class token), got 0"),
+    ],
+)
+def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        ops.masked_attention(**{"q": Q, "k": Q, "v": Q, "mask": MASK, **changes})
+
+
+RAW: dict[str, Any] = {"q": Q, "k": Q, "v": Q, "mask": MASK, "size": None, "scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q": Q[0]},
+        {"q": Q.long(), "k": Q.long(), "v": Q.long()},
+        {"k": Q[:, :, :5]},
+        {"k": Q[:1]},
+        {"v": Q[..., :3]},
+        {"v": Q.half()},
+        {"q": Q[:, :0], "k": Q[:, :0], "v": Q[:, :0]},
+        {"q": Q[..., :0], "k": Q[..., :0], "v": Q[..., :0]},
+        {"mask": MASK[0]},
+        {"mask": MASK[:, :5]},
+        {"mask": MASK[:1]},
+        {"mask": MASK.double()},
+        {"mask": MASK.bool()},
+        {"size": MASK[:, :5]},
+        {"size": MASK.double()},
+        {"prefix": -1},
+        {"prefix": 7},
+        {"importance": "cls"},
+        {"grad": Q[:1]},
+        {"grad": Q.half()},
+        {"grad": Q[..., :3]},
+    ],
+)
+def test_the_operators_check_for_themselves(changes: dict[str, Any]) -> None:
+    if "grad" not in changes:
+        with pytest.raises(RuntimeError, match="diffrate: "):
+            torch.ops.diffrate.masked_attention(**{**RAW, **changes})
+    if "prefix" not in changes and "importance" not in changes:
+        with pytest.raises(RuntimeError, match="diffrate: "):
+            torch.ops.diffrate.masked_attention_backward(**{**RAW, "grad": Q, **changes})

@@ -1,0 +1,150 @@
+"""What a search tells while it runs, and its picture."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from rich.console import Console
+
+from diffrate_ext.schedule import Schedule
+from diffrate_ext.search_history import SearchHistory, StepRecord
+from diffrate_ext.search_plot import draw_search
+from diffrate_ext.search_report import LINES, all_reports, progress_report, tensorboard_report
+
+
+def record(step: int, *, prune: bool = True) -> StepRecord:
+    return StepRecord(
+        step=step,
+        loss=2 - 0.01 * step,
+        flops_loss=0.5,
+        accuracy=0.25,
+        gflops=3.0,
+        lr=0.1,
+        prune=(65, 60 - step // 4, 50 - step // 4) if prune else None,
+        merge=(65, 55 - step // 4, 45 - step // 4),
+    )
+
+
+def history(steps: int, **options) -> SearchHistory:
+    found = SearchHistory(2.0, 4.0, steps, (65, 65, 65))
+    for step in range(steps):
+        found = found.with_record(record(step, **options))
+    return found
+
+
+def told(steps: int, *, first: int = 0, terminal: bool = False, **options) -> str:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=terminal, width=160, highlight=False)
+    with progress_report(console, "2 GFLOPs", steps, 2.0, **options) as report:
+        for step in range(first, steps):
+            report(record(step))
+    return output.getvalue()
+
+
+def test_a_line_now_and_then():
+    lines = told(1000).splitlines()
+    assert len(lines) == LINES + 1
+    assert lines[0] == "2 GFLOPs  step 1/1000  loss 2.000  accuracy 25.0%  3 -> 2 GFLOPs"
+    assert lines[-1].startswith("2 GFLOPs  step 1000/1000  ")
+    assert len(told(3).splitlines()) == 3
+
+
+def test_a_resumed_search_tells_from_where_it_was():
+    assert told(40, first=38).splitlines()[-1].startswith("2 GFLOPs  step 40/40")
+
+
+def test_losses_are_smoothed():
+    last = float(told(100).splitlines()[-1].split("loss ")[1].split()[0])
+    assert record(99).loss < last < record(80).loss
+
+
+def test_without_labels_there_is_no_accuracy():
+    assert "agreement 25.0%" in told(1, labelled=False)
+    assert "accuracy" not in told(1, labelled=False)
+
+
+def test_a_bar_on_a_terminal():
+    shown = told(10, terminal=True)
+    for words in ("10/10", "3 -> 2 GFLOPs", "ETA", "━"):
+        assert words in shown
+
+
+def test_tensorboard(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with tensorboard_report(tmp_path) as report:
+        for step in range(3):
+            report(record(step))
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"loss/classification", "loss/flops", "accuracy", "gflops", "learning_rate"} < tags
+    for kind in ("pruning", "merging"):
+        assert {f"kept after {kind}/block {i}" for i in (1, 2, 3)} < tags
+    losses = events.Scalars("loss/classification")
+    assert [(event.step, pytest.approx(event.value)) for event in losses] == [(i, record(i).loss) for i in range(3)]
+
+
+def test_tensorboard_without_steps_writes_nothing(tmp_path):
+    with tensorboard_report(tmp_path / "log"):
+        pass
+    assert not (tmp_path / "log").exists()
+
+
+def test_several_reports():
+    first: list[StepRecord] = []
+    second: list[StepRecord] = []
+    all_reports([first.append, second.append])(record(0))
+    assert first == second == [record(0)]
+
+
+def drawn(figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+@pytest.mark.parametrize("prune", [True, False])
+def test_picture(prune):
+    found = history(30, prune=prune)
+    schedule = Schedule([65, 53, 43] if prune else None, [65, 48, 38])
+    figure = draw_search(found, schedule, 2.01)
+    titles = [axis.get_title() for axis in figure.axes]
+    for title in ("tokens after each block", "pruned by each block", "merged by each block", "the schedule found"):
+        assert title in titles
+    assert len(np.unique(drawn(figure).reshape(-1, 3), axis=0)) > 100
+
+    pruned, merged = (
+        next(axis for axis in figure.axes if axis.get_title() == f"{kind} by each block")
+        for kind in ("pruned", "merged")
+    )
+    last_pruned, last_merged = (axis.images[0].get_array()[:, -1].tolist() for axis in (pruned, merged))
+    # 65 tokens enter the second block; at step 29 it keeps 53 after pruning and 48 after merging, the third 43 and 38
+    assert last_pruned == ([0, 12, 5] if prune else [0, 0, 0])
+    assert last_merged == ([0, 5, 5] if prune else [0, 17, 10])
+
+
+def test_pictures_differ_with_the_history():
+    schedule = Schedule([65, 53, 43], [65, 48, 38])
+    other = history(30)
+    other = replace(other, records=(*other.records[:-1], replace(other.records[-1], gflops=1.0)))
+    assert not np.array_equal(drawn(draw_search(history(30), schedule, 2.0)), drawn(draw_search(other, schedule, 2.0)))
+
+
+def test_a_picture_of_one_step():
+    assert drawn(draw_search(history(1), Schedule([65, 60, 50], [65, 55, 45]), 3.0)).any()
+
+
+def test_a_family_with_stages():
+    """Where the grid changes, the tokens before the first block of a stage are the stage's, not those left before."""
+    found = SearchHistory(2.0, 4.0, 1, (64, 64, 16, 16), (replace(record(0, prune=False), merge=(64, 40, 16, 16)),))
+    figure = draw_search(found, Schedule(None, [64, 40, 16, 16], prefix=0), 3.0)
+    merged = next(axis for axis in figure.axes if axis.get_title() == "merged by each block")
+    assert merged.images[0].get_array()[:, 0].tolist() == [0, 24, 0, 0]
+
+
+def test_nothing_to_draw():
+    with pytest.raises(ValueError, match="no records"):
+        draw_search(history(0), Schedule([65], [65]), 1.0)
