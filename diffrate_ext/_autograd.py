@@ -204,14 +204,14 @@ def _compression_rate_gradient(ctx: Any, grad_kept: Tensor, grad_keep_prob: Tens
 
 
 def _masked_prune_merge_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    mask, kept_p, kept_m = inputs[1], inputs[6], inputs[7]
+    mask, prune_prob, merge_prob, kept_p, kept_m = inputs[1], *inputs[4:8]
     _, _, size, order, dst = output
     ctx.mark_non_differentiable(size, order, dst)
-    ctx.save_for_backward(mask, kept_p, kept_m, order, dst)
+    ctx.save_for_backward(mask, prune_prob, merge_prob, kept_p, kept_m, order, dst)
 
 
 def _masked_prune_merge_gradient(ctx: Any, grad_x: Tensor, grad_mask: Tensor, *_: Tensor) -> tuple:
-    mask, kept_p, kept_m, order, dst = ctx.saved_tensors
+    mask, prune_prob, merge_prob, kept_p, kept_m, order, dst = ctx.saved_tensors
     position = torch.arange(order.shape[1], device=order.device)
     # a destination's gradient goes to all that merged into it; a source stays in place besides
     stays = torch.where(dst == position, -1, position.expand_as(dst))
@@ -221,13 +221,20 @@ def _masked_prune_merge_gradient(ctx: Any, grad_x: Tensor, grad_mask: Tensor, *_
     gradient = gradient + _ops.merge_reduce_backward(grad_x, unsorted.scatter(1, order, stays), None)
 
     alive = mask.gather(1, order)
-    last = alive[:1].sum()  # of the first image, as of every other
+    last = alive[:1].detach().sum()  # of the first image, as of every other
     middle = torch.minimum(last, kept_p)
-    shown_by_pruning = ((position < kept_p) | (position >= last)).to(alive.dtype)
-    shown_by_merging = ((position < kept_m) | (position >= middle)).to(alive.dtype)
-    sorted_mask = grad_mask * shown_by_pruning * shown_by_merging
-    to_prune = (grad_mask * alive * shown_by_merging).sum(0) * (kept_p < last)
-    to_merge = (grad_mask * alive * shown_by_pruning).sum(0) * (kept_m < middle)
+    prunes, merges = (kept_p < last).to(alive.dtype), (kept_m < middle).to(alive.dtype)
+
+    def shown(kept: Tensor, end: Tensor, probability: Tensor, acts: Tensor) -> Tensor:
+        """0 at positions kept .. end-1, 1 elsewhere; like the probability when it is differentiated once more."""
+        hard = ((position < kept.round()) | (position >= end)).to(alive.dtype)
+        return hard + acts * (probability - probability.detach())
+
+    by_pruning = shown(kept_p, last, prune_prob, prunes)
+    by_merging = shown(kept_m, middle, merge_prob, merges)
+    sorted_mask = grad_mask * by_pruning * by_merging
+    to_prune = (grad_mask * alive * by_merging).sum(0) * prunes
+    to_merge = (grad_mask * alive * by_pruning).sum(0) * merges
     return (
         gradient,
         torch.empty_like(sorted_mask).scatter(1, order, sorted_mask),

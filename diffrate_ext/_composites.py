@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -100,5 +104,18 @@ ALL = (
     compression_rate_backward,
     masked_prune_merge,
 )
+
+
+def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator computes in the dtype of its arguments, whatever surrounds it."""
+
+    @functools.wraps(operator)
+    def call(*arguments: Any) -> Any:
+        with torch.autocast("cuda", enabled=False):
+            return operator(*arguments)
+
+    return call
+
+
 for operator in ALL:
-    torch.library.impl(f"diffrate::{operator.__name__}", "cuda", operator)
+    torch.library.impl(f"diffrate::{operator.__name__}", "cuda", _without_autocast(operator))

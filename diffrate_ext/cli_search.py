@@ -125,7 +125,12 @@ def add_search_command(commands: Any) -> None:
     data.add_argument(
         "--label-smoothing", type=amount, metavar="S", help=f"(default: {SMOOTHING}; embedded or soft targets: 0)"
     )
-    data.add_argument("--no-augment", action="store_true", help="show the images as an evaluation does")
+    data.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        help="random crops, colours and erasing, as DeiT; else show the images as an evaluation does (default: yes; "
+        "embedded: no)",
+    )
     data.add_argument(
         "--workers", type=not_negative, metavar="N", help="processes that read images (default: 4; embedded: 0)"
     )
@@ -217,7 +222,7 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
         remarks.print("Random weights: what is searched for is real, what is found says nothing.")
     loading = {
         "batch_size": arguments.batch_size,
-        "augment": not arguments.no_augment,
+        "augment": choose(arguments.augment, True, False),
         "mixup": choose(arguments.mixup, MIXUP, 0.0),
         "cutmix": choose(arguments.cutmix, CUTMIX, 0.0),
         "smoothing": 0.0 if settings.soft_targets else choose(arguments.label_smoothing, SMOOTHING, 0.0),

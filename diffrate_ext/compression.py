@@ -73,9 +73,12 @@ def token_slots(model: nn.Module, images: Tensor) -> list[Tensor]:
         hierarchical model (CAFormer), the first block of the same stage.
 
     Raises:
-        ValueError: the model is not compressed.
+        ValueError: the model is not compressed, or it is in training mode under a :class:`RateSearch`, where no token
+            goes anywhere.
     """
-    _compressed_modules(model)
+    for module in _compressed_modules(model):
+        if module.training and isinstance(module._diffrate_plan, SearchPlan):
+            raise ValueError("in the search step tokens are masked and stay where they are: call eval() first")
     slots: list[Tensor] = []
     with torch.no_grad():
         adapter_for(model).run(model, images, lambda _, slot: slots.append(slot))

@@ -21,13 +21,13 @@ def search_embedded(
     """Learn a schedule for the embedded model from the 1,000 embedded training images.
 
     With soft targets: the model has seen these images with their labels, and how far it leaves its own opinion says
-    more than its errors.
+    more than its errors. Without augmentation: nor are the test images flipped or shifted.
     """
     model, images = embedded.load_model(), without_labels(open_images(None))
 
     def loader(start: int) -> Iterable[Batch]:
         return search_loader(
-            images, model, batch_size=64, mixup=0, cutmix=0, smoothing=0, steps=steps, seed=seed, start=start
+            images, model, batch_size=64, augment=False, mixup=0, cutmix=0, smoothing=0, steps=steps, seed=seed, start=start
         )
 
     settings = SearchSettings(steps=steps, soft_targets=True, seed=seed)

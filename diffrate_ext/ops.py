@@ -173,10 +173,7 @@ def class_attention(
         importance (B, N-P), float32. Not differentiable.
     """
     size, scale, prefix = _check_queries(q, k, size, scale, prefix)
-    if prefix < 1:
-        raise ValueError(
-            "prefix must be at least 1 (index 0 is the class token), got 0; without one: received_attention"
-        )
+    _check_class_token(prefix)
     return _ops.class_attention(q.detach(), k.detach(), size, scale, prefix)
 
 
@@ -262,6 +259,8 @@ def masked_attention(
     """
     check_choice("importance", importance, ("class", "received"))
     size, scale, prefix = _check_queries(q, k, size, scale, prefix)
+    if importance == "class":
+        _check_class_token(prefix)
     check_tensor("v", v, 4, "(B, H, N, D)")
     check_shape("v", v, q.shape, "the shape of q")
     check_like("v", v, "q", q)
@@ -487,6 +486,14 @@ def _check_queries(
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     return size, float(q.shape[3] ** -0.5 if scale is None else scale), prefix
+
+
+def _check_class_token(prefix: int) -> None:
+    if prefix < 1:
+        raise ValueError(
+            "prefix must be at least 1 (index 0 is the class token), got 0; without one: received_attention, or "
+            "importance='received'"
+        )
 
 
 def _key_bias(size: Tensor | None, q: Tensor) -> Tensor | None:

@@ -81,7 +81,7 @@ def load_pictures(paths: Iterable[Path], transform: Callable[[Image.Image], Tens
         try:
             picture = read_picture(path)
         except Exception as error:  # PIL's decoders raise almost anything on a damaged file
-            skipped.append((path, _reason(error)))
+            skipped.append((path, reason_of(error)))
             continue
         images.append(transform(picture))
         read.append(path)
@@ -91,7 +91,8 @@ def load_pictures(paths: Iterable[Path], transform: Callable[[Image.Image], Tens
     return Pictures(torch.stack(images), read, skipped)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why a picture could not be read, in a few words."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not a picture in a known format"  # PIL's own message repeats the path
     if isinstance(error, OSError) and error.strerror:

@@ -17,8 +17,8 @@ from .models.masked import BlockRates, SearchPlan
 from .reference import rate_candidates
 from .schedule import Schedule
 
-MOST_TILT = 0.5
-"""Per patch, of a distribution that a search can still move."""
+START_WIDTH = 0.05
+"""Of the patches: the standard deviation of a distribution to search from."""
 
 
 class RateSearch(nn.Module):
@@ -131,15 +131,15 @@ class RateSearch(nn.Module):
 
     def reachable_gflops(self) -> tuple[float, float]:
         """The least and the most that any rates can lead to."""
-        most = self._stages[self._stage_index].tokens
-        return self._gflops_at(self._stages[self._stage_index].fewest), self._gflops_at(most)
+        stage, candidates = self._stages[self._stage_index], rate_candidates(self.n_patches, self.granularity)
+        return self._gflops_at(max(stage.fewest, candidates[-1] + self.prefix)), self._gflops_at(stage.tokens)
 
     @torch.no_grad()
     def set_schedule(self, schedule: Schedule) -> None:
         """Make the rates stand for a schedule, or nearly so: a place to search from.
 
-        Each distribution becomes the broadest with the mean that is wanted, ``p_k ~ exp(tilt * c_k)``, where that is
-        broad enough to move on: within a few tokens of none or of all, it stays that far away.
+        Each distribution becomes a bell around the number that is wanted, of a width from which a search can move on:
+        narrow, so that its gradient speaks of the tokens nearby, but not so narrow that it has none.
 
         Raises:
             ValueError: the schedule does not fit the model.
@@ -148,16 +148,18 @@ class RateSearch(nn.Module):
         compressible = self._stages[self._stage_index].compressible
         wanted = [numbers for numbers, here in zip(steps, compressible, strict=True) if here]
         candidates = torch.tensor(rate_candidates(self.n_patches, self.granularity), dtype=torch.float64)
+        width = max(self.n_patches * START_WIDTH, self.granularity)
         for column, logits in zip((0, 1) if self._adapter.prunes else (1,), self._proxies(), strict=True):
             # half a token less: a kept number is a ceiling
             means = torch.tensor([numbers[column] - self.prefix - 0.5 for numbers in wanted], dtype=torch.float64)
-            low, high = torch.full_like(means, -MOST_TILT), torch.full_like(means, MOST_TILT)
+            # at the ends of the range a bell is cut off: its centre lies further out than the mean that is wanted
+            low, high = torch.full_like(means, -self.n_patches), torch.full_like(means, 2.0 * self.n_patches)
             for _ in range(60):
-                tilt = (low + high) / 2
-                p = torch.softmax(tilt[:, None] * candidates, dim=-1)
-                above = (p * candidates).sum(-1) > means
-                low, high = torch.where(above, low, tilt), torch.where(above, tilt, high)
-            logits.copy_(low[:, None] * candidates)
+                centre = (low + high) / 2
+                bell = -((candidates - centre[:, None]) ** 2) / (2 * width**2)
+                above = (bell.softmax(-1) * candidates).sum(-1) > means
+                low, high = torch.where(above, low, centre), torch.where(above, centre, high)
+            logits.copy_(bell - bell.amax(-1, keepdim=True))
 
     @torch.no_grad()
     def project(self, gflops: float) -> None:
@@ -199,7 +201,7 @@ class RateSearch(nn.Module):
     def uncompressed(self) -> Iterator[nn.Module]:
         """The model as it was before the search, in evaluation mode, within a ``with`` block."""
         modules = [module for module, _ in self._adapter.compressed_parts(self.model)]
-        classes, training = [type(module) for module in modules], self.model.training
+        classes, training = [type(module) for module in modules], [m.training for m in self.model.modules()]
         self.model.eval()
         for module in modules:
             module.__class__ = original_class(module)
@@ -208,7 +210,8 @@ class RateSearch(nn.Module):
         finally:
             for module, cls in zip(modules, classes, strict=True):
                 module.__class__ = cls
-            self.model.train(training)
+            for module, mode in zip(self.model.modules(), training, strict=True):
+                module.training = mode
 
     # --- what SearchPlan asks
 
@@ -260,7 +263,8 @@ class RateSearch(nn.Module):
         logits = torch.stack(self._proxies(), dim=1)
         kept, keep_prob = ops.compression_rate(logits.flatten(0, 1), self.n_patches, self.granularity, self.prefix)
         fewest = self._stages[self._stage_index].fewest  # one patch to merge into; CAFormer needs two
-        return kept.clamp_min(fewest).view(logits.shape[:2]), keep_prob.view(*logits.shape[:2], -1)
+        kept = kept + (fewest - kept).clamp_min(0).detach()  # a bound that stops no gradient
+        return kept.view(logits.shape[:2]), keep_prob.view(*logits.shape[:2], -1)
 
     def _rows(self, stage: int, values: Tensor) -> list[Tensor | None]:
         """One row of values for each block of the stage that has rates, None for the others."""

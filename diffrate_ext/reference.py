@@ -254,7 +254,7 @@ def masked_prune_merge(
     mask = mask.to(size.dtype).gather(1, order)
     images, tokens = mask.shape
     position = torch.arange(tokens, device=x.device)
-    pruned, merged = int(kept_p), int(kept_m)
+    pruned, merged = int(kept_p.round()), int(kept_m.round())
     last = int(mask[0].sum()) if images else tokens
 
     def straight_through(first: int, end: int, probability: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .image_data import ImageSource
-from .pictures import _reason
+from .pictures import reason_of
 
 Batch: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
@@ -142,7 +142,7 @@ class TransformedImages(Dataset[Sample]):
                 picture, label = self.source.read(i)
                 picture = picture.convert(self.mode)
             except Exception as error:  # PIL's decoders raise almost anything on a damaged file
-                unreadable.append((self.source.name(i), _reason(error)))
+                unreadable.append((self.source.name(i), reason_of(error)))
                 continue
             with seeded(self.seed, _AUGMENTATION, epoch, index):
                 return Sample(key, self.transform(picture), label, unreadable)

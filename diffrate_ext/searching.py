@@ -35,8 +35,8 @@ Loader: TypeAlias = "Iterable[Batch] | Callable[[int], Iterable[Batch]]"
 
 LR_SUM = 20.0
 """What the learning rates of all steps add up to by default: as in the paper, whatever the number of steps."""
-LR_CAP = 0.5
-"""The largest default learning rate."""
+LR_CAP = 0.15
+"""The largest default learning rate: at 0.36 the rates of the embedded model run off before the FLOPs pull them back."""
 CLIP_WINDOW = 50
 """Steps whose gradient norms say what is a large one."""
 FLOPS_SCALE = 106.0 / 5

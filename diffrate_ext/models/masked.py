@@ -67,7 +67,10 @@ class SearchPlan:
         if not blocks.training:
             return self.rates.plan(self.stage).run(blocks, x, checkpointing=checkpointing, observe=observe)
         if x.shape[1] != self.tokens:
-            raise ValueError(f"the search needs images of the model's own size: {self.tokens} tokens, got {x.shape[1]}")
+            raise ValueError(
+                f"the search needs images of the model's own size and no patch dropout: {self.tokens} tokens, got "
+                f"{x.shape[1]}"
+            )
         state = TokenState()
         slot = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         for block, rates in zip(blocks.children(), self.rates.block_rates(self.stage), strict=True):
