@@ -118,7 +118,8 @@ def page(content: dict[str, Any]) -> str:
         machine_line(content["machine"]),
         "",
         f"{content['images']:,} test images, {content['steps']} steps of search; uncompressed: loss "
-        f"{base['loss']:.4f}, top-1 {base['top1']:.2%}. Differences are learned minus uniform with 95 % intervals over the images.",
+        f"{base['loss']:.4f}, top-1 {base['top1']:.2%}. Differences are learned minus uniform with 95 % intervals over "
+        "the images.",
         "",
         "| FLOPs | seed | uniform: loss, top-1, agreement | learned: the same | loss | top-1 | agreement |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .evaluation import evaluate
     from .rates import RateSearch
     from .schedule import Schedule
+    from .searching import SearchSettings, search
     from .timing import benchmark
     from .visualization import visualize
 
@@ -33,6 +34,7 @@ __version__ = _version("diffrate_ext")
 __all__ = [
     "RateSearch",
     "Schedule",
+    "SearchSettings",
     "benchmark",
     "build_info",
     "compress",
@@ -40,6 +42,7 @@ __all__ = [
     "ops",
     "reference",
     "restore",
+    "search",
     "token_slots",
     "visualize",
 ]
@@ -48,10 +51,12 @@ __all__ = [
 _LAZY = {
     "RateSearch": "rates",
     "Schedule": "schedule",
+    "SearchSettings": "searching",
     "benchmark": "timing",
     "compress": "compression",
     "evaluate": "evaluation",
     "restore": "compression",
+    "search": "searching",
     "token_slots": "compression",
     "visualize": "visualization",
 }

@@ -75,7 +75,7 @@ def uniform_schedules(model: nn.Module) -> list[NamedSchedule]:
 def learned_schedule(workload: Workload, steps: int, console: Console) -> list[NamedSchedule]:
     """The simple rule at the default target of the search, and what a search on the embedded training images finds."""
     from .embedded_search import search_embedded
-    from .search_report import progress_report
+    from .searching.report import progress_report
 
     gflops = round(embedded.SEARCH_SHARE * flops(workload.model) / 1e9, 4)
     with progress_report(console, "learning rates", steps, gflops, labelled=False) as report:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from . import embedded
-from .image_data import open_images, without_labels
-from .sampling import Batch, search_loader
-from .search_history import StepRecord
+from .images.sampling import Batch, search_loader
+from .images.sources import open_images, without_labels
 from .searching import SearchResult, SearchSettings, run_search
+from .searching.history import StepRecord
 
 
 def search_embedded(
@@ -26,9 +27,8 @@ def search_embedded(
     model, images = embedded.load_model(), without_labels(open_images(None))
 
     def loader(start: int) -> Iterable[Batch]:
-        return search_loader(
-            images, model, batch_size=64, augment=False, mixup=0, cutmix=0, smoothing=0, steps=steps, seed=seed, start=start
-        )
+        plain: dict[str, Any] = {"augment": False, "mixup": 0, "cutmix": 0, "smoothing": 0}
+        return search_loader(images, model, batch_size=64, steps=steps, seed=seed, start=start, **plain)
 
     settings = SearchSettings(steps=steps, soft_targets=True, seed=seed)
     return run_search(model, loader, gflops, settings, report=report)

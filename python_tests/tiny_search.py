@@ -14,9 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diffrate_ext import checkpoints
-from diffrate_ext.processes import joined
-from diffrate_ext.searching import SearchResult, SearchSettings, run_search
+from diffrate_ext.searching import checkpoints
+from diffrate_ext.searching.loop import SearchResult, SearchSettings, run_search
+from diffrate_ext.searching.processes import joined
 
 STEPS, CLASSES, IMAGES = 12, 5, 20
 

@@ -14,13 +14,13 @@ from tiny_search import CLASSES, tiny_batches, tiny_model
 from torch.utils.data import DataLoader, TensorDataset
 
 import diffrate_ext
-from diffrate_ext import checkpoints
 from diffrate_ext.flops import flops
 from diffrate_ext.models.base import CompressedModule
 from diffrate_ext.rates import RateSearch
 from diffrate_ext.schedule import Schedule
-from diffrate_ext.search_history import MOST_RECORDS, SearchHistory
-from diffrate_ext.searching import LR_CAP, SearchSettings, run_search, search
+from diffrate_ext.searching import checkpoints
+from diffrate_ext.searching.history import MOST_RECORDS, SearchHistory
+from diffrate_ext.searching.loop import LR_CAP, SearchSettings, run_search, search
 
 
 def gflops_of(model, share: float) -> float:
@@ -219,7 +219,7 @@ def test_learning_rates_follow_a_cosine():
         schedule.step()
 
 
-@pytest.mark.parametrize("steps", [200, 3750])
+@pytest.mark.parametrize("steps", [250, 3750])
 def test_default_learning_rates_sum_to_20(steps):
     settings = SearchSettings(steps=steps)
     assert sum(settings.lr_at(step) for step in range(steps)) == pytest.approx(20, rel=0.01)
@@ -439,7 +439,7 @@ def test_wrong_checkpoint_intervals(every):
         quick(plain_model(), [], checkpoint_every=every)
 
 
-# --- start, clipping, moments
+# --- start and moments
 
 
 def test_starts_at_the_uniform_schedule():
@@ -451,35 +451,11 @@ def test_starts_at_the_uniform_schedule():
     assert len(set(zeros.merge[1:])) == 1
 
 
-def test_one_wild_batch_is_clipped():
-    model, batch = plain_model(), tiny_batches()[0]
-    wild = (batch[0] * 50, batch[1])
-
-    def logits_after(clip: float, batches: list) -> torch.Tensor:
-        settings = SearchSettings(steps=4, lr=0.01, clip=clip, flops_weight=0.0)
-        seen: list[torch.Tensor] = []
-
-        def remember(self, *arguments):
-            seen.append(torch.cat([p.grad.norm(dim=1) for p in self.param_groups[0]["params"]]))
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.optim.AdamW, "step", remember)
-            quick(model, batches, settings=settings)
-        return torch.stack(seen)
-
-    free, clipped = (logits_after(clip, [batch, batch, batch, wild]) for clip in (1.0, 0.5))
-    assert torch.equal(free[:3], clipped[:3])
-    grown = free[3] > 1.01 * free[0]
-    assert grown.any()
-    torch.testing.assert_close(clipped[3][grown], free[0][grown], rtol=1e-4, atol=0)
-
-
 @pytest.mark.parametrize(("steps", "expected"), [(3, 0.9), (100, 0.9625), (3750, 0.999), (100_000, 0.999)])
 def test_second_moments_forget_within_the_search(steps, expected):
     assert SearchSettings(steps=steps).betas == (0.9, pytest.approx(expected))
 
 
-@pytest.mark.parametrize(("name", "value"), [("start", "ones"), ("clip", 1.5), ("clip", -0.1), ("clip", True)])
-def test_start_and_clip_are_checked(name, value):
-    with pytest.raises(ValueError, match=name):
-        SearchSettings(**{name: value})
+def test_start_is_checked():
+    with pytest.raises(ValueError, match="start must be 'uniform' or 'zeros', got 'ones'"):
+        SearchSettings(start="ones")

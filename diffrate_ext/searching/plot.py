@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .visualization import CURVES, INK, OWN
+from ..visualization import CURVES, INK, OWN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-    from .schedule import Schedule
-    from .search_history import SearchHistory
+    from ..schedule import Schedule
+    from .history import SearchHistory
 
 LOSS, ACCURACY, SEARCHED = CURVES[3], CURVES[2], CURVES[0]
 KEPT, MERGED, PRUNED = "#33608f", "#e0952b", "#d9d6d0"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import (
+from .common import (
     UsageError,
     add_model_options,
     add_schedule_options,
@@ -24,8 +24,8 @@ from .cli_common import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from .image_data import ImageSource
-    from .sampling import Batch
+    from ..images.sampling import Batch
+    from ..images.sources import ImageSource
 
 SPEED_ROUNDS = 8
 
@@ -64,10 +64,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .evaluation import evaluate_all
-    from .sampling import evaluation_loader
-    from .sharing import compressed_copy
-    from .timing import Comparison
+    from ..evaluation import evaluate_all
+    from ..images.sampling import evaluation_loader
+    from ..sharing import compressed_copy
+    from ..timing import Comparison
 
     check_embedded_options(arguments)
     if arguments.model is not None and arguments.images is None:
@@ -128,9 +128,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _images_and_model(arguments: argparse.Namespace) -> tuple[ImageSource, nn.Module]:
-    from . import embedded
-    from .image_data import match_classes, open_images
-    from .model_loading import load_timm_model
+    from .. import embedded
+    from ..images.sources import match_classes, open_images
+    from ..model_loading import load_timm_model
 
     images = open_images(arguments.images, split=arguments.split, purpose="evaluation")
     if arguments.model is None:

@@ -11,9 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from diffrate_ext.schedule import Schedule
-from diffrate_ext.search_history import SearchHistory, StepRecord
-from diffrate_ext.search_plot import draw_search
-from diffrate_ext.search_report import LINES, all_reports, progress_report, tensorboard_report
+from diffrate_ext.searching.history import SearchHistory, StepRecord
+from diffrate_ext.searching.plot import draw_search
+from diffrate_ext.searching.report import LINES, all_reports, progress_report, tensorboard_report
 
 
 def record(step: int, *, prune: bool = True) -> StepRecord:

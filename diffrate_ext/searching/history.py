@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .schedule import Schedule
+from ..schedule import Schedule
 
 MOST_RECORDS = 500
 

@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import (
+from ..embedded import SEARCH_STEPS
+from .common import (
     OneLineParser,
     UsageError,
     add_model_options,
@@ -24,14 +25,13 @@ from .cli_common import (
     positive,
     schedules_named,
 )
-from .cli_evaluate import add_evaluate_command
-from .cli_search import add_search_command
-from .embedded import SEARCH_STEPS
+from .evaluate import add_evaluate_command
+from .search import add_search_command
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .demo import Workload
+    from ..demo import Workload
 
 PICTURES_BY_DEFAULT = 64
 """Of the user's own; large models take seconds for each on a CPU."""
@@ -160,7 +160,7 @@ def _version() -> str:
 
 def _workload(arguments: argparse.Namespace, pictures: int, embedded_images: int | None, remarks: Console) -> Workload:
     """The model and the images that the arguments name; at most ``pictures`` of the user's own by default."""
-    from .demo import Workload, embedded_workload
+    from ..demo import Workload, embedded_workload
 
     check_embedded_options(arguments)
     if arguments.model is None:
@@ -170,8 +170,8 @@ def _workload(arguments: argparse.Namespace, pictures: int, embedded_images: int
 
     from timm.data import create_transform, resolve_model_data_config
 
-    from .model_loading import load_timm_model
-    from .pictures import find_pictures, load_pictures, spread
+    from ..images.pictures import find_pictures, load_pictures, spread
+    from ..model_loading import load_timm_model
 
     found = find_pictures(arguments.images)
     chosen = spread(found, arguments.n_images or pictures)
@@ -187,8 +187,8 @@ def _workload(arguments: argparse.Namespace, pictures: int, embedded_images: int
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from .demo import draw, learned_schedule, measure, results_table
-    from .visualization import check_output
+    from ..demo import draw, learned_schedule, measure, results_table
+    from ..visualization import check_output
 
     output = check_output(arguments.output)
     results, remarks = consoles()
@@ -211,9 +211,9 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     from rich.progress import Progress
     from rich.table import Table
 
-    from . import embedded
-    from .model_loading import load_timm_model
-    from .timing import Comparison, random_images
+    from .. import embedded
+    from ..model_loading import load_timm_model
+    from ..timing import Comparison, random_images
 
     results, remarks = consoles()
     model = load_timm_model(arguments.model, pretrained=False) if arguments.model else embedded.build_model()
@@ -282,8 +282,8 @@ def _benchmark(arguments: argparse.Namespace) -> None:
 
 
 def _visualize(arguments: argparse.Namespace) -> None:
-    from .demo import draw
-    from .visualization import check_output
+    from ..demo import draw
+    from ..visualization import check_output
 
     output = check_output(arguments.output)
     results, remarks = consoles()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffrate_ext.pictures import find_pictures, load_pictures, read_picture, spread
+from diffrate_ext.images.pictures import find_pictures, load_pictures, read_picture, spread
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from .demo import NamedSchedule
+    from ..demo import NamedSchedule
 
 
 class UsageError(Exception):
@@ -125,7 +125,7 @@ def check_embedded_options(arguments: argparse.Namespace) -> None:
 
 def check_supported(model: nn.Module) -> None:
     """Refuse a model of a family that compression does not know."""
-    from .models import adapter_for
+    from ..models import adapter_for
 
     try:
         adapter_for(model)
@@ -135,8 +135,8 @@ def check_supported(model: nn.Module) -> None:
 
 def schedules_named(arguments: argparse.Namespace, model: nn.Module) -> list[NamedSchedule]:
     """What the arguments ask for; else the published schedules of this model, else the default targets."""
-    from .demo import NamedSchedule, published_schedules, uniform_schedules
-    from .schedule import Schedule
+    from ..demo import NamedSchedule, published_schedules, uniform_schedules
+    from ..schedule import Schedule
 
     check_supported(model)
     if arguments.gflops:

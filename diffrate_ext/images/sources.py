@@ -141,7 +141,7 @@ class EmbeddedImages(ImageSource):
     """The labelled images that come with the package, 28 x 28 pixels, "L"."""
 
     def __init__(self, split: str) -> None:
-        from .embedded import CLASSES, load_images
+        from ..embedded import CLASSES, load_images
 
         if split not in ("search", "test"):
             raise ValueError(f"the embedded images have the splits 'search' and 'test', got {split!r}")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffrate_ext.cli import main
+from diffrate_ext.cli.main import main
 from diffrate_ext.schedule import Schedule
 
 SEARCH = ["search", "--model", "test_vit", "--no-pretrained", "--steps", "8", "--workers", "0", "--lr", "0.2"]
@@ -68,6 +68,6 @@ def test_an_error_of_all_processes(folder, tmp_path):
 
 
 def test_an_error_in_one_process_ends_all():
-    failed = torchrun(str(Path(__file__).parent / "tiny_search.py"), "fail on one rank")
+    failed = torchrun(str(Path(__file__).parents[1] / "tiny_search.py"), "fail on one rank")
     assert failed.returncode != 0
     assert "a broken loader on rank 1" in failed.stderr

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import (
+from ..embedded import SEARCH_SHARE, SEARCH_STEPS
+from .common import (
     UsageError,
     add_model_options,
     amount,
@@ -20,16 +21,15 @@ from .cli_common import (
     positive,
     warnings_on,
 )
-from .embedded import SEARCH_SHARE, SEARCH_STEPS
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
     from torch import nn
 
-    from .image_data import ImageSource
-    from .processes import Processes
-    from .searching import SearchResult, SearchSettings
+    from ..images.sources import ImageSource
+    from ..searching import SearchResult, SearchSettings
+    from ..searching.processes import Processes
 
 STEPS = 1000
 MIXUP, CUTMIX, SMOOTHING = 0.8, 1.0, 0.1
@@ -104,13 +104,6 @@ def add_search_command(commands: Any) -> None:
         help="first rates: the uniform rule's at the target, or all logits 0, as in the paper (default: uniform)",
     )
     training.add_argument(
-        "--clip",
-        type=amount,
-        default=0.5,
-        metavar="Q",
-        help="clip the loss's gradient on each block at this quantile of its norms; 1: never (default: 0.5)",
-    )
-    training.add_argument(
         "--granularity", type=positive, default=1, metavar="N", help="step of the kept numbers, in patches (default: 1)"
     )
     training.add_argument("--amp", action="store_true", help="mixed precision (bfloat16)")
@@ -155,7 +148,7 @@ class _Job:
 
 
 def _search(arguments: argparse.Namespace) -> None:
-    from .processes import Processes, joined
+    from ..searching.processes import Processes, joined
 
     check_embedded_options(arguments)
     with joined(device_named(arguments.device)) as device:
@@ -172,10 +165,10 @@ def _search(arguments: argparse.Namespace) -> None:
 def _job(arguments: argparse.Namespace, device: torch.device, processes: Processes, remarks: Console) -> _Job:
     import torch
 
-    from . import embedded
-    from .image_data import match_classes, open_images
-    from .model_loading import load_timm_model
-    from .searching import SearchSettings
+    from .. import embedded
+    from ..images.sources import match_classes, open_images
+    from ..model_loading import load_timm_model
+    from ..searching import SearchSettings
 
     ours = arguments.model is None
     if not ours and arguments.images is None:
@@ -196,7 +189,6 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
         soft_targets=choose(arguments.soft_targets, False, True),
         amp=arguments.amp,
         start=arguments.start,
-        clip=arguments.clip,
         granularity=arguments.granularity,
         seed=arguments.seed,
     )
@@ -215,7 +207,7 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
     if images.labelled and not settings.soft_targets:
         images = match_classes(images, model.num_classes)  # type: ignore[arg-type]
     if not images.labelled or settings.soft_targets:
-        from .image_data import without_labels
+        from ..images.sources import without_labels
 
         images = without_labels(images)
     if arguments.no_pretrained:
@@ -241,9 +233,9 @@ def _check_tensorboard(arguments: argparse.Namespace) -> None:
 
 def _targets(arguments: argparse.Namespace, job: _Job) -> dict[float, Path]:
     """The folder of each target; all are checked before the first search starts."""
-    from .checkpoints import SearchFolder
-    from .flops import flops
-    from .searching import check_target
+    from ..flops import flops
+    from ..searching import check_target
+    from ..searching.checkpoints import SearchFolder
 
     gflops = arguments.gflops or [round(SEARCH_SHARE * flops(job.model) / 1e9, 4)]
     if len(set(gflops)) < len(gflops):
@@ -259,9 +251,9 @@ def _targets(arguments: argparse.Namespace, job: _Job) -> dict[float, Path]:
 
 
 def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder: Path) -> SearchResult:
-    from .sampling import search_loader
-    from .search_report import all_reports, progress_report, tensorboard_report
-    from .searching import run_search
+    from ..images.sampling import search_loader
+    from ..searching import run_search
+    from ..searching.report import all_reports, progress_report, tensorboard_report
 
     settings, processes = job.settings, job.processes
     place: dict[str, Any] = {"rank": processes.rank, "world": processes.world}
@@ -297,7 +289,7 @@ def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder:
 
 
 def _summary(result: SearchResult, folder: Path, settings: SearchSettings) -> str:
-    from .checkpoints import SearchFolder
+    from ..searching.checkpoints import SearchFolder
 
     off = result.gflops / result.target_gflops - 1
     if abs(off) <= 0.01:

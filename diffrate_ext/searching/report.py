@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .search_history import StepRecord
+    from .history import StepRecord
 
 Report = Callable[["StepRecord"], None]
 

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .image_data import ImageSource
 from .pictures import reason_of
+from .sources import ImageSource
 
 Batch: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 

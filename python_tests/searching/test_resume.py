@@ -13,9 +13,9 @@ from tiny_search import STEPS, search_once, shuffled_loader, tiny_model
 
 from diffrate_ext.flops import flops
 from diffrate_ext.schedule import Schedule
-from diffrate_ext.searching import SearchSettings, run_search
+from diffrate_ext.searching.loop import SearchSettings, run_search
 
-SCRIPT = Path(__file__).parent / "tiny_search.py"
+SCRIPT = Path(__file__).parents[1] / "tiny_search.py"
 
 
 @pytest.fixture(scope="module")

@@ -17,18 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..compression import restore
+from ..evaluation import check_labels, split_batch
+from ..flops import flops
+from ..images.sampling import seeded
+from ..models import adapter_for
+from ..rates import RateSearch
+from ..schedule import Schedule
+from ..sharing import uncompressed_copy
 from .checkpoints import Fact, SearchFolder, SearchState, replacing
-from .compression import restore
-from .evaluation import check_labels, split_batch
-from .flops import flops
-from .models import adapter_for
+from .history import SearchHistory, StepRecord, kept_numbers
 from .processes import Processes
-from .rates import RateSearch
-from .reference import TINY
-from .sampling import seeded
-from .schedule import Schedule
-from .search_history import SearchHistory, StepRecord, kept_numbers
-from .sharing import uncompressed_copy
 
 Batch: TypeAlias = "Tensor | Sequence[Tensor]"
 Loader: TypeAlias = "Iterable[Batch] | Callable[[int], Iterable[Batch]]"
@@ -36,9 +35,7 @@ Loader: TypeAlias = "Iterable[Batch] | Callable[[int], Iterable[Batch]]"
 LR_SUM = 20.0
 """What the learning rates of all steps add up to by default: as in the paper, whatever the number of steps."""
 LR_CAP = 0.15
-"""The largest default learning rate: at 0.36 the rates of the embedded model run off before the FLOPs pull them back."""
-CLIP_WINDOW = 50
-"""Steps whose gradient norms say what is a large one."""
+"""The largest default learning rate: at 0.36 the embedded model's rates run off before the FLOPs pull them back."""
 FLOPS_SCALE = 106.0 / 5
 """Makes the relative FLOPs loss equal to the paper's absolute one on DeiT-S (4.6 GFLOPs), squared."""
 
@@ -62,9 +59,6 @@ class SearchSettings:
         amp: compute in bfloat16 where torch's autocast does.
         start: where the rates start: "uniform", at :meth:`Schedule.uniform` of the target, from which some 100 steps
             lead to a good schedule; "zeros", with all logits 0 as in the paper, which takes thousands.
-        clip: the gradient of the classification loss on a proxy is clipped where its norm is above this quantile of
-            its norms in the last 50 steps; 1: never. What a masked token would do is extrapolated, and far off at
-            times: one such batch would drown a hundred others.
         granularity: the step between the numbers of patches that a block may keep.
         seed: of all random choices, the loader's included as far as they come from the generators of torch, numpy and
             ``random`` in this process.
@@ -83,7 +77,6 @@ class SearchSettings:
     soft_targets: bool = False
     amp: bool = False
     start: Literal["uniform", "zeros"] = "uniform"
-    clip: float = 0.5
     granularity: int = 1
     seed: int = 0
 
@@ -100,8 +93,6 @@ class SearchSettings:
             raise ValueError(f"flops_loss must be 'relative' or 'absolute', got {self.flops_loss!r}")
         if self.start not in ("uniform", "zeros"):
             raise ValueError(f"start must be 'uniform' or 'zeros', got {self.start!r}")
-        if isinstance(self.clip, bool) or not isinstance(self.clip, (int, float)) or not 0 <= self.clip <= 1:
-            raise ValueError(f"clip must be a quantile, 0 to 1, got {self.clip!r}")
         if self.first_lr < self.last_lr:
             raise ValueError(f"min_lr must not be above lr, got {self.last_lr:g} and {self.first_lr:g}")
 
@@ -260,7 +251,6 @@ class _Search:
         self.optimizer = torch.optim.AdamW(
             self.logits.values(), lr=settings.first_lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
-        self.gradient_norms = torch.zeros(0, sum(len(p) for p in self.logits.values()), device=self.device)
         if settings.start == "uniform":
             rates.set_schedule(Schedule.uniform(rates.model, target_gflops))
         self.uncompressed = flops(rates.model) / 1e9
@@ -279,7 +269,6 @@ class _Search:
                 for name, logits in self.logits.items():
                     logits.copy_(state.logits[name])
             self.optimizer.load_state_dict(state.optimizer)
-            self.gradient_norms = state.gradient_norms.to(self.device)
             self.history = state.history
             self.step = self.steps_before = state.step
             self.saved = state.step
@@ -296,8 +285,7 @@ class _Search:
 
     def _state(self) -> SearchState:
         logits = {name: p.detach().cpu().clone() for name, p in self.logits.items()}
-        optimizer = copy.deepcopy(self.optimizer.state_dict())
-        return SearchState(self.step, logits, optimizer, self.gradient_norms.cpu(), self.history)
+        return SearchState(self.step, logits, copy.deepcopy(self.optimizer.state_dict()), self.history)
 
     def steps(self, loader: Loader, checkpoint_every: int, report: Callable[[StepRecord], None] | None) -> Schedule:
         """All steps that are left, and the projection to the target. Returns the schedule before the projection."""
@@ -353,7 +341,7 @@ class _Search:
         finished = self.folder.load_schedule() if self.steps_before == self.settings.steps else None
         if finished is not None:
             return finished
-        from .search_plot import draw_search
+        from .plot import draw_search
 
         figure = draw_search(self.history, schedule, schedule.gflops(self.rates.model))
         with replacing(self.folder.plot) as temporary:
@@ -393,14 +381,7 @@ class _Search:
         gflops = rates.gflops()
         flops_loss = self._flops_loss(gflops) if step >= settings.warmup_steps else 0 * gflops
         self.optimizer.zero_grad()
-        classification.backward()
-        self._clip()
-        # apart from the other: its gradient is exact, the same in every process, and never clipped
-        for p, gradient in zip(
-            self.logits.values(), torch.autograd.grad(flops_loss, list(self.logits.values())), strict=True
-        ):
-            assert p.grad is not None
-            p.grad += gradient
+        (classification + flops_loss).backward()
 
         gradients = torch.stack([p.grad.isfinite().all() for p in self.logits.values() if p.grad is not None])
         parts = (classification, flops_loss, (logits.argmax(1) == truth).float().mean(), gflops, gradients.all())
@@ -413,16 +394,6 @@ class _Search:
         lr = self.optimizer.param_groups[0]["lr"] = settings.lr_at(step)
         self.optimizer.step()
         return StepRecord(step, loss, flops_part, accuracy, gflops_now, lr, prune, merge)
-
-    def _clip(self) -> None:
-        """Clip the gradient on each proxy at a quantile of its norms so far."""
-        gradients = [p.grad for p in self.logits.values() if p.grad is not None]
-        norms = torch.cat([g.norm(dim=1) for g in gradients])
-        self.gradient_norms = torch.cat([self.gradient_norms, norms[None]])[-CLIP_WINDOW:]
-        limits = self.gradient_norms.quantile(self.settings.clip, dim=0)
-        factors = (limits / norms.clamp_min(TINY)).clamp_max(1)
-        for gradient, factor in zip(gradients, factors.split([len(g) for g in gradients]), strict=True):
-            gradient *= factor[:, None]
 
     def _seed(self) -> int:
         """For dropout and the like in this step and process."""

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .schedule import Schedule
-from .search_history import SearchHistory
+from ..schedule import Schedule
+from .history import SearchHistory
 
 FORMAT_VERSION = 1
 
@@ -52,8 +52,6 @@ class SearchState:
     step: int
     logits: dict[str, Tensor]
     optimizer: dict[str, Any]
-    gradient_norms: Tensor
-    """(steps, proxies): of the classification loss on each proxy, in the last steps."""
     history: SearchHistory
 
 
@@ -98,7 +96,6 @@ class SearchFolder:
             "step": state.step,
             "logits": state.logits,
             "optimizer": state.optimizer,
-            "gradient_norms": state.gradient_norms,
             "history": asdict(state.history),
         }
         with replacing(self.checkpoint) as temporary:
@@ -123,7 +120,7 @@ class SearchFolder:
             raise ValueError(f"{self.checkpoint} is not the checkpoint of a search in format version {FORMAT_VERSION}")
         _compare(content["fingerprint"], fingerprint, self.path)
         history = SearchHistory.from_dict(content["history"])
-        return SearchState(content["step"], content["logits"], content["optimizer"], content["gradient_norms"], history)
+        return SearchState(content["step"], content["logits"], content["optimizer"], history)
 
     def save_schedule(self, schedule: Schedule) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

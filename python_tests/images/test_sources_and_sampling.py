@@ -15,8 +15,8 @@ from PIL import Image
 from torch import nn
 
 from diffrate_ext import embedded
-from diffrate_ext.image_data import match_classes, open_images, without_labels
-from diffrate_ext.sampling import StepSampler, data_config, evaluation_loader, search_loader
+from diffrate_ext.images.sampling import StepSampler, data_config, evaluation_loader, search_loader
+from diffrate_ext.images.sources import match_classes, open_images, without_labels
 
 CLASSES = ["ant", "bee", "cow"]
 

@@ -1,0 +1,1 @@
+"""The user's pictures: where they are, and how batches are made of them."""
