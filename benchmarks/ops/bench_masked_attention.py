@@ -50,7 +50,18 @@ def cases(settings: Settings) -> Iterator[Case]:
             bars=(Bar("eager", 2),) if judged else (),
             trains=True,
             memory_bar=MemoryBar("eager", 3) if judged else None,
+            own_scratch=backward_scratch(shape) if settings.device.type == "cpu" else 0,
         )
+
+
+def backward_scratch(shape: Shape) -> int:
+    """Bytes that the backward kernel takes for itself (csrc/cpu/masked_attention.cpp, Scratch), on all threads."""
+    tokens, channels = -(-shape.tokens // 16) * 16, -(-shape.head_dim // 16) * 16
+    queries = 48
+    by_head = 2 * shape.head_dim * tokens + 3 * shape.tokens * channels  # q, k, v and gradients, repacked
+    by_block = 3 * queries * channels + 2 * queries * tokens
+    shared = (2 + shape.heads) * tokens
+    return 4 * torch.get_num_threads() * (by_head + by_block + shared)
 
 
 def training(operator: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
