@@ -57,7 +57,7 @@ def add_search_command(commands: Any) -> None:
         type=amount,
         nargs="+",
         metavar="G",
-        help=f"the target, or several for one search each (default: {SEARCH_SHARE:.0%} of the model's)",
+        help=f"the target, or several for one search each (default: {100 * SEARCH_SHARE:.0f}%% of the model's)",
     )
     parser.add_argument(
         "--output",
