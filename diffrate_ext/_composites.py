@@ -57,9 +57,7 @@ def masked_attention_backward(
 
 
 def compression_rate(logits: Tensor, n_patches: int, granularity: int = 1, prefix: int = 1) -> tuple[Tensor, Tensor]:
-    # in double, as the CPU kernel: a kept number is a ceiling
-    kept, keep_prob = reference.compression_rate(logits.double(), n_patches, granularity, prefix)
-    return kept.to(logits.dtype), keep_prob.to(logits.dtype)
+    return reference.compression_rate(logits, n_patches, granularity, prefix)
 
 
 def compression_rate_backward(

@@ -225,15 +225,16 @@ def rate_candidates(n_patches: int, granularity: int) -> list[int]:
 def compression_rate(logits: Tensor, n_patches: int, granularity: int = 1, prefix: int = 1) -> tuple[Tensor, Tensor]:
     """Section 3.3 of the paper: the differentiable discrete proxy, all blocks at once.
 
-    ``kept = ceil(sum_k c_k p_k) + P`` with a straight-through gradient, ``t_j = sum_k p_k [j < c_k + P]``.
+    ``kept = ceil(sum_k c_k p_k) + P`` with a straight-through gradient, ``t_j = sum_k p_k [j < c_k + P]``. In float64
+    whatever the logits are: rounding must not carry a mean over a whole number.
     """
-    p = logits.softmax(-1)
+    p = logits.double().softmax(-1)
     candidates = torch.tensor(rate_candidates(n_patches, granularity), device=logits.device)
     mean = (p * candidates).sum(-1)
     kept = mean + (mean.ceil() - mean).detach() + prefix
     position = torch.arange(n_patches + prefix, device=logits.device)
     keeps = position < candidates[:, None] + prefix  # (K, N)
-    return kept, p @ keeps.to(p.dtype)
+    return kept.to(logits.dtype), (p @ keeps.to(p.dtype)).to(logits.dtype)
 
 
 def masked_prune_merge(

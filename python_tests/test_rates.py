@@ -522,7 +522,9 @@ def test_images_do_not_depend_on_each_other(model: nn.Module) -> None:
 def test_training_needs_images_of_the_models_size(kind: str, side: int, tokens: tuple[int, int]) -> None:
     images = torch.randn(2, 3, side, side)
     rates = searching(build(kind)).train()
-    with pytest.raises(ValueError, match=rf"images of the model's own size and no patch dropout: {tokens[0]} tokens, got {tokens[1]}"):
+    with pytest.raises(
+        ValueError, match=rf"images of the model's own size and no patch dropout: {tokens[0]} tokens, got {tokens[1]}"
+    ):
         rates(images)
     assert rates.eval()(images).shape == (2, 5)  # compression scales
 

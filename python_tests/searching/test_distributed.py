@@ -34,7 +34,10 @@ def folder(tmp_path_factory):
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    # python -m looks in the working directory first, where a checkout has no compiled library
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, timeout=300, cwd=Path(__file__).parent
+    )
 
 
 def test_two_processes_find_what_one_finds(folder, tmp_path):
