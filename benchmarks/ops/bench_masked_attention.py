@@ -57,7 +57,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 def backward_scratch(shape: Shape) -> int:
     """Bytes that the backward kernel takes for itself (csrc/cpu/masked_attention.cpp, Scratch), on all threads."""
     tokens, channels = -(-shape.tokens // 16) * 16, -(-shape.head_dim // 16) * 16
-    queries = 48
+    queries = 96
     by_head = 2 * shape.head_dim * tokens + 3 * shape.tokens * channels  # q, k, v and gradients, repacked
     by_block = 3 * queries * channels + 2 * queries * tokens
     shared = (2 + shape.heads) * tokens

@@ -8,7 +8,7 @@
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {
 
-constexpr int64_t kQueries = 48;         // in a block: their logits fit the second-level cache
+constexpr int64_t kQueries = 96;         // in a block: their logits fit the second-level cache
 constexpr double kMaskedEpsilon = 1e-6;  // of the masked softmax
 
 template <class T>
@@ -104,18 +104,18 @@ struct MaskedAttention {
 
   void forward_head(int64_t image, int64_t head, const Scratch& s) const {
     const Part& t = s.part;
-    transpose(a.k, image, head, t.keys_t);
+    transpose(a.k, image, head, t.query, t.keys_t);
     pack(a.v, image, head, 0, a.tokens, W(1), t.values);
     W* row_sums = s.rows + head * length;
     for (int64_t i = 0; i < a.tokens; i += kQueries) {
       int64_t queries = std::min(kQueries, a.tokens - i);
-      exponentials_of_block(image, head, i, queries, s);
+      logits_of_block(image, head, i, queries, s);
       for (int64_t r = 0; r < queries; ++r) {
         W* e = t.weights + r * length;
-        W own = e[i + r];
+        W top = add_bias(e, s.bias), own = exponential(e[i + r] - top);
         Vec<W> total = {};
         for (int64_t j = 0; j < length; j += kLanes<W>) {
-          Vec<W> seen = load(e + j) * load(s.mask + j);
+          Vec<W> seen = exp_nonpositive(load(e + j) - top) * load(s.mask + j);
           total += seen;
           store(e + j, seen);
         }
@@ -137,8 +137,8 @@ struct MaskedAttention {
 
   void backward_head(int64_t image, int64_t head, const Scratch& s) const {
     const Part& t = s.part;
-    transpose(a.k, image, head, t.keys_t);
-    transpose(a.v, image, head, t.values_t);
+    transpose(a.k, image, head, t.query, t.keys_t);
+    transpose(a.v, image, head, t.query, t.values_t);
     pack(a.k, image, head, 0, a.tokens, W(1), t.keys);
     fill(t.grad_k, a.tokens * channels, W(0));
     fill(t.grad_v, a.tokens * channels, W(0));
@@ -146,11 +146,11 @@ struct MaskedAttention {
     W scale = static_cast<W>(a.scale);
     for (int64_t i = 0; i < a.tokens; i += kQueries) {
       int64_t queries = std::min(kQueries, a.tokens - i);
-      exponentials_of_block(image, head, i, queries, s);
+      logits_of_block(image, head, i, queries, s);
       pack(a.grad, image, head, i, queries, W(1), t.grad_out);
       multiply<W>({t.grad_out, channels, 1}, t.values_t, length, a.head_dim, t.grad_weights, length, queries, length);
       for (int64_t r = 0; r < queries; ++r)
-        gradients_of_row(t.weights + r * length, t.grad_weights + r * length, i + r, s.mask, grad_mask);
+        gradients_of_row(t.weights + r * length, t.grad_weights + r * length, i + r, s, grad_mask);
       multiply<W>({t.weights, 1, length}, t.grad_out, channels, queries, t.grad_v, channels, a.tokens, channels, true);
       multiply<W>({t.grad_weights, 1, length}, t.query, channels, queries, t.grad_k, channels, a.tokens, channels,
                   true);
@@ -164,14 +164,17 @@ struct MaskedAttention {
     }
   }
 
-  // Turns a query's exponentials into its attention, and the gradient of its attention into that of its logits; adds to
-  // the gradient of the mask.
-  void gradients_of_row(W* e, W* grad, int64_t query, const W* mask, W* grad_mask) const {
-    W own = e[query], own_mask = mask[query];
+  // Turns a query's logits (without bias) into its attention, and the gradient of its attention into that of its
+  // logits; adds to the gradient of the mask.
+  void gradients_of_row(W* e, W* grad, int64_t query, const Scratch& s, W* grad_mask) const {
+    const W* mask = s.mask;
+    W top = add_bias(e, s.bias), own = exponential(e[query] - top), own_mask = mask[query];
     W floor = W(kMaskedEpsilon) / static_cast<W>(a.tokens);
     Vec<W> seen_sum = {}, product_sum = {}, grad_sum = {};
     for (int64_t j = 0; j < length; j += kLanes<W>) {
-      Vec<W> seen = load(e + j) * load(mask + j), g = load(grad + j);
+      Vec<W> value = exp_nonpositive(load(e + j) - top), g = load(grad + j);
+      Vec<W> seen = value * load(mask + j);
+      store(e + j, value);
       seen_sum += seen;
       product_sum += seen * g;
       grad_sum += g;  // zero in the padding
@@ -192,17 +195,27 @@ struct MaskedAttention {
     e[query] = (own + floor) * inverse;
   }
 
-  // exp(logits - largest) of a block of queries, in part.weights. The padding becomes nearly zero.
-  void exponentials_of_block(int64_t image, int64_t head, int64_t first, int64_t queries, const Scratch& s) const {
+  // scale * q k^T of a block of queries, in part.weights.
+  void logits_of_block(int64_t image, int64_t head, int64_t first, int64_t queries, const Scratch& s) const {
     const Part& t = s.part;
     pack(a.q, image, head, first, queries, static_cast<W>(a.scale), t.query);
     multiply<W>({t.query, channels, 1}, t.keys_t, length, a.head_dim, t.weights, length, queries, length);
-    for (int64_t r = 0; r < queries; ++r) {
-      W* row = t.weights + r * length;
-      for (int64_t j = 0; j < length; j += kLanes<W>) store(row + j, load(row + j) + load(s.bias + j));
-      exponentials(row, length);
-    }
   }
+
+  // Adds the bias to a row of logits, -inf in the padding, and returns the largest.
+  W add_bias(W* row, const W* bias) const {
+    Vec<W> top = Vec<W>{} - std::numeric_limits<W>::infinity();
+    for (int64_t j = 0; j < length; j += kLanes<W>) {
+      Vec<W> value = load(row + j) + load(bias + j);
+      store(row + j, value);
+      top = value > top ? value : top;
+    }
+    W highest = top[0];
+    for (int64_t i = 1; i < kLanes<W>; ++i) highest = top[i] > highest ? top[i] : highest;
+    return highest;
+  }
+
+  static W exponential(W value) { return exp_nonpositive(Vec<W>{} + value)[0]; }
 
   const T* row_in(const Heads& from, int64_t image, int64_t head, int64_t token) const {
     return static_cast<const T*>(from.data) + image * from.stride_image + head * from.stride_head +
@@ -222,13 +235,19 @@ struct MaskedAttention {
     }
   }
 
-  // (D, length); the padding is zero
-  void transpose(const Heads& from, int64_t image, int64_t head, W* to) const {
-    for (int64_t j = 0; j < a.tokens; ++j) {
-      const T* row = row_in(from, image, head, j);
-      for (int64_t d = 0; d < a.head_dim; ++d) to[d * length + j] = to_wide(row[d]);
+  // (D, length); the padding is zero. A block of tokens at a time, so that whole vectors are written.
+  void transpose(const Heads& from, int64_t image, int64_t head, W* block, W* to) const {
+    constexpr int64_t lanes = kLanes<W>;
+    for (int64_t j = 0; j < a.tokens; j += lanes) {
+      int64_t rows = std::min(lanes, a.tokens - j);
+      pack(from, image, head, j, rows, W(1), block);
+      fill(block + rows * channels, (lanes - rows) * channels, W(0));
+      for (int64_t d = 0; d < a.head_dim; ++d) {
+        Vec<W> column;
+        for (int64_t i = 0; i < lanes; ++i) column[i] = block[i * channels + d];
+        store(to + d * length + j, column);
+      }
     }
-    for (int64_t d = 0; d < a.head_dim; ++d) fill(to + d * length + a.tokens, length - a.tokens, W(0));
   }
 
   void unpack(const W* from, W scale, T* to) const {

@@ -21,7 +21,9 @@ template <class W, int64_t rows, int64_t vectors>
 void multiply_tile(Factor<W> a, const W* b, int64_t b_stride, int64_t depth, W* c, int64_t c_stride, bool add) {
   Vec<W> sums[rows][vectors] = {};
   if (add) {
+#pragma GCC unroll 6  // all of it: what is indexed at run time would live in memory
     for (int64_t i = 0; i < rows; ++i)
+#pragma GCC unroll 4
       for (int64_t v = 0; v < vectors; ++v) sums[i][v] = load(c + i * c_stride + v * kLanes<W>);
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -35,8 +37,20 @@ void multiply_tile(Factor<W> a, const W* b, int64_t b_stride, int64_t depth, W* 
       for (int64_t v = 0; v < vectors; ++v) sums[i][v] += right[v] * left;
     }
   }
+#pragma GCC unroll 6
   for (int64_t i = 0; i < rows; ++i)
+#pragma GCC unroll 4
     for (int64_t v = 0; v < vectors; ++v) store(c + i * c_stride + v * kLanes<W>, sums[i][v]);
+}
+
+// The rows that are left after the whole tiles: in one tile of their number.
+template <class W, int64_t vectors, int64_t rows>
+void multiply_rest(Factor<W> a, const W* b, int64_t b_stride, int64_t depth, W* c, int64_t c_stride, int64_t left,
+                   bool add) {
+  if (left == rows)
+    multiply_tile<W, rows, vectors>(a, b, b_stride, depth, c, c_stride, add);
+  else if constexpr (rows > 1)
+    multiply_rest<W, vectors, rows - 1>(a, b, b_stride, depth, c, c_stride, left, add);
 }
 
 template <class W, int64_t vectors>
@@ -46,9 +60,8 @@ void multiply_columns(Factor<W> a, const W* b, int64_t b_stride, int64_t depth, 
   auto rest = [&] { return Factor<W>{a.data + i * a.row, a.row, a.column}; };
   for (; i + kTileRows <= rows; i += kTileRows)
     multiply_tile<W, kTileRows, vectors>(rest(), b, b_stride, depth, c + i * c_stride, c_stride, add);
-  for (; i + 2 <= rows; i += 2)
-    multiply_tile<W, 2, vectors>(rest(), b, b_stride, depth, c + i * c_stride, c_stride, add);
-  if (i < rows) multiply_tile<W, 1, vectors>(rest(), b, b_stride, depth, c + i * c_stride, c_stride, add);
+  if (i < rows)
+    multiply_rest<W, vectors, kTileRows - 1>(rest(), b, b_stride, depth, c + i * c_stride, c_stride, rows - i, add);
 }
 
 // c (rows, columns) = a (rows, depth) b (depth, columns), or += it. `columns` is a multiple of the vector length.
