@@ -80,10 +80,10 @@ def learned_schedule(workload: Workload, steps: int, console: Console) -> list[N
     gflops = round(embedded.SEARCH_SHARE * flops(workload.model) / 1e9, 4)
     with progress_report(console, "learning rates", steps, gflops, labelled=False) as report:
         found = search_embedded(gflops, steps=steps, report=report)
-    share = f"{embedded.SEARCH_SHARE:.0%} FLOPs"
+    share = f"{embedded.SEARCH_SHARE:.0%}"
     return [
-        NamedSchedule(f"uniform, {share}", Schedule.uniform(workload.model, gflops)),
-        NamedSchedule(f"learned, {share}", found.schedule),
+        NamedSchedule(f"uniform {share}", Schedule.uniform(workload.model, gflops)),
+        NamedSchedule(f"learned {share}", found.schedule),
     ]
 
 
@@ -149,8 +149,8 @@ def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result
         f"batches of {first.batch_size}, {where}",
     )
     table.add_column("", no_wrap=True)
-    for heading in ("GFLOPs", "loss", "top-1", "agreement", "images/s", "speed-up", "FLOPs ratio"):
-        table.add_column(heading, justify="right")
+    for heading in ("GFLOPs", "loss", "top-1", "agree- ment", "images /s", "speed- up", "FLOPs ratio"):
+        table.add_column(heading, justify="right", min_width=len(heading.split()[0]))
     table.add_row(
         "uncompressed",
         f"{first.uncompressed_gflops:.3g}",

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
-def load_timm_model(name: str, *, pretrained: bool = True, weights: str | Path | None = None) -> nn.Module:
+def load_timm_model(
+    name: str, *, pretrained: bool = True, weights: str | Path | None = None, num_classes: int | None = None
+) -> nn.Module:
     """A timm model in evaluation mode.
 
     Args:
         name: as for ``timm.create_model``, e.g. ``"deit_small_patch16_224.fb_in1k"``.
         pretrained: load the published weights, from the cache or over the network; else weights are random.
         weights: a local checkpoint (.safetensors, .pth) instead of the published weights.
+        num_classes: of the head, where it is not the published one's.
 
     Raises:
         ValueError: timm does not know the model, or the weights cannot be had or do not fit.
@@ -36,12 +40,15 @@ def load_timm_model(name: str, *, pretrained: bool = True, weights: str | Path |
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"no such file of weights: {weights}")
     try:
-        model = timm.create_model(name, pretrained=pretrained, checkpoint_path="" if weights is None else str(weights))
+        head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+        checkpoint = "" if weights is None else str(weights)
+        model = timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint, **head)
     except Exception as error:  # the hub clients raise errors of their own HTTP libraries, torch of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if weights is not None:
             words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise ValueError(f"the weights {weights} do not load into {name}: {words}") from error
+            hint = " (a head of another number of classes: --num-classes)" if "size mismatch for head" in words else ""
+            raise ValueError(f"the weights {weights} do not load into {name}{hint}: {words}") from error
         if pretrained:
             raise _no_pretrained(name, reason.rstrip(".")) from error
         raise ValueError(f"timm cannot build {name}: {reason}") from error

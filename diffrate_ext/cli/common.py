@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     weights.add_argument(
         "--no-pretrained", action="store_true", help="random weights: to try the speed without a download"
+    )
+    parser.add_argument(
+        "--num-classes", type=positive, metavar="N", help="of the head of --weights (default: as timm has the model)"
     )
 
 
@@ -100,6 +104,23 @@ def warnings_on(console: Console) -> Iterator[None]:
         yield
 
 
+def default_workers() -> int:
+    """Processes that read the user's pictures."""
+    return min(4, os.cpu_count() or 1)
+
+
+def model_named(arguments: argparse.Namespace) -> nn.Module:
+    """The timm model that the arguments name, with its weights."""
+    from ..model_loading import load_timm_model
+
+    return load_timm_model(
+        arguments.model,
+        pretrained=not arguments.no_pretrained,
+        weights=arguments.weights,
+        num_classes=arguments.num_classes,
+    )
+
+
 def device_named(name: str) -> torch.device:
     import torch
 
@@ -119,6 +140,8 @@ def check_embedded_options(arguments: argparse.Namespace) -> None:
     for option, value in (("images", arguments.images), ("weights", arguments.weights)):
         if value is not None:
             raise UsageError(f"--{option} needs --model NAME: the embedded model has weights and images of its own")
+    if arguments.num_classes is not None:
+        raise UsageError("--num-classes needs --model NAME: the embedded model has 10 classes")
     if arguments.no_pretrained:
         raise UsageError("--no-pretrained needs --model NAME: the embedded model has weights of its own")
 
@@ -142,5 +165,10 @@ def schedules_named(arguments: argparse.Namespace, model: nn.Module) -> list[Nam
     if arguments.gflops:
         return [NamedSchedule(f"{g:g} GFLOPs", Schedule.uniform(model, g)) for g in arguments.gflops]
     if arguments.schedule:
-        return [NamedSchedule(path.name, Schedule.load(path)) for path in arguments.schedule]
+        return [NamedSchedule(_name_of(path), Schedule.load(path)) for path in arguments.schedule]
     return published_schedules(arguments.model or "") or uniform_schedules(model)
+
+
+def _name_of(path: Path) -> str:
+    """What a search leaves is called schedule.json: its folder tells it from others."""
+    return path.resolve().parent.name if path.name == "schedule.json" else path.name

@@ -14,7 +14,9 @@ from .common import (
     add_schedule_options,
     check_embedded_options,
     consoles,
+    default_workers,
     device_named,
+    model_named,
     not_negative,
     positive,
     schedules_named,
@@ -22,6 +24,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import nn
 
     from ..images.sampling import Batch
@@ -52,7 +55,10 @@ def add_evaluate_command(commands: Any) -> None:
     add_schedule_options(parser)
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images in a batch (default: 32)")
     parser.add_argument(
-        "--workers", type=not_negative, metavar="N", help="processes that read images (default: 4; embedded: 0)"
+        "--workers",
+        type=not_negative,
+        metavar="N",
+        help="processes that read images (default: up to 4; embedded: 0)",
     )
     parser.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
     parser.add_argument("--amp", action="store_true", help="mixed precision (bfloat16)")
@@ -74,10 +80,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise UsageError("--model needs --images FOLDER to evaluate on")
     results, remarks = consoles()
     device = device_named(arguments.device)
-    images, model = _images_and_model(arguments)
+    images, model = _images_and_model(arguments, remarks)
     model.to(device)
     schedules = schedules_named(arguments, model)
-    workers = arguments.workers if arguments.workers is not None else 4 if arguments.model else 0
+    workers = arguments.workers if arguments.workers is not None else default_workers() if arguments.model else 0
     loader = evaluation_loader(images, model, batch_size=arguments.batch_size, workers=workers)
     models = [model, *(compressed_copy(model, named.schedule) for named in schedules)]
     first: list[torch.Tensor] = []  # the batch that is timed
@@ -127,16 +133,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         results.print(_table(setting, content))
 
 
-def _images_and_model(arguments: argparse.Namespace) -> tuple[ImageSource, nn.Module]:
+def _images_and_model(arguments: argparse.Namespace, remarks: Console) -> tuple[ImageSource, nn.Module]:
     from .. import embedded
-    from ..images.sources import match_classes, open_images
-    from ..model_loading import load_timm_model
+    from ..images.sources import match_classes, open_images, without_labels
 
     images = open_images(arguments.images, split=arguments.split, purpose="evaluation")
     if arguments.model is None:
         return images, embedded.load_model()
-    model = load_timm_model(arguments.model, pretrained=not arguments.no_pretrained, weights=arguments.weights)
-    return (match_classes(images, model.num_classes) if images.labelled else images), model  # type: ignore[arg-type]
+    model = model_named(arguments)
+    if not images.labelled:
+        return images, model
+    try:
+        return match_classes(images, model.num_classes), model  # type: ignore[arg-type]
+    except ValueError as error:
+        remarks.print(f"agreement only: {error}", style="yellow", markup=False, soft_wrap=True)
+        return without_labels(images), model
 
 
 def _keeping_first(loader: Iterable[Batch], first: list[Any]) -> Iterator[Batch]:

@@ -22,6 +22,7 @@ from .common import (
     check_embedded_options,
     consoles,
     device_named,
+    model_named,
     positive,
     schedules_named,
 )
@@ -171,11 +172,10 @@ def _workload(arguments: argparse.Namespace, pictures: int, embedded_images: int
     from timm.data import create_transform, resolve_model_data_config
 
     from ..images.pictures import find_pictures, load_pictures, spread
-    from ..model_loading import load_timm_model
 
     found = find_pictures(arguments.images)
     chosen = spread(found, arguments.n_images or pictures)
-    model = load_timm_model(arguments.model, pretrained=not arguments.no_pretrained, weights=arguments.weights)
+    model = model_named(arguments)
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     loaded = load_pictures(chosen, transform)
     for path, reason in loaded.skipped:

@@ -16,7 +16,9 @@ from .common import (
     check_embedded_options,
     check_supported,
     consoles,
+    default_workers,
     device_named,
+    model_named,
     not_negative,
     positive,
     warnings_on,
@@ -125,7 +127,10 @@ def add_search_command(commands: Any) -> None:
         "embedded: no)",
     )
     data.add_argument(
-        "--workers", type=not_negative, metavar="N", help="processes that read images (default: 4; embedded: 0)"
+        "--workers",
+        type=not_negative,
+        metavar="N",
+        help="processes that read images (default: up to 4; embedded: 0)",
     )
 
     run = parser.add_argument_group("run")
@@ -167,7 +172,6 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
 
     from .. import embedded
     from ..images.sources import match_classes, open_images
-    from ..model_loading import load_timm_model
     from ..searching import SearchSettings
 
     ours = arguments.model is None
@@ -202,7 +206,7 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
     if ours:
         model: nn.Module = embedded.load_model()
     else:
-        model = load_timm_model(arguments.model, pretrained=not arguments.no_pretrained, weights=arguments.weights)
+        model = model_named(arguments)
     check_supported(model)
     if images.labelled and not settings.soft_targets:
         images = match_classes(images, model.num_classes)  # type: ignore[arg-type]
@@ -218,7 +222,7 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
         "mixup": choose(arguments.mixup, MIXUP, 0.0),
         "cutmix": choose(arguments.cutmix, CUTMIX, 0.0),
         "smoothing": 0.0 if settings.soft_targets else choose(arguments.label_smoothing, SMOOTHING, 0.0),
-        "workers": choose(arguments.workers, 4, 0),
+        "workers": choose(arguments.workers, default_workers(), 0),
     }
     return _Job(model.to(device), images, settings, processes, loading, remarks)
 
@@ -247,6 +251,8 @@ def _targets(arguments: argparse.Namespace, job: _Job) -> dict[float, Path]:
     if job.processes.first:
         for folder in targets.values():
             SearchFolder(folder).check(resume=arguments.resume)
+            if arguments.resume and not SearchFolder(folder).checkpoint.exists():
+                job.remarks.print(f"{folder} holds no search yet: starting one", soft_wrap=True, markup=False)
     return targets
 
 

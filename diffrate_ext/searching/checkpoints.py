@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, TypeAlias
 
 import torch
@@ -80,8 +81,11 @@ class SearchFolder:
         existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not existing.is_dir():
             raise NotADirectoryError(f"the output folder {self.path} cannot be made: {existing} is a file")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise PermissionError(f"the output folder {self.path} cannot be written: no permission")
+        try:  # permissions alone do not tell: a file system may be read-only, or full
+            with NamedTemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            raise PermissionError(f"the output folder {self.path} cannot be written: {error.strerror}") from error
         if not resume and (self.checkpoint.exists() or self.schedule.exists()):
             raise FileExistsError(
                 f"{self.path} holds a search already: continue it with --resume (resume=True), or name another folder"

@@ -412,7 +412,8 @@ class _Search:
     def _diverged(self, loss: float, flops_loss: float) -> str:
         message = (
             f"step {self.step}: the loss or its gradient is not finite "
-            f"(classification {loss:g}, FLOPs {flops_loss:g}); a lower learning rate may help"
+            f"(classification {loss:g}, FLOPs {flops_loss:g}); "
+            + ("a lower learning rate may help" if self.step else "do the images or the weights hold NaN?")
         )
         return message if self.folder is None else f"{message}. The state before this step is in {self._where()}"
 

@@ -6,9 +6,12 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
 import diffrate_ext
@@ -77,7 +80,7 @@ def test_demo_on_the_embedded_model(tmp_path, capsys):
     assert main(["demo", *QUICK, "--search-steps", "2", "--output", str(output)]) == 0
     captured = capsys.readouterr()
     table = rows(captured.out)
-    assert list(table) == ["uncompressed", "uniform, 60% FLOPs", "learned, 60% FLOPs"]
+    assert list(table) == ["uncompressed", "uniform 60%", "learned 60%"]
     gflops = [float(row[0]) for row in table.values()]
     assert gflops == pytest.approx([0.351, 0.211, 0.211], abs=0.003)
     for _, loss, top1, agreement, speed, speed_up, _ in table.values():
@@ -533,3 +536,39 @@ def test_help(command, capsys):
     out = capsys.readouterr().out
     assert f"usage: diffrate {command}" in out
     assert "%" not in out.replace("60%", "")  # what argparse fills in is filled in
+
+
+def test_a_model_with_a_head_of_its_own(tmp_path, capsys):
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "three.pth")
+    for name in ("a", "b", "c"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (40, 40), (i * 90, 30, 200)).save(tmp_path / "images" / name / f"{i}.png")
+    argv = ["evaluate", "--model", "test_vit", "--weights", str(tmp_path / "three.pth"), "--gflops", "0.025"]
+    argv += ["--images", str(tmp_path / "images"), "--workers", "0", "--json"]
+    assert "--num-classes" in fails(argv, capsys)
+    assert main([*argv, "--num-classes", "3"]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["results"][0]["top1"] <= 1
+
+
+def test_labels_that_do_not_fit_leave_the_agreement(labelled, tmp_path, capsys):
+    (tmp_path / "images" / "one").mkdir(parents=True)
+    Image.new("RGB", (40, 40), (90, 30, 200)).save(tmp_path / "images" / "one" / "0.png")
+    Schedule.uniform(timm.create_model("test_vit"), 0.025).save(tmp_path / "schedule.json")
+    argv = ["evaluate", *TEST_VIT, "--images", str(tmp_path / "images"), "--workers", "0", "--json"]
+    assert main([*argv, "--schedule", str(tmp_path / "schedule.json")]) == 0
+    captured = capsys.readouterr()
+    assert "agreement only" in captured.err
+    found = json.loads(captured.out)["results"]
+    assert found[1]["schedule"] == tmp_path.name  # not schedule.json, as every search calls it
+    assert found[1]["top1"] is None
+
+
+def test_resuming_nothing_is_said(tmp_path, capsys):
+    argv = search(tmp_path / "nothing", "--steps", "1", "--batch-size", "2", "--resume")
+    assert main(argv) == 0
+    assert "holds no search yet" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(capsys):
+    assert "cannot be written" in fails(search(Path("/proc/search")), capsys)
