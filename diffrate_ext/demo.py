@@ -149,8 +149,8 @@ def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result
         f"batches of {first.batch_size}, {where}",
     )
     table.add_column("", no_wrap=True)
-    for heading in ("GFLOPs", "loss", "top-1", "agree- ment", "images /s", "speed- up", "FLOPs ratio"):
-        table.add_column(heading, justify="right", min_width=len(heading.split()[0]))
+    for heading in ("GFLOPs", "loss", "top-1", "agree-\nment", "images\n/s", "speed\nup", "FLOPs\nratio"):
+        table.add_column(heading, justify="right")
     table.add_row(
         "uncompressed",
         f"{first.uncompressed_gflops:.3g}",
