@@ -59,7 +59,7 @@ struct CompressionRate {
 
 template <class Step>
 void for_proxies(const CompressionRateArgs& a, Step step) {
-  Memory memory(2 * a.candidates * static_cast<int64_t>(sizeof(double)));
+  Memory memory(Arena::bytes<double>(2 * a.candidates));
   double* scratch = reinterpret_cast<double*>(memory.get());
   auto all = [&](auto example) {
     CompressionRate<decltype(example)> op{a};
