@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffrate_ext  # noqa: F401  before timm: it makes a torchvision of another torch importable
+
+# isort: split
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
