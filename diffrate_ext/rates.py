@@ -134,6 +134,15 @@ class RateSearch(nn.Module):
         stage, candidates = self._stages[self._stage_index], rate_candidates(self.n_patches, self.granularity)
         return self._gflops_at(max(stage.fewest, candidates[-1] + self.prefix)), self._gflops_at(stage.tokens)
 
+    def check_reachable(self, gflops: float) -> None:
+        """Raise ValueError when no rates lead to so many GFLOPs, with the range that they lead to."""
+        least, most = self.reachable_gflops()
+        if not least <= gflops <= most * (1 + 1e-9):
+            raise ValueError(
+                f"{gflops:g} GFLOPs cannot be reached: the model takes {most:.4g} uncompressed, and {least:.4g} "
+                "with all the tokens removed that may be removed"
+            )
+
     @torch.no_grad()
     def set_schedule(self, schedule: Schedule) -> None:
         """Make the rates stand for a schedule, or nearly so: a place to search from.
@@ -171,9 +180,7 @@ class RateSearch(nn.Module):
         Raises:
             ValueError: no rates lead there.
         """
-        low, high = self.reachable_gflops()
-        if not low <= gflops <= high * (1 + 1e-9):
-            raise ValueError(f"{gflops:g} GFLOPs cannot be reached: the rates lead to {low:.4g} to {high:.4g}")
+        self.check_reachable(gflops)
         proxies = self._proxies()
         found = [logits.clone() for logits in proxies]
         candidates = torch.tensor(rate_candidates(self.n_patches, self.granularity), device=proxies[0].device)
