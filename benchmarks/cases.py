@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from checks import WrongResultError
-from harness import Spread, compiled, measure, peak_memory
+from harness import COMPILED, GRAPH, Timings, captured, compiled, measure, peak_memory
 from machine import cache_bytes, measure_bandwidth, measure_rate
 from torch import Tensor
 
-OURS = "diffrate_ext"
+OURS, EAGER, FLOOR = "diffrate_ext", "eager", "floor"
+PEAK_MEMORY = ": peak memory"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,13 +46,31 @@ class Settings:
     quick: bool = False
 
     @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def judged_on_gpu(self) -> bool:
+        """Whether the project's bars for a GPU are meant for this run."""
+        return self.on_gpu and self.dtype != torch.float32 and not self.quick
+
+    @property
     def shapes(self) -> list[Shape]:
         models = [("ViT-S", 384, 6), ("ViT-B", 768, 12), ("ViT-L", 1024, 16)]
+        if self.on_gpu and not self.quick:  # nothing smaller fills one
+            return [*(Shape(m, 256, c, h) for m, c, h in models), Shape("ViT-H", 256, 1280, 16, 257, 80)]
         return [Shape(m, batch, c, h) for m, c, h in (models[:1] if self.quick else models) for batch in (1, 16)]
 
     @property
+    def search_shapes(self) -> list[Shape]:
+        """For the operators of the search step, with gradients."""
+        batch = 128 if self.on_gpu and not self.quick else 8
+        models = [("ViT-S", 384, 6), ("ViT-B", 768, 12)]
+        return [Shape(m, batch, c, h) for m, c, h in (models[:1] if self.quick or self.on_gpu else models)]
+
+    @property
     def rounds(self) -> int:
-        return 5 if self.quick else 41
+        return 5 if self.quick else 21 if self.on_gpu else 41
 
     @property
     def min_seconds(self) -> float:
@@ -73,34 +94,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Bar:
-    """A ratio to reach: ``rival`` takes at least ``ratio`` times as long as diffrate_ext."""
+    """A ratio to reach: ``rival`` takes at least ``ratio`` times as long, or as much memory, as diffrate_ext.
+
+    ``rival`` is a contender, FLOOR, or a contender and PEAK_MEMORY.
+    """
 
     rival: str
     ratio: float
     kind: str = "bar"  # or "aim"
 
-    def judge(self, reached: Spread) -> dict[str, Any]:
+    def judge(self, ratios: Mapping[str, float]) -> dict[str, Any]:
+        """What was not measured, because it could not be run, is not reached either."""
+        reached = ratios.get(self.rival, 0.0)
         return {
             "rival": self.rival,
             "kind": self.kind,
-            "needed": self.ratio,
-            "reached": reached.median,
-            "met": reached.median >= self.ratio,
-        }
-
-
-@dataclass(frozen=True)
-class MemoryBar:
-    """A ratio to reach: beyond its results, ``rival`` takes at least ``ratio`` times the memory of diffrate_ext."""
-
-    rival: str
-    ratio: float
-
-    def judge(self, scratch: dict[str, int]) -> dict[str, Any]:
-        reached = scratch[self.rival] / max(1, scratch[OURS])
-        return {
-            "rival": f"{self.rival}, beyond results: peak memory",
-            "kind": "bar",
             "needed": self.ratio,
             "reached": reached,
             "met": reached >= self.ratio,
@@ -130,7 +138,6 @@ class Case:
     yardsticks: dict[str, Callable[..., Any]] = field(default_factory=dict)
     compile_when_quick: bool = False
     trains: bool = False
-    memory_bar: MemoryBar | None = None
     own_scratch: int = 0  # bytes that our kernel takes beside torch's allocator, which does not see them
 
 
@@ -156,18 +163,19 @@ def run_case(case: Case, settings: Settings, ceilings: Ceilings) -> dict[str, An
     device = settings.device
     torch.manual_seed(0)
     with torch.enable_grad() if case.trains else torch.inference_mode():
-        sets = 4 if device.type == "cpu" else max(4, 2 * cache_bytes(device) // case.moved + 1)
+        # on a GPU twice what its cache holds; but what is small enough to stay in it anyway need not be pushed out
+        sets = 4 if device.type == "cpu" else min(32, max(4, 2 * cache_bytes(device) // case.moved + 1))
         inputs = [case.make_inputs() for _ in range(sets)]
 
         contenders = {OURS: case.ours, **case.rivals}
         unavailable: dict[str, str] = {}
-        if not case.trains and (not settings.quick or case.compile_when_quick):
+        if not (case.trains or settings.on_gpu) and (not settings.quick or case.compile_when_quick):
             for name, rival in case.rivals.items():
                 fast, reason = compiled(rival, inputs[0])
                 if fast is None:
-                    unavailable[f"{name}, compiled"] = reason or ""
+                    unavailable[f"{name}, {COMPILED}"] = reason or ""
                 else:
-                    contenders[f"{name}, compiled"] = fast
+                    contenders[f"{name}, {COMPILED}"] = fast
 
         fresh = case.make_inputs()
         errors = {name: checked(case, name, call, fresh) for name, call in contenders.items()}
@@ -181,19 +189,33 @@ def run_case(case: Case, settings: Settings, ceilings: Ceilings) -> dict[str, An
         }
         peaks[OURS] += case.own_scratch
         results = {name: result_bytes(contenders[name](*inputs[0])) for name in peaks}
+        # last, for what a failed capture leaves behind
+        graphs, not_captured = timed_graphs(case, contenders, inputs, settings)
+        unavailable.update(not_captured)
 
-    bars = [bar.judge(timings.ratio(bar.rival, OURS)) for bar in case.bars]
-    if case.memory_bar is not None:
-        bars.append(case.memory_bar.judge({name: peaks[name] - results[name] for name in peaks}))
+    seconds = {name: vars(timings.time(name)) for name in contenders}
+    ratio = {name: vars(timings.ratio(name, OURS)) for name in contenders if name != OURS}
+    fastest = seconds[OURS]["median"]
+    if graphs is not None:
+        ours = f"{OURS}, {GRAPH}"
+        seconds.update({name: vars(graphs.time(name)) for name in graphs.seconds})
+        ratio.update({name: vars(graphs.ratio(name, ours)) for name in graphs.seconds if name != ours})
+        fastest = seconds[ours]["median"]
     floor, limited_by = ceilings.floor(case.moved, case.operations)
+    reached = {name: spread["median"] for name, spread in ratio.items()}
+    reached[FLOOR] = floor / fastest
+    for name in peaks:
+        reached[f"{name}{PEAK_MEMORY}"] = peaks[name] / max(1, peaks[OURS])
+        beyond = (peaks[name] - results[name]) / max(1, peaks[OURS] - results[OURS])
+        reached[f"{name}, beyond results{PEAK_MEMORY}"] = beyond
     return {
         "operator": case.operator,
         "case": case.label,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "shape": vars(case.shape),
         "rounds": timings.rounds,
-        "seconds": {name: vars(timings.time(name)) for name in contenders},
-        "ratio": {name: vars(timings.ratio(name, OURS)) for name in contenders if name != OURS},
+        "seconds": seconds,
+        "ratio": ratio,
         "relative_error": errors,
         "unavailable": unavailable,
         "peak_bytes": peaks,
@@ -205,8 +227,54 @@ def run_case(case: Case, settings: Settings, ceilings: Ceilings) -> dict[str, An
             "operations": case.operations,
             **vars(ceilings),
         },
-        "bars": bars,
+        "bars": [bar.judge(reached) for bar in case.bars],
     }
+
+
+def timed_graphs(
+    case: Case,
+    contenders: Mapping[str, Callable[..., Any]],
+    inputs: Sequence[tuple[Any, ...]],
+    settings: Settings,
+) -> tuple[Timings | None, dict[str, str]]:
+    """Seconds per call in a CUDA graph of one call on each set of inputs: the time without launch gaps.
+
+    Of what trains only our own step: eager search steps look at kept numbers on the host, which cannot be captured.
+    """
+    if not settings.on_gpu:
+        return None, {}
+    graphs: dict[str, Callable[..., Any]] = {}
+    unavailable = {}
+    # what bars speak of first: after a failure nothing more can be captured
+    others = [] if case.trains else [*case.yardsticks, *case.rivals]
+    for name in (OURS, *others):
+        replay, reason = captured(functools.partial(on_each, contenders[name], inputs))
+        if replay is None:
+            unavailable[f"{name}, {GRAPH}"] = reason or ""
+            break
+        graphs[f"{name}, {GRAPH}"] = replay
+    if not graphs:
+        return None, unavailable
+    passes = measure(
+        graphs, [()], device=settings.device, rounds=settings.rounds, min_seconds=settings.min_seconds
+    ).seconds
+    return Timings({name: [each / len(inputs) for each in passes[name]] for name in graphs}), unavailable
+
+
+def on_each(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> None:
+    for arguments in inputs:
+        call(*arguments)
+
+
+def with_gradient(operator: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """Forward and backward: results and the gradient of the first argument, given that of the first result."""
+
+    def step(gradient: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        results = operator(x, *rest)
+        results = results if isinstance(results, tuple) else (results,)
+        return *(result.detach() for result in results), *torch.autograd.grad(results[0], x, gradient)
+
+    return step
 
 
 def result_bytes(result: Any) -> int:
@@ -217,9 +285,25 @@ def result_bytes(result: Any) -> int:
 
 def checked(case: Case, name: str, call: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
     try:
-        return case.check(call(*inputs), *inputs)
+        with poisoned_memory() if name == OURS else nullcontext():
+            result = call(*inputs)
+        return case.check(result, *inputs)
     except WrongResultError as error:
         raise WrongResultError(f"{case.operator}, {case.label}, {name}: {error}") from None
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors start out as NaN or the largest integer while it lasts, so that what is never written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of operators that are not deterministic
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def main(cases: Callable[[Settings], Iterable[Case]]) -> None:

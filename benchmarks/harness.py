@@ -15,6 +15,8 @@ import torch
 from machine import synchronize
 
 Call = Callable[..., object]
+PLAIN, GRAPH, COMPILED = "plain", "CUDA graph", "compiled"
+"""How a contender is run: as it is, replayed from a CUDA graph, or by torch.compile."""
 
 
 @dataclass(frozen=True)
@@ -136,5 +138,42 @@ def compiled(call: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Callabl
     try:
         fast(*inputs)
     except Exception as error:  # the toolchain can fail in many ways, and all of them mean the same here
-        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+        return None, summary(error)
     return fast, None
+
+
+def captured(call: Callable[[], Any]) -> tuple[Callable[[], Any] | None, str | None]:
+    """A CUDA graph of one call. Its replays return the same tensors each time, computed anew.
+
+    After a capture that failed, torch's allocator and random numbers are not to be trusted any more: whoever gets a
+    reason must start a new process before the next capture.
+
+    Returns:
+        what replays the graph and None, or None and the reason why the call cannot be captured.
+    """
+    if not torch.cuda.is_available():
+        return None, "no GPU"
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries and kernels set themselves up, which a capture cannot record
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+    except Exception as error:  # whatever the call does that a capture cannot record
+        return None, summary(error)
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay, None
+
+
+def summary(error: Exception) -> str:
+    """Its type and its first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

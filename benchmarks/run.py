@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from cases import DTYPES, Case, Ceilings, Settings, run_case
+from checks import WrongResultError
+from harness import GRAPH, summary
 from machine import describe
-from report import Results, bars_table, index_page, models_table, operators_table, search_table
+from report import RESULTS, Record, Results, bars_table, page, rewrite
 
-HERE = Path(__file__).resolve().parent
 OPERATORS = (
     "sort_tokens",
     "prune_merge",
@@ -27,6 +31,10 @@ OPERATORS = (
     "compression_rate",
     "masked_prune_merge",
 )
+
+
+Job = tuple[dict[str, Any], Callable[[], Record]]
+"""What names a record, and what makes it."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,31 +49,63 @@ def main(argv: list[str] | None = None) -> int:
         # too few rounds to stand beside the measured results
         output = Path(tempfile.mkdtemp(prefix="diffrate_benchmarks_"))
     else:
-        output = HERE / "results"
+        output = RESULTS
     suffix = "" if dtype == torch.float32 else f"_{arguments.dtype}"
     start = time.monotonic()
     machine = describe(device)
+    if arguments.sources:
+        machine["sources"] = arguments.sources
 
+    parts: dict[str, Callable[[], Iterable[Job]]] = {
+        "ops": partial(operator_jobs, Settings(device, dtype, arguments.quick), arguments.operators),
+        "models": partial(model_jobs, device, dtype, arguments.quick, arguments.compile_models),
+    }
+    if dtype == torch.float32:
+        parts["search"] = partial(search_jobs, device, arguments.quick)
     written = []
-    if arguments.only in (None, "ops"):
-        results = Results(output / f"{device.type}_ops{suffix}.json", machine, resume=arguments.resume)
-        run_operators(Settings(device, dtype, arguments.quick), results)
-        written.append((results, operators_table(results.records)))
-    if arguments.only in (None, "models"):
-        results = Results(output / f"{device.type}_models{suffix}.json", machine, resume=arguments.resume)
-        run_models(results, device, dtype, quick=arguments.quick, compile_models=arguments.compile_models)
-        written.append((results, models_table(results.records)))
+    for part, jobs in parts.items():
+        if arguments.only in (None, part):
+            file = output / f"{device.type}_{part}{suffix if part != 'search' else ''}.json"
+            results = Results(file, machine, resume=arguments.resume, restart=arguments.restarted)
+            work(jobs(), results, restart=partial(restart, output) if device.type == "cuda" else None)
+            written.append(results)
 
-    if arguments.only in (None, "search") and dtype == torch.float32:
-        results = Results(output / f"{device.type}_search.json", machine, resume=arguments.resume)
-        run_searches(results, device, quick=arguments.quick)
-        written.append((results, search_table(results.records)))
-
-    (output / "README.md").write_text(index_page(output), encoding="utf-8")
-    for results, table in written:
-        print(f"\n{table}\n\n{results.path.with_suffix('.md')}")
+    if output.resolve() == RESULTS:
+        rewrite(output)
+    for results in written:
+        print(f"\n{page(results.path, results.content)}\n{results.path.with_suffix('.md')}")
     print(f"\n{time.monotonic() - start:.0f} s")
-    return 0
+    return 1 if any(results.failures for results in written) else 0
+
+
+def work(jobs: Iterable[Job], results: Results, restart: Callable[[], NoReturn] | None) -> None:
+    """Does what has no record yet and writes each result as it comes. What fails is noted, and the others go on.
+
+    ``restart``: called after what a CUDA process does not survive, an error on the device or a capture that failed.
+    """
+    for key, job in jobs:
+        if results.has(key):
+            continue
+        progress(", ".join(map(str, key.values())))
+        try:
+            record = job()
+        except (WrongResultError, RuntimeError) as error:
+            results.fail(key, summary(error))
+            progress(f"FAILED: {summary(error)}")
+            lost = isinstance(error, RuntimeError)
+        else:
+            results.add(record)
+            for line in bars_table([record]).splitlines()[2:]:
+                progress(line)
+            lost = any(name.endswith(GRAPH) for name in record["unavailable"])
+        if lost and restart is not None:
+            restart()
+
+
+def restart(output: Path) -> NoReturn:
+    """The same run again, in a new process, which goes on after what this one did."""
+    flags = ["--resume", "--restarted", "--output", str(output)]
+    os.execv(sys.executable, [sys.executable, *sys.argv, *flags])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -81,50 +121,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile-models", action="store_true", help="also time torch.compile'd models (minutes per model on a CPU)"
     )
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, help="only these operators")
     parser.add_argument("--resume", action="store_true", help="keep the records of an interrupted run and go on")
+    parser.add_argument(
+        "--sources", help="a name for the sources measured: --resume keeps only what was measured of them"
+    )
+    parser.add_argument("--restarted", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="folder for the results (default: benchmarks/results)")
     return parser.parse_args(argv)
 
 
-def run_operators(settings: Settings, results: Results) -> None:
+def operator_jobs(settings: Settings, operators: list[str] | None) -> Iterator[Job]:
     ceilings = Ceilings.measured(settings.device, settings.dtype)
     progress(f"ceilings: copy {ceilings.bandwidth / 1e9:.1f} GB/s, matrix product {ceilings.rate / 1e9:.0f} GFLOP/s")
-    for name in OPERATORS:
+    for name in operators or OPERATORS:
         cases: Iterable[Case] = importlib.import_module(f"ops.bench_{name}").cases(settings)
         for case in cases:
-            if results.has(operator=case.operator, case=case.label):
-                continue
-            progress(f"{case.operator}, {case.label}")
-            record = run_case(case, settings, ceilings)
-            results.add(record, operators_table([*results.records, record]))
+            yield {"operator": case.operator, "case": case.label}, partial(run_case, case, settings, ceilings)
 
 
-def run_models(
-    results: Results, device: torch.device, dtype: torch.dtype, *, quick: bool, compile_models: bool
-) -> None:
-    from models import MODELS, QUICK_MODELS, run_model
+def model_jobs(device: torch.device, dtype: torch.dtype, quick: bool, compile_models: bool) -> Iterator[Job]:
+    from models import plan, run_model
 
-    for spec in QUICK_MODELS if quick else MODELS:
-        if all(results.has(model=spec.name, batch=batch) for batch in spec.batches):
-            continue
-        progress(spec.name)
-        for record in run_model(spec, device, dtype, quick=quick, compile_models=compile_models):
-            if not results.has(model=spec.name, batch=record["batch"]):
-                results.add(record, models_table([*results.records, record]))
-                for line in bars_table([record]).splitlines()[2:]:
-                    progress(line)
+    for run in plan(device, dtype, quick=quick, compile_models=compile_models):
+        yield run.key, partial(run_model, run, device, dtype, quick=quick)
 
 
-def run_searches(results: Results, device: torch.device, *, quick: bool) -> None:
-    from search_step import QUICK_SEARCHES, SEARCHES, run_search_step
+def search_jobs(device: torch.device, quick: bool) -> Iterator[Job]:
+    from search_step import run_search_step, searches
 
-    for spec in QUICK_SEARCHES if quick else SEARCHES:
-        if not results.has(model=spec.name, batch=spec.batch):
-            progress(f"search step, {spec.name}")
-            record = run_search_step(spec, device, quick=quick)
-            results.add(record, search_table([*results.records, record]))
-            for line in bars_table([record]).splitlines()[2:]:
-                progress(line)
+    for spec in searches(device, quick=quick):
+        yield spec.key, partial(run_search_step, spec, device, quick=quick)
 
 
 def progress(line: str) -> None:

@@ -67,6 +67,14 @@ def _(q: Tensor, k: Tensor, size: Tensor | None, scale: float, prefix: int = 0) 
     return q.new_empty((q.shape[0], q.shape[2] - prefix), dtype=wide_dtype(q))
 
 
+@torch.library.register_fake("diffrate::proportional_attention")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float, prefix: int = 1, importance: str = "class"
+) -> tuple[Tensor, Tensor]:
+    patches = 0 if importance == "none" else q.shape[2] - prefix
+    return _empty_heads(q), q.new_empty((q.shape[0], patches), dtype=wide_dtype(q))
+
+
 @torch.library.register_fake("diffrate::masked_attention")
 def _(
     q: Tensor,

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffrate_ext import _autograd, _composites  # noqa: F401  register fake kernels, gradients, and what CUDA lacks
+from diffrate_ext import _autograd  # noqa: F401  registers fake kernels and gradients
+from diffrate_ext._build import build_info
 from diffrate_ext._checks import (
     check_choice,
     check_int,
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 _ops = torch.ops.diffrate
+# where proportional_attention has a kernel: on CUDA, or on the CPU where tests emulate the CUDA kernels there
+_own_attention = "cpu" if "emulated" in build_info()["cuda_architectures"] else "cuda"
 
 
 def sort_tokens(
@@ -201,8 +204,9 @@ def proportional_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention in which a token counts as often as it has tokens merged in, and the importance that follows from it.
 
-    ``softmax(scale * q k^T + log size) v`` by torch's fused attention with a bias on the keys, and the importance by
-    its own kernel: on the CPU nothing faster was found, and no N x N map exists.
+    ``softmax(scale * q k^T + log size) v``. On CUDA, in half precision and without gradients, one kernel gives both.
+    Elsewhere it is torch's fused attention with a bias on the keys, and the importance by its own kernel: on the CPU
+    nothing faster was found. No N x N map exists.
 
     Args:
         q, k, v: (B, H, N, D); any strides.
@@ -220,6 +224,11 @@ def proportional_attention(
     check_tensor("v", v, 4, "(B, H, N, D)")
     check_shape("v", v, q.shape, "the shape of q")
     check_like("v", v, "q", q)
+    if importance == "class":
+        _check_class_token(prefix)
+    if _has_own_attention(q, k, v):
+        out, measured = _ops.proportional_attention(q, k, v, size, scale, prefix, importance or "none")
+        return out, None if importance is None else measured
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=_key_bias(size, q), scale=scale)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as it mostly is: a copy only if torch followed q's layout
     if importance is None:
@@ -494,6 +503,16 @@ def _check_class_token(prefix: int) -> None:
             "prefix must be at least 1 (index 0 is the class token), got 0; without one: received_attention, or "
             "importance='received'"
         )
+
+
+def _has_own_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    differentiates = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return (
+        q.device.type == _own_attention
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[3] <= 128
+        and not differentiates
+    )
 
 
 def _key_bias(size: Tensor | None, q: Tensor) -> Tensor | None:

@@ -13,7 +13,12 @@ import diffrate_ext
 # no deadline and no slowness check: a shared machine may stall, and no test asserts a time
 settings.register_profile("local", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+# scripts/test_emulated.sh: CUDA kernels on the emulated device are slow
+settings.register_profile("emulated", settings.get_profile("ci"), max_examples=10)
+if os.environ.get("DIFFRATE_EMULATED_TESTS"):
+    settings.load_profile("emulated")
+else:
+    settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"])
@@ -24,4 +29,6 @@ def device(request: pytest.FixtureRequest) -> torch.device:
             pytest.skip("no GPU")
         if not diffrate_ext.build_info()["cuda_architectures"]:
             pytest.skip("built without CUDA kernels")
+        # convolutions, as those of patch embeddings, in full float32
+        torch.backends.cudnn.allow_tf32 = False
     return torch.device(request.param)

@@ -32,7 +32,7 @@ class GoldenCase:
         return Schedule(prune, self.meta["merge"], prefix=0 if prune is None else 1)
 
 
-def load_case(name: str) -> GoldenCase:
+def load_case(name: str, device: torch.device | None = None) -> GoldenCase:
     with np.load(FOLDER / f"{name}.npz") as archive:
         meta = json.loads(str(archive["meta"]))
         arrays = {key: torch.from_numpy(archive[key]) for key in archive.files if key != "meta"}
@@ -51,7 +51,8 @@ def load_case(name: str) -> GoldenCase:
         model.load_state_dict({key.removeprefix("weight."): arrays[key] for key in arrays if key.startswith("weight.")})
         image_size = 224
     images = np.random.RandomState(meta["seed"] + 1).standard_normal((len(arrays["logits"]), 3, image_size, image_size))
-    return GoldenCase(meta, arrays, model.eval(), torch.from_numpy(images).float())
+    arrays = {key: array.to(device) for key, array in arrays.items()}
+    return GoldenCase(meta, arrays, model.eval().to(device), torch.from_numpy(images).float().to(device))
 
 
 def _random_weights(model: nn.Module, seed: int) -> dict[str, Tensor]:

@@ -31,8 +31,8 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("train_weights", [False, True])
 @pytest.mark.parametrize("name", ["deit_search_a", "mae_search_a"])
-def test_a_search_step_is_the_authors(name: str, train_weights: bool) -> None:
-    case = load_case(name)
+def test_a_search_step_is_the_authors(name: str, train_weights: bool, device: torch.device) -> None:
+    case = load_case(name, device)
     arrays, meta = case.arrays, case.meta
     blocks = [index for index in range(meta["cfg"]["depth"]) if arrays[f"prune_logits_{index}"].numel() > 1]
     rates = RateSearch(case.model, meta["granularity"], train_weights)

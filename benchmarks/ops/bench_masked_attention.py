@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rivals
 import torch
-from cases import Bar, Case, MemoryBar, Settings, Shape, main
+from cases import EAGER, PEAK_MEMORY, Bar, Case, Settings, Shape, main
 from checks import check_function
 from torch import Tensor
 
@@ -31,27 +31,33 @@ def cases(settings: Settings) -> Iterator[Case]:
     def check(actual: tuple[Tensor, ...], *inputs: Any) -> float:
         return check_function("masked_attention", training(reference.masked_attention), actual, inputs, {})
 
-    models = [("ViT-S", 384, 6), ("ViT-B", 768, 12)]
-    for model, channels, heads in models[:1] if settings.quick else models:
-        shape = Shape(model, 8, channels, heads)
+    for shape in settings.search_shapes:
         elements = shape.batch * shape.tokens * shape.channels
-        judged = settings.device.type == "cpu" and settings.dtype == torch.float32 and model == "ViT-S"
         yield Case(
             operator="masked_attention",
             label=f"{shape.label}, with gradients",
             shape=shape,
             ours=training(ops.masked_attention),
-            rivals={"eager": training(rivals.masked_attention)},
+            rivals={EAGER: training(rivals.masked_attention)},
             make_inputs=partial(inputs, shape),
             check=check,
             # q, k and v are read twice; the products with N x N maps: two forward, and five backward
             moved=(6 + 1 + 1 + 3) * elements * settings.dtype.itemsize,
             operations=14 * elements * shape.tokens,
-            bars=(Bar("eager", 2),) if judged else (),
+            bars=bars(settings, shape),
             trains=True,
-            memory_bar=MemoryBar("eager", 3) if judged else None,
-            own_scratch=backward_scratch(shape) if settings.device.type == "cpu" else 0,
+            own_scratch=0 if settings.on_gpu else backward_scratch(shape),
         )
+
+
+def bars(settings: Settings, shape: Shape) -> tuple[Bar, ...]:
+    if (settings.quick and settings.on_gpu) or shape.model != "ViT-S":
+        return ()
+    if settings.on_gpu:
+        return Bar(EAGER, 3), Bar(f"{EAGER}{PEAK_MEMORY}", 3)
+    if settings.dtype == torch.float32:
+        return Bar(EAGER, 2), Bar(f"{EAGER}, beyond results{PEAK_MEMORY}", 3)
+    return ()
 
 
 def backward_scratch(shape: Shape) -> int:

@@ -34,9 +34,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         leaves = [tensor.requires_grad_() for tensor in (x, mask, *probabilities.unbind())]
         return grad_x, grad_mask, *leaves[:2], importance, settings.sizes(shape), *leaves[2:], *kept
 
-    models = [("ViT-S", 384, 6), ("ViT-B", 768, 12)]
-    for model, channels, heads in models[:1] if settings.quick else models:
-        shape = Shape(model, 8, channels, heads)
+    for shape in settings.search_shapes:
         elements = shape.batch * shape.tokens * shape.channels
         yield Case(
             operator="masked_prune_merge",

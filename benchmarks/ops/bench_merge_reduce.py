@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rivals
 import torch
-from cases import Case, Settings, Shape, main
+from cases import Case, Settings, Shape, main, with_gradient
 from checks import check_function
 from torch import Tensor
 
@@ -33,7 +33,16 @@ def cases(settings: Settings) -> Iterator[Case]:
     def check(actual: Tensor, x: Tensor, dst: Tensor) -> float:
         return check_function("merge_reduce", reference.merge_reduce, actual, (x, dst, K_M), {})
 
+    def training_inputs(shape: Shape) -> tuple[Tensor, ...]:
+        x, dst = inputs(shape)
+        return settings.randn(shape.batch, K_M, shape.channels), x.requires_grad_(), dst
+
+    def check_training(actual: tuple[Tensor, ...], *inputs: Tensor) -> float:
+        return check_function("merge_reduce", with_gradient(with_kept(reference.merge_reduce)), actual, inputs, {})
+
     for shape in settings.shapes:
+        row = shape.channels * settings.dtype.itemsize
+        forward = shape.batch * ((K_P + K_M) * row + shape.tokens * 8)
         yield Case(
             operator="merge_reduce",
             label=shape.label,
@@ -42,9 +51,22 @@ def cases(settings: Settings) -> Iterator[Case]:
             rivals={"eager": with_kept(rivals.merge_reduce)},
             make_inputs=partial(inputs, shape),
             check=check,
-            moved=shape.batch * ((K_P + K_M) * shape.channels * settings.dtype.itemsize + shape.tokens * 8),
+            moved=forward,
             operations=2 * shape.batch * K_P * shape.channels,
         )
+        if settings.on_gpu:
+            yield Case(
+                operator="merge_reduce",
+                label=f"{shape.label}, with gradients",
+                shape=shape,
+                ours=with_gradient(with_kept(ops.merge_reduce)),
+                rivals={"eager": with_gradient(with_kept(rivals.merge_reduce))},
+                make_inputs=partial(training_inputs, shape),
+                check=check_training,
+                moved=forward + shape.batch * ((K_M + shape.tokens) * row + shape.tokens * 8),
+                operations=4 * shape.batch * K_P * shape.channels,
+                trains=True,
+            )
 
 
 def with_kept(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -90,7 +90,7 @@ struct MaskedAttentionArgs {  // everything written is (B, N, H, D), contiguous,
   double scale;
   bool received;  // importance: attention received by each patch instead of the class token's
   void* out;
-  void* importance;  // (B, N-P)
+  void* importance;  // (B, N-P); null: not wanted (CUDA only)
   Heads grad;        // of out; the backward pass alone uses this and what follows
   void *grad_q, *grad_k, *grad_v;
   void* grad_mask;  // (B, N)
@@ -112,6 +112,7 @@ struct MaskedPruneMergeArgs {
   int64_t images, tokens, channels, prefix;
   int64_t last;      // tokens alive before: pruning masks sorted positions k_p .. last-1, if any
   int64_t k_p, k_m;  // merging takes positions k_m .. min(last, k_p)-1 as sources, if any
+  const void *kept_p_on_device, *kept_m_on_device;  // wide; the CUDA kernel reads these and the mask instead
   Tokens x;
   Importance importance;
   Vector mask;

@@ -1,30 +1,33 @@
-// Sort, then gather: one block per token.
-#include "cuda/common.cuh"
+// Sort and gather in one launch: a warp finds the places of its tokens and takes them there.
+#include "cuda/ranking.cuh"
 
 namespace diffrate::cuda {
 namespace {
 
 template <class T>
-__global__ void gather_kernel(SortArgs a) {
+__global__ void __launch_bounds__(kRankingThreads) sort_tokens_kernel(SortArgs a, bool aligned) {
   using W = Wide<T>;
-  int64_t row = blockIdx.x, image = row / a.tokens;
-  int64_t token = a.order[row];
-  const T* x = static_cast<const T*>(a.x.data) + image * a.x.stride_image + token * a.x.stride_token;
-  T* out = static_cast<T*>(a.out) + row * a.channels;
-  for (int64_t c = threadIdx.x; c < a.channels; c += blockDim.x) out[c] = x[c];
-  if (threadIdx.x == 0) static_cast<W*>(a.out_size)[row] = size_of<W>(a.size, image, token);
+  for_ranked_tokens<W>(a.importance, a.tokens, a.prefix, [&](int64_t image, int64_t token, int64_t position) {
+    const T* x = row_of<T>(a.x, image, token);
+    int64_t to = image * a.tokens + position;
+    T* out = static_cast<T*>(a.out) + to * a.channels;
+    for (int64_t c = lane_id() * Chunk<T>::kCount; c < a.channels; c += kWarp * Chunk<T>::kCount)
+      store_chunk(load_chunk(x, c, a.channels, aligned), out, c, a.channels, aligned);
+    if (lane_id() != 0) return;
+    a.order[to] = token;
+    static_cast<W*>(a.out_size)[to] = size_of<W>(a.size, image, token);
+  });
 }
 
 }  // namespace
 
-const char* sort_tokens(const SortArgs& a, void* stream_pointer) {
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
-  if (a.images * a.tokens == 0) return nullptr;
-  if (const char* error = sort_images(a.importance, a.type == Type::f64, a.images, a.tokens, a.prefix, a.order, stream))
-    return error;
+const char* sort_tokens(const SortArgs& a, void* stream) {
   return dispatch(a.type, [&](auto example) {
-    gather_kernel<decltype(example)><<<static_cast<unsigned>(a.images * a.tokens), kThreads, 0, stream>>>(a);
-    return launch_error();
+    using T = decltype(example);
+    bool aligned = aligned_rows<T>(a.x.data, a.channels, a.x.stride_image, a.x.stride_token) &&
+                   aligned_rows<T>(a.out, a.channels, 0, 0);
+    return launch(sort_tokens_kernel<T>, ranking_blocks(a.images, a.tokens), kRankingThreads,
+                  ranking_shared_bytes<Wide<T>>(a.tokens), static_cast<Stream>(stream), a, aligned);
   });
 }
 

@@ -1,4 +1,5 @@
-#include "ops/common.h"
+#include "cuda/kernels.h"
+#include "ops/device.h"
 
 namespace diffrate::ops {
 namespace {
@@ -30,7 +31,9 @@ std::tuple<Tensor, Tensor> compression_rate(Tensor logits, int64_t n_patches, in
   Tensor keep_prob = empty_like(logits, {args.proxies, n_patches + prefix}, logits.scalar_type());
   args.kept = kept.mutable_data_ptr();
   args.keep_prob = keep_prob.mutable_data_ptr();
-  cpu::kernels().compression_rate(args, threads());
+  run_on_device(
+      logits, [&](const cpu::Kernels& kernels, const cpu::Threads& pool) { kernels.compression_rate(args, pool); },
+      [&](void* stream) { return cuda::compression_rate(args, stream); });
   return {kept, keep_prob};
 }
 
@@ -50,7 +53,10 @@ Tensor compression_rate_backward(Tensor grad_kept, Tensor grad_keep_prob, Tensor
   args.grad_kept = grad_kept.const_data_ptr();
   args.grad_keep_prob = grad_keep_prob.const_data_ptr();
   args.grad_logits = grad.mutable_data_ptr();
-  cpu::kernels().compression_rate_backward(args, threads());
+  run_on_device(
+      logits,
+      [&](const cpu::Kernels& kernels, const cpu::Threads& pool) { kernels.compression_rate_backward(args, pool); },
+      [&](void* stream) { return cuda::compression_rate_backward(args, stream); });
   return grad;
 }
 
@@ -64,6 +70,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(diffrate, library) {
       "int prefix) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(diffrate, CPU, library) {
+  library.impl("compression_rate", TORCH_BOX(&compression_rate));
+  library.impl("compression_rate_backward", TORCH_BOX(&compression_rate_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(diffrate, CUDA, library) {
   library.impl("compression_rate", TORCH_BOX(&compression_rate));
   library.impl("compression_rate_backward", TORCH_BOX(&compression_rate_backward));
 }

@@ -17,12 +17,17 @@ inline void* current_stream(const Tensor& tensor) {
 }
 
 // Runs `on_cpu(kernels, threads)` or `on_cuda(stream)`, whichever fits the tensor. `on_cuda` returns nullptr, or what
-// went wrong with the launch.
+// went wrong with the launch. Emulated CUDA kernels (csrc/emulation) run on CPU tensors.
 template <class OnCpu, class OnCuda>
-void run_on_device(const Tensor& tensor, OnCpu on_cpu, OnCuda on_cuda) {
+void run_on_device(const Tensor& tensor, [[maybe_unused]] OnCpu on_cpu, OnCuda on_cuda) {
+#if defined(DIFFRATE_EMULATED)
+  DIFFRATE_CHECK(tensor.is_cpu(), "this build, with emulated CUDA kernels, takes CPU tensors only");
+  const char* error = on_cuda(nullptr);
+#else
   if (!tensor.is_cuda()) return on_cpu(cpu::kernels(), threads());
   torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
   const char* error = on_cuda(current_stream(tensor));
+#endif
   DIFFRATE_CHECK(error == nullptr, "CUDA launch failed: ", error);
 }
 

@@ -4,7 +4,8 @@ namespace diffrate::ops {
 namespace {
 
 Tensor received_attention(Tensor q, Tensor k, std::optional<Tensor> size, double scale, int64_t prefix) {
-  return attention_importance(q, k, size, scale, prefix, &cpu::Kernels::received_attention);
+  return attention_importance(q, k, size, scale, prefix, &cpu::Kernels::received_attention, cuda::received_attention,
+                              cuda::received_attention_scratch_bytes);
 }
 
 }  // namespace
@@ -13,6 +14,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(diffrate, library) {
   library.def("received_attention(Tensor q, Tensor k, Tensor? size, float scale, int prefix=0) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(diffrate, CPU, library) {
+  library.impl("received_attention", TORCH_BOX(&received_attention));
+}
+STABLE_TORCH_LIBRARY_IMPL(diffrate, CUDA, library) {
   library.impl("received_attention", TORCH_BOX(&received_attention));
 }
 

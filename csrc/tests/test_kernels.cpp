@@ -1,6 +1,7 @@
 // Tests of the torch-free CPU kernels, mostly for the sanitizers: every buffer is exactly as long as it must be, so
 // that one read or write too far is an error. Values are compared with plain loops in double. CTest runs this once for
-// each instruction set (DIFFRATE_CPU_CAPABILITY), and Python tests the operators in depth.
+// each instruction set (DIFFRATE_CPU_CAPABILITY), and once with the emulated CUDA kernels in their place
+// (emulated_kernels.cpp). Python tests the operators in depth.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -406,6 +407,8 @@ void test_masked_prune_merge(const Case& c, const cpu::Threads& threads) {
                             last,
                             c.k_p,
                             c.k_m,
+                            nullptr,
+                            nullptr,
                             {x.get(), c.tokens * c.channels, c.channels},
                             given(importance.get(), c),
                             {mask.get(), c.tokens, 1},

@@ -12,8 +12,8 @@ EVAL_CASES = ["deit_eval_a", "deit_eval_b", "mae_eval_a", "caformer_eval_a"]
 
 
 @pytest.mark.parametrize("name", EVAL_CASES)
-def test_logits(name: str) -> None:
-    case = load_case(name)
+def test_logits(name: str, device: torch.device) -> None:
+    case = load_case(name, device)
     with torch.inference_mode():
         torch.testing.assert_close(case.model(case.images), case.arrays["base"], atol=1e-4, rtol=0)
         compress(case.model, case.schedule)
@@ -24,16 +24,16 @@ def test_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["deit_eval_a", "deit_eval_b"])
-def test_slots(name: str) -> None:
-    case = load_case(name)
+def test_slots(name: str, device: torch.device) -> None:
+    case = load_case(name, device)
     slots = token_slots(compress(case.model, case.schedule), case.images)
     assert len(slots) == len(case.schedule)
     assert torch.equal(slots[-1], case.arrays["slot"].long())
 
 
 @pytest.mark.parametrize("name", ["deit_eval_a", "deit_eval_b", "mae_eval_a"])
-def test_sizes(name: str) -> None:
-    case = load_case(name)
+def test_sizes(name: str, device: torch.device) -> None:
+    case = load_case(name, device)
     with torch.inference_mode():
         _, size = compress(case.model, case.schedule).forward_tokens(case.images)
     golden = case.arrays["size"]

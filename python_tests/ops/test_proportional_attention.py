@@ -64,20 +64,26 @@ def test_accuracy(device: torch.device, case: AttentionCase) -> None:
     q, k, v = case.qkv()
     size = case.size()
     on_device = [None if tensor is None else tensor.to(device) for tensor in (q, k, v, size)]
-    for importance, measure in (("class", ops.class_attention), ("received", ops.received_attention), (None, None)):
-        out, measured = ops.proportional_attention(
-            *on_device,
-            scale=case.scale,
-            prefix=case.prefix,
-            importance=importance,  # type: ignore[arg-type]
-        )
-        if measure is None:
-            assert measured is None
-        else:
-            expected = measure(on_device[0], on_device[1], on_device[3], scale=case.scale, prefix=case.prefix)
-            assert measured is not None
-            assert_same("importance", measured, expected)
-    assert_as_accurate_as_eager("out", out, attention(case), [q, k, v, size], dtype=case.dtype)
+    results = [
+        ops.proportional_attention(*on_device, scale=case.scale, prefix=case.prefix, importance=importance)  # type: ignore[arg-type]
+        for importance in ("class", "received", None)
+    ]
+    assert results[2][1] is None
+    for out, _ in results:
+        assert_same("out, whatever the importance", out, results[0][0])
+    assert_as_accurate_as_eager("out", results[0][0], attention(case), [q, k, v, size], dtype=case.dtype)
+
+
+@pytest.mark.parametrize("importance", ["class", "received"])
+@given(case=attention_cases(least_prefix=1))
+def test_importance(device: torch.device, importance: str, case: AttentionCase) -> None:
+    def measure(q: Tensor, k: Tensor, size: Tensor | None, **options: Any) -> Tensor:
+        measured = ops.proportional_attention(q, k, k, size, importance=importance, **options)[1]
+        assert measured is not None
+        return measured
+
+    expected = reference.class_attention if importance == "class" else reference.received_attention
+    attention_checks.check_accuracy(measure, expected, case, device)
 
 
 @settings(max_examples=20)

@@ -1,0 +1,158 @@
+// The device, as the kernels see it: everything that is not plain C++.
+//
+// Kernels use, besides this file, only threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, __syncthreads, __syncwarp,
+// __shfl_sync, __shfl_xor_sync, __ballot_sync, __popc, __ffs, the conversions of __half and __nv_bfloat16, and <math.h>.
+// They take all shared memory from `Shared`, and are started by `launch`. So the same sources run as host C++ under
+// csrc/emulation/device.h, which defines these names again.
+#pragma once
+
+#if defined(DIFFRATE_EMULATED)
+#include "emulation/device.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+namespace diffrate::cuda {
+
+using Stream = cudaStream_t;
+
+// Shared memory of a block, handed out piece by piece, aligned to 16 bytes. Built from nullptr it only counts.
+class Shared {
+ public:
+  __host__ __device__ explicit Shared(unsigned char* base) : base_(base) {}
+
+  template <class T>
+  __host__ __device__ T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    return piece;
+  }
+  __host__ __device__ int64_t bytes() const { return used_; }
+
+ private:
+  unsigned char* base_;
+  int64_t used_ = 0;
+};
+
+__device__ inline unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char diffrate_shared[];
+  return diffrate_shared;
+}
+
+// Copies 16 bytes to shared memory in the background; zeros instead where `valid` is false (nothing is read then).
+// Arrived after copy_wait, visible to other threads after a barrier besides.
+__device__ inline void copy_async(void* shared, const void* global, bool valid) {
+  uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
+}
+// Ends a group of copies.
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all but the newest `kPending` groups of this thread have arrived.
+template <int kPending>
+__device__ inline void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory. Lane 8 m + r names row r of matrix m (16 bytes, aligned);
+// a lane receives of each matrix the pair at row lane / 4, columns 2 (lane % 4) and the next.
+__device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+// The same, each matrix transposed: the pair at rows 2 (lane % 4) and the next, column lane / 4.
+__device__ inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+  uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
+// d += a b on the tensor cores: a (16, 16), b (16, 8), in the fragments of PTX's mma.m16n8k16. With g = lane / 4 and
+// t = lane % 4 a lane holds
+//   of a: rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8, and the column after each;
+//   of b: rows 2t and 2t + 8, and the row after each, at column g;
+//   of d: row g at columns 2t and 2t + 1, then row g + 8 at the same.
+template <class T>
+__device__ inline void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ inline void multiply_accumulate<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ inline void multiply_accumulate<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                          uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Waits for all threads of all blocks of the cluster; what they wrote to device memory before is visible after.
+__device__ inline void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+inline int64_t device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+// Of the current device: the most shared memory that a block may ask for, the number of multiprocessors, and whether
+// blocks can form clusters.
+inline int64_t shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int64_t multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline bool has_clusters() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
+
+// How many blocks a launch has. Each `cluster` neighbours, at most 8, run at the same time and can wait for each other.
+struct Blocks {
+  int64_t count;
+  int cluster;
+  Blocks(int64_t blocks, int cluster_size = 1) : count(blocks), cluster(cluster_size) {}
+};
+
+// Starts a kernel. Returns nullptr, or what went wrong. No blocks: nothing to do.
+template <class... Parameters>
+const char* launch(void (*kernel)(Parameters...), Blocks blocks, int threads, int64_t shared_bytes, Stream stream,
+                   Parameters... arguments) {
+  if (blocks.count == 0) return nullptr;
+  if (blocks.count > INT32_MAX) return "too many blocks for one launch";
+  if (shared_bytes > 48 * 1024) {  // more than every device has without being asked
+    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return cudaGetErrorString(cudaGetLastError());
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks.count));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = blocks.cluster > 1 ? 1 : 0;
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // not left behind for whoever asks next
+  return cudaGetErrorString(error);
+}
+
+}  // namespace diffrate::cuda
+
+#endif

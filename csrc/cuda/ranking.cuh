@@ -1,0 +1,97 @@
+// The sort order without sorting: a patch's place is the number of patches that come before it.
+//
+// N^2 comparisons, but short ones, all independent, and no barrier between them: for the token counts of vision
+// transformers that is as quick as a sort in shared memory, and stable by itself.
+#pragma once
+
+#include "cuda/common.cuh"
+
+namespace diffrate::cuda {
+
+template <class W>
+using KeyOf = decltype(descending_key(W{}));
+
+// The importance of a patch: the mean over heads and queries. A is the dtype of attention, W that of the sum.
+template <class A, class W>
+__device__ W importance_at(const Importance& from, int64_t image, int64_t patch) {
+  const A* base = static_cast<const A*>(from.data) + image * from.stride_image + patch * from.stride_token;
+  W sum = 0;
+  for (int64_t head = 0; head < from.heads; ++head)
+    for (int64_t query = 0; query < from.queries; ++query)
+      sum += static_cast<W>(to_wide(base[head * from.stride_head + query * from.stride_query]));
+  return sum / static_cast<W>(from.heads * from.queries);
+}
+
+template <class W>
+__device__ KeyOf<W> key_at(const Importance& from, int64_t image, int64_t patch) {
+  switch (from.type) {
+    case Type::f32: return descending_key(importance_at<float, W>(from, image, patch));
+    case Type::f64: return descending_key(importance_at<double, W>(from, image, patch));
+    case Type::f16: return descending_key(importance_at<__half, W>(from, image, patch));
+    default: return descending_key(importance_at<__nv_bfloat16, W>(from, image, patch));
+  }
+}
+
+// How many of `patches` keys come before that of `patch`; equal keys keep their order.
+template <class Key>
+__device__ int rank_of(const Key* keys, int patches, int patch) {
+  Key mine = keys[patch];
+  int rank = 0;
+#pragma unroll 4
+  for (int i = 0; i < patch; ++i) rank += keys[i] <= mine;
+#pragma unroll 4
+  for (int i = patch + 1; i < patches; ++i) rank += keys[i] < mine;
+  return rank;
+}
+
+// How the tokens of all images are shared out when many blocks sort them: each ranks some tokens of one image.
+constexpr int kRankingThreads = 256;
+constexpr int64_t kRankedTokens = 64;
+constexpr int64_t kKeysAtOnce = 2048;
+
+template <class W>
+int64_t ranking_shared_bytes(int64_t tokens) {
+  Shared shared(nullptr);
+  shared.take<KeyOf<W>>(tokens < kKeysAtOnce ? tokens : kKeysAtOnce);
+  return shared.bytes();
+}
+
+inline int64_t ranking_blocks(int64_t images, int64_t tokens) {
+  return images * ((tokens + kRankedTokens - 1) / kRankedTokens);
+}
+
+// Calls body(image, token, position), by whole warps, for each token of this block and its place in the sort order.
+template <class W, class Body>
+__device__ void for_ranked_tokens(const Importance& from, int64_t tokens, int64_t prefix, Body body) {
+  constexpr int kEach = static_cast<int>(kRankedTokens) * kWarp / kRankingThreads;
+  int64_t parts = (tokens + kRankedTokens - 1) / kRankedTokens;
+  int64_t image = blockIdx.x / parts, first = blockIdx.x % parts * kRankedTokens + warp_id() * kEach;
+  int64_t patches = tokens - prefix;
+  KeyOf<W>* keys = Shared(shared_memory()).take<KeyOf<W>>(tokens < kKeysAtOnce ? tokens : kKeysAtOnce);
+  KeyOf<W> mine[kEach];
+  int rank[kEach] = {};
+  for (int i = 0; i < kEach; ++i) {
+    int64_t token = first + i;
+    mine[i] = token >= prefix && token < tokens ? key_at<W>(from, image, token - prefix) : KeyOf<W>(0);
+  }
+  for (int64_t begin = 0; begin < patches; begin += kKeysAtOnce) {
+    int count = static_cast<int>(patches - begin < kKeysAtOnce ? patches - begin : kKeysAtOnce);
+    __syncthreads();
+    for (int j = static_cast<int>(threadIdx.x); j < count; j += kRankingThreads)
+      keys[j] = key_at<W>(from, image, begin + j);
+    __syncthreads();
+    for (int j = lane_id(); j < count; j += kWarp) {
+      KeyOf<W> other = keys[j];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i)
+        rank[i] += other < mine[i] || (other == mine[i] && j < first + i - prefix - begin);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    int64_t token = first + i, place = prefix + warp_sum(rank[i]);
+    if (token < tokens) body(image, token, token < prefix ? token : place);
+  }
+}
+
+}  // namespace diffrate::cuda

@@ -1,0 +1,110 @@
+// A block of emulated threads. Each is a fiber; one runs at a time, until it waits at a barrier or a warp collective or
+// exits, and the order changes whenever all have had their turn.
+//
+// It prints what is wrong and aborts when a barrier or collective is not reached, on the same line and with the same
+// mask, by all threads that it is for; when a mask lacks the caller or the lane that is asked; when shared memory is
+// used outside the pieces that `Shared` handed out; and when an address is not aligned as the device demands.
+#pragma once
+
+#include <vector_types.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <source_location>
+#include <string>
+#include <vector>
+
+#include "emulation/fiber.h"
+
+namespace diffrate::cuda {
+
+constinit inline thread_local uint3 threadIdx{}, blockIdx{};
+constinit inline thread_local dim3 blockDim{}, gridDim{};
+
+}  // namespace diffrate::cuda
+
+namespace diffrate::emulation {
+
+constexpr int kWarp = 32;
+constexpr int64_t kRedZone = 64;  // bytes after each piece of shared memory
+constexpr int64_t kSharedLimit = 227 * 1024;
+
+using Kernel = std::function<void()>;
+using Where = std::source_location;
+
+// Carries out a warp collective on the arguments of its lanes; null for lanes outside the mask.
+using Perform = void (*)(void* const (&arguments)[kWarp]);
+
+class Block {
+ public:
+  static Block& running();  // on this thread of the operating system
+
+  Block();
+  ~Block();
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  void start(int index, int cluster, int threads, int64_t shared_bytes, const Kernel& kernel);
+  void run();  // until all threads have exited, or all wait at cluster_barrier
+  bool exited() const;
+  void check_same_cluster_barrier(const Block& other);
+  void release();  // from the barrier
+  void finish();
+
+  // For the thread that is running:
+  void barrier(Where where);
+  void cluster_barrier(Where where);
+  void collective(const char* what, unsigned mask, void* arguments, Perform perform, Where where);
+  void copy_async(void* shared, const void* global, bool valid);
+  void copy_commit();
+  void copy_wait(int pending);
+  unsigned char* shared_memory() { return shared_; }
+  void hand_out(unsigned char* piece, int64_t bytes);
+  void check_shared(const char* what, const void* address, int64_t bytes) const;  // aligned, and inside one piece
+  [[noreturn, gnu::format(printf, 2, 3)]] void fail(const char* format, ...) const;
+
+ private:
+  struct Wait {  // what a thread waits at; no `what`: it does not wait
+    const char* what = nullptr;
+    unsigned mask = 0;
+    void* arguments = nullptr;
+    Perform perform = nullptr;
+    Where where;
+    bool same_as(const Wait& other) const;
+    std::string text() const;
+  };
+  struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+  };
+  struct Thread {
+    bool exited = false;
+    Wait wait;
+    std::vector<Copy> copies;    // not yet arrived, oldest first
+    std::vector<size_t> groups;  // where in `copies` each group ends
+    std::string text() const;
+  };
+  struct Piece {
+    unsigned char* start;
+    int64_t bytes;
+  };
+
+  static void thread_main();
+  void check_waiting();
+  void check_reached(int thread, int missing);
+  void pause(const Wait& wait);
+
+  int index_ = 0, cluster_ = 1;
+  const Kernel* kernel_ = nullptr;
+  std::vector<Thread> threads_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;  // at least as many
+  std::vector<int> ready_;                      // threads that can go on
+  int thread_ = 0;                              // the one that runs
+  unsigned char* shared_;
+  int64_t shared_bytes_ = 0;
+  std::vector<Piece> pieces_;
+};
+
+}  // namespace diffrate::emulation

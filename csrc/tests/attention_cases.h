@@ -1,0 +1,137 @@
+// Inputs of the tests of attention kernels on the emulated device. Every buffer is exactly as long as it must be, for
+// the sanitizers, and what lies between the numbers that count is NaN.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "cuda/common.cuh"
+
+namespace diffrate::cuda {
+
+using emulation::Order;
+
+inline const emulation::Schedule kSchedules[] = {{Order::forward, 0}, {Order::reverse, 0}, {Order::random, 1}};
+
+inline int passed = 0, failed = 0;
+
+inline void check(bool good, const std::string& what) {
+  ++(good ? passed : failed);
+  if (!good) std::printf("FAILED: %s\n", what.c_str());
+}
+
+template <class T>
+constexpr Type kType = std::is_same_v<T, float>    ? Type::f32
+                       : std::is_same_v<T, double> ? Type::f64
+                       : std::is_same_v<T, __half> ? Type::f16
+                                                   : Type::bf16;
+
+// What one rounding to T does to a number of magnitude 1, at most.
+template <class T>
+constexpr double kRounding = std::is_same_v<T, float>    ? 0x1p-24
+                             : std::is_same_v<T, double> ? 0x1p-53
+                             : std::is_same_v<T, __half> ? 0x1p-11
+                                                         : 0x1p-8;
+
+enum class Layout { contiguous, packed, unaligned };
+enum class Mask { zeros, ones, fractions };
+
+struct Case {
+  int64_t images, heads, tokens, head_dim;
+  Layout layout;
+  Mask mask;
+  bool sizes;
+  double gradient = 1;  // magnitude
+
+  std::string name() const {
+    const char* layouts[] = {"contiguous", "packed", "unaligned"};
+    const char* masks[] = {"zeros", "ones", "fractions"};
+    return "B = " + std::to_string(images) + ", H = " + std::to_string(heads) + ", N = " + std::to_string(tokens) +
+           ", D = " + std::to_string(head_dim) + ", " + layouts[int(layout)] + ", mask of " + masks[int(mask)] +
+           (sizes ? ", sizes" : "") + ", gradients of " + std::to_string(gradient);
+  }
+};
+
+template <class T>
+std::unique_ptr<T[]> exact(int64_t count, T fill) {
+  auto memory = std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);  // no spare capacity as a vector's
+  std::fill(memory.get(), memory.get() + count, fill);
+  return memory;
+}
+
+// The arguments of a case, and what they point to.
+template <class T>
+struct Inputs {
+  using W = Wide<T>;
+  MaskedAttentionArgs args{};
+  std::vector<std::unique_ptr<T[]>> features;
+  std::unique_ptr<W[]> mask, size;
+  std::mt19937 random;
+
+  explicit Inputs(const Case& c, unsigned seed) : random(seed) {
+    args.type = kType<T>;
+    args.images = c.images;
+    args.heads = c.heads;
+    args.tokens = c.tokens;
+    args.head_dim = c.head_dim;
+    args.scale = seed % 3 == 0 ? -0.7 : 1.5 / std::sqrt(double(c.head_dim));
+    int64_t token = c.heads * c.head_dim, image = c.tokens * token;
+    if (c.layout == Layout::packed) {
+      T* memory = add(3 * c.images * image);
+      Heads* heads[] = {&args.q, &args.k, &args.v};
+      for (int i = 0; i < 3; ++i) *heads[i] = {memory + i * token, 3 * image, c.head_dim, 3 * token};
+      args.grad = {add(c.images * image), image, c.head_dim, token};
+    } else {
+      int64_t skip = c.layout == Layout::unaligned, row = c.head_dim + skip;
+      for (Heads* heads : {&args.q, &args.k, &args.v, &args.grad})
+        *heads = {add(c.images * c.heads * c.tokens * row) + skip, c.heads * c.tokens * row, c.tokens * row, row};
+    }
+    fill(args.q, 2);
+    fill(args.k, 1);
+    fill(args.v, 1);
+    fill(args.grad, c.gradient);
+
+    int64_t stride = c.layout == Layout::unaligned ? 2 : 1;
+    int64_t count = c.images * c.tokens * stride - (stride - 1);
+    mask = exact<W>(count, NAN);
+    for (int64_t i = 0; i < count; i += stride)
+      mask[i] = c.mask == Mask::zeros ? 0 : c.mask == Mask::ones ? 1 : std::max(0.0, uniform(-0.5, 1));
+    args.mask = {mask.get(), c.tokens * stride, stride};
+    if (!c.sizes) return;
+    size = exact<W>(c.images * c.tokens, 0);
+    for (int64_t i = 0; i < c.images * c.tokens; ++i) size[i] = static_cast<W>(uniform(0.5, 6));
+    size[c.tokens - 1] = -1;  // is taken for the smallest positive number
+    args.size = {size.get(), c.tokens, 1};
+  }
+
+  double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(random); }
+
+  T* add(int64_t count) {
+    features.push_back(exact<T>(count, from_wide<T>(NAN)));
+    return features.back().get();
+  }
+
+  T& at(const Heads& heads, int64_t b, int64_t h, int64_t i, int64_t c) {
+    return const_cast<T*>(
+        static_cast<const T*>(heads.data))[b * heads.stride_image + h * heads.stride_head + i * heads.stride_token + c];
+  }
+  double number(const Heads& heads, int64_t b, int64_t h, int64_t i, int64_t c) {
+    return double(to_wide(at(heads, b, h, i, c)));
+  }
+
+  void fill(const Heads& heads, double magnitude) {
+    for (int64_t b = 0; b < args.images; ++b)
+      for (int64_t h = 0; h < args.heads; ++h)
+        for (int64_t i = 0; i < args.tokens; ++i)
+          for (int64_t c = 0; c < args.head_dim; ++c)
+            at(heads, b, h, i, c) = from_wide<T>(static_cast<W>(magnitude * uniform(-1, 1)));
+  }
+};
+
+}  // namespace diffrate::cuda

@@ -1,0 +1,260 @@
+// Tests of the CUDA kernels of class_attention, received_attention, proportional_attention and masked_attention on the
+// emulated device: values against plain loops in double, in several orders of threads.
+#include <limits>
+
+#include "attention_cases.h"
+
+namespace diffrate::cuda {
+namespace {
+
+enum class Operator { class_attention, received_attention, proportional_attention, masked_attention };
+enum class Measure { none, of_class, received };
+
+// out (B, N, H, D) and importance (B, N-P).
+template <class T, class W>
+struct Results {
+  int64_t count, patches;
+  std::unique_ptr<T[]> out;
+  std::unique_ptr<W[]> importance;
+
+  explicit Results(const MaskedAttentionArgs& a, double fill)
+      : count(a.images * a.tokens * a.heads * a.head_dim), patches(a.images * (a.tokens - a.prefix)) {
+    out = exact<T>(count, from_wide<T>(static_cast<Wide<T>>(fill)));
+    importance = exact<W>(patches, static_cast<W>(fill));
+  }
+
+  // Whether the first `part` of `parts` is the same, bit by bit; NaN, which was there before, is the same as NaN.
+  bool same(const Results& other, int64_t part = 1, int64_t parts = 1) const {
+    auto equal = [](const auto* a, const auto* b, int64_t n) {
+      return std::equal(reinterpret_cast<const char*>(a), reinterpret_cast<const char*>(a + n),
+                        reinterpret_cast<const char*>(b));
+    };
+    return equal(out.get(), other.out.get(), count * part / parts) &&
+           equal(importance.get(), other.importance.get(), patches * part / parts);
+  }
+};
+
+const char* start(Operator which, const MaskedAttentionArgs& a) {
+  AttentionArgs narrow{a.type,   a.images,         a.heads,          a.tokens,         a.head_dim,
+                       a.prefix, a.q.data,         a.q.stride_image, a.q.stride_head,  a.q.stride_token,
+                       a.k.data, a.k.stride_image, a.k.stride_head,  a.k.stride_token, a.size,
+                       a.scale,  a.importance};
+  auto with_scratch = [](int64_t bytes, auto call) {
+    return call(exact<unsigned char>(bytes, 0xff).get());  // NaN
+  };
+  switch (which) {
+    case Operator::class_attention:
+      return with_scratch(class_attention_scratch_bytes(narrow),
+                          [&](void* scratch) { return class_attention(narrow, scratch, nullptr); });
+    case Operator::received_attention:
+      return with_scratch(received_attention_scratch_bytes(narrow),
+                          [&](void* scratch) { return received_attention(narrow, scratch, nullptr); });
+    case Operator::proportional_attention:
+      return with_scratch(proportional_attention_scratch_bytes(a),
+                          [&](void* scratch) { return proportional_attention(a, scratch, nullptr); });
+    case Operator::masked_attention:
+      return with_scratch(masked_attention_scratch_bytes(a),
+                          [&](void* scratch) { return masked_attention(a, scratch, nullptr); });
+  }
+  return "no such operator";
+}
+
+template <class T>
+Results<T, Wide<T>> run(Operator which, MaskedAttentionArgs args, Measure measure,
+                        const emulation::Schedule& schedule) {
+  Results<T, Wide<T>> results(args, NAN);
+  args.out = results.out.get();
+  args.importance = measure == Measure::none ? nullptr : results.importance.get();
+  args.received = measure == Measure::received;
+  emulation::schedule() = schedule;
+  const char* error = start(which, args);
+  check(error == nullptr, error ? error : "launched");
+  return results;
+}
+
+// The results in double, and how far a kernel may be from them: what rounding the terms of every sum could do.
+template <class T>
+struct Expected {
+  Results<double, double> values, allowed;
+
+  Expected(Inputs<T>& in, bool masked, Measure measure) : values(in.args, 0), allowed(in.args, 0) {
+    const auto& a = in.args;
+    const int64_t n = a.tokens;
+    const double narrow = std::is_same_v<T, Wide<T>> ? 0 : kRounding<T>, wide = 20 * kRounding<Wide<T>>;
+    std::vector<double> logits(n), attention(n);
+    for (int64_t b = 0; b < a.images; ++b) {
+      auto mask = [&](int64_t j) {
+        return masked ? double(in.mask[b * a.mask.stride_image + j * a.mask.stride_token]) : 1.0;
+      };
+      double queries = 0;
+      for (int64_t j = 0; j < n; ++j) queries += mask(j);
+      queries = measure == Measure::received ? std::max(queries, kTinySize) : 1;
+      for (int64_t h = 0; h < a.heads; ++h)
+        for (int64_t i = 0; i < n; ++i) {
+          double top = -INFINITY, uncertainty = 1;
+          for (int64_t j = 0; j < n; ++j) {
+            double dot = 0, terms = 0;
+            for (int64_t c = 0; c < a.head_dim; ++c) {
+              double term = a.scale * in.number(a.q, b, h, i, c) * in.number(a.k, b, h, j, c);
+              dot += term;
+              terms += std::abs(term);
+            }
+            if (in.size) {
+              double bias = std::log(std::max(double(in.size[b * n + j]), kTinySize));
+              dot += bias;
+              terms += std::abs(bias);
+            }
+            logits[j] = dot;
+            top = std::max(top, dot);
+            uncertainty = std::max(uncertainty, terms);
+          }
+          const double epsilon = masked ? 1e-6 : 0;
+          double total = epsilon;
+          for (int64_t j = 0; j < n; ++j) {
+            attention[j] = std::exp(logits[j] - top) * (i == j ? 1 : mask(j));
+            total += attention[j];
+          }
+          double counts = measure == Measure::received ? mask(i) : i == 0;
+          for (int64_t j = 0; j < n; ++j) {
+            const double share = (attention[j] + epsilon / double(n)) / total;
+            if (j >= a.prefix) {
+              const int64_t at = b * (n - a.prefix) + j - a.prefix;
+              const double term = share * counts / queries / double(a.heads);
+              values.importance[at] += term;
+              allowed.importance[at] += wide * uncertainty * term;
+            }
+            for (int64_t c = 0; c < a.head_dim; ++c) {
+              const int64_t at = ((b * n + i) * a.heads + h) * a.head_dim + c;
+              const double v = in.number(a.v, b, h, j, c);
+              values.out[at] += share * v;
+              allowed.out[at] += share * std::abs(v) * (narrow + wide * uncertainty);
+            }
+          }
+        }
+    }
+  }
+
+  void check_out(const Results<T, Wide<T>>& results, const std::string& name) const {
+    compare<T>("out: " + name, results.out.get(), values.out.get(), allowed.out.get(), values.count);
+  }
+  void check_importance(const Results<T, Wide<T>>& results, const std::string& name) const {
+    compare<Wide<T>>("importance: " + name, results.importance.get(), values.importance.get(), allowed.importance.get(),
+                     values.patches);
+  }
+
+  template <class N>
+  static void compare(const std::string& name, const N* actual, const double* expected, const double* allowed,
+                      int64_t count) {
+    const double smallest = std::is_same_v<N, __half> ? 0x1p-24 : double(std::numeric_limits<float>::min());
+    double worst = 0;
+    for (int64_t i = 0; i < count && !std::isnan(worst); ++i) {
+      double error = std::abs(double(to_wide(actual[i])) - expected[i]) /
+                     (allowed[i] + kRounding<N> * std::abs(expected[i]) + smallest);
+      if (!(error <= worst)) worst = error;  // NaN is the worst
+    }
+    check(worst <= 1, name + ": error of " + std::to_string(worst) + " of what is allowed");
+  }
+};
+
+// Nothing is written that is not wanted.
+template <class N>
+bool untouched(const N* numbers, int64_t count) {
+  return std::all_of(numbers, numbers + count, [](N number) { return std::isnan(to_wide(number)); });
+}
+
+template <class T>
+void test(const Case& c, int64_t prefix, Measure measure, unsigned seed) {
+  Inputs<T> inputs(c, seed);
+  inputs.args.prefix = prefix;
+  const char* measures[] = {"none", "class", "received"};
+  const std::string name = "type " + std::to_string(int(kType<T>)) + ", " + c.name() + ", importance " +
+                           measures[int(measure)] + ", P = " + std::to_string(prefix);
+  Expected<T> plain(inputs, false, measure), masked(inputs, true, measure);
+  for (Operator which : {Operator::class_attention, Operator::received_attention, Operator::proportional_attention,
+                         Operator::masked_attention}) {
+    if (which == Operator::class_attention && measure != Measure::of_class) continue;
+    if (which == Operator::received_attention && measure != Measure::received) continue;
+    const std::string label = "operator " + std::to_string(int(which)) + ", " + name;
+    const Expected<T>& expected = which == Operator::masked_attention ? masked : plain;
+    auto results = run<T>(which, inputs.args, measure, kSchedules[seed % 3]);
+    if (which >= Operator::proportional_attention)
+      expected.check_out(results, label);
+    else
+      check(untouched(results.out.get(), results.count), "out is not written: " + label);
+    if (measure != Measure::none)
+      expected.check_importance(results, label);
+    else
+      check(untouched(results.importance.get(), results.patches), "importance is not written: " + label);
+    if (c.tokens < 100) {
+      auto again = run<T>(which, inputs.args, measure, kSchedules[(seed + 1) % 3]);
+      check(results.same(again), "the same in another order of threads: " + label);
+    }
+  }
+}
+
+// NaN in one image does not change another; a NaN query leaves the other queries as they are.
+template <class T>
+void test_nan() {
+  Case c{2, 2, 83, 16, Layout::contiguous, Mask::fractions, true};
+  for (Operator which : {Operator::proportional_attention, Operator::masked_attention})
+    for (Measure measure : {Measure::of_class, Measure::received})
+      for (int input = 0; input < 3; ++input) {
+        Inputs<T> inputs(c, 5);
+        auto before = run<T>(which, inputs.args, measure, kSchedules[0]);
+        const auto& a = inputs.args;
+        const Heads* heads[] = {&a.q, &a.k, &a.v};
+        inputs.at(*heads[input], 1, 1, 0, 3) = from_wide<T>(NAN);
+        auto after = run<T>(which, inputs.args, measure, kSchedules[0]);
+        std::string name = "NaN in input " + std::to_string(input) + ", type " + std::to_string(int(kType<T>));
+        check(after.same(before, 1, 2), name + " changed another image");
+        for (int64_t i = 0; i < c.tokens; ++i) {
+          const int64_t at = ((c.tokens + i) * 2 + 1) * c.head_dim + 3;
+          check(std::isnan(to_wide(after.out[at])) == (input > 0 || i == 0), name + ": out");
+          check(std::isnan(after.importance[c.tokens + i]) == (input < 2), name + ": importance");
+        }
+      }
+}
+
+template <class T>
+void test_type() {
+  unsigned seed = 0;
+  for (int64_t tokens : {1, 17, 70, 197})
+    for (int64_t head_dim : {8, 33, 64, 80, 128})
+      for (Measure measure : {Measure::none, Measure::of_class, Measure::received}) {
+        ++seed;
+        const bool few = tokens < 100;
+        Case c{few ? 2 : 1, few ? 2 : 1, tokens, head_dim, Layout((seed / 2) % 3), Mask(seed / 3 % 3), seed % 2 == 0};
+        // the types share the larger cases
+        if (tokens < 50 || (seed + unsigned(kType<T>)) % 3 == 0) test<T>(c, seed % 2, measure, seed);
+      }
+  for (int layout = 0; layout < 3; ++layout)
+    for (int mask = 0; mask < 3; ++mask)
+      for (Measure measure : {Measure::of_class, Measure::received})
+        test<T>({1, 3, 37, 16, Layout(layout), Mask(mask), true}, 1, measure, 7);
+  test<T>({0, 2, 8, 16, Layout::contiguous, Mask::ones, false}, 0, Measure::of_class, 1);
+  test<T>({2, 2, 8, 16, Layout::contiguous, Mask::ones, false}, 8, Measure::received, 1);  // no patches
+  test_nan<T>();
+}
+
+void test_refused() {
+  Inputs<float> inputs({1, 1, 3, 129, Layout::contiguous, Mask::ones, false}, 1);
+  const char* expected = "the CUDA kernels take heads of at most 128 channels";
+  for (Operator which : {Operator::received_attention, Operator::proportional_attention, Operator::masked_attention}) {
+    const char* error = start(which, inputs.args);
+    check(error != nullptr && std::string(error) == expected, "wide heads are refused");
+  }
+}
+
+}  // namespace
+}  // namespace diffrate::cuda
+
+int main() {
+  using namespace diffrate::cuda;
+  test_type<float>();
+  test_type<double>();
+  test_type<__half>();
+  test_type<__nv_bfloat16>();
+  test_refused();
+  std::printf("%d checks passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}
