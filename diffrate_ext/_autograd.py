@@ -254,15 +254,13 @@ def _masked_prune_merge_gradient(ctx: Any, grad_x: Tensor, grad_mask: Tensor, *_
     )
 
 
-def _refuse_second_backward(name: str) -> None:
-    """A gradient that is no operator of ours in turn raises when it is differentiated, instead of giving zeros."""
+def _refuse_gradient(name: str, message: str) -> None:
+    """Where a formula is missing, a gradient raises, instead of being zero."""
 
     def refuse(ctx: Any, *_: Tensor) -> tuple:
-        raise RuntimeError(f"{name} cannot be differentiated twice")
+        raise RuntimeError(message)
 
-    torch.library.register_autograd(
-        f"diffrate::{name}_backward", refuse, setup_context=lambda ctx, inputs, output: None
-    )
+    torch.library.register_autograd(f"diffrate::{name}", refuse, setup_context=lambda ctx, inputs, output: None)
 
 
 torch.library.register_autograd("diffrate::sort_tokens", _sort_gradient, setup_context=_sort_context)
@@ -280,5 +278,9 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "diffrate::masked_prune_merge", _masked_prune_merge_gradient, setup_context=_masked_prune_merge_context
 )
-_refuse_second_backward("masked_attention")
-_refuse_second_backward("compression_rate")
+_refuse_gradient("masked_attention_backward", "masked_attention cannot be differentiated twice")
+_refuse_gradient("compression_rate_backward", "compression_rate cannot be differentiated twice")
+_refuse_gradient(
+    "proportional_attention",
+    "torch.ops.diffrate.proportional_attention has no gradient; diffrate_ext.ops.proportional_attention has",
+)

@@ -22,8 +22,8 @@ def check_tensor(name: str, value: object, dims: int | Sequence[int], meaning: s
     return value
 
 
-def check_shape(name: str, value: Tensor, shape: Sequence[int], meaning: str) -> None:
-    if tuple(value.shape) != tuple(shape):
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if value.shape != shape:
         raise ValueError(f"{name} must be {meaning} = {tuple(shape)}, got shape {tuple(value.shape)}")
 
 
@@ -40,7 +40,13 @@ def check_wide_vector(name: str, value: object, features: Tensor, features_name:
     tensor = check_tensor(name, value, 2, "(B, N)")
     check_shape(name, tensor, shape, "(B, N)")
     check_like(name, tensor, features_name, features, dtype=False)
-    return tensor.to(torch.float64 if features.dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    return tensor if tensor.dtype == wide else tensor.to(wide)  # calling .to for nothing takes a microsecond
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """Without its gradient. A tensor that has none stays itself: detach() takes a microsecond."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def check_int(name: str, value: object, least: int | None = None) -> int:

@@ -25,6 +25,7 @@ from diffrate_ext._checks import (
     check_shape,
     check_tensor,
     check_wide_vector,
+    constant,
 )
 from diffrate_ext.reference import TINY, rate_candidates, wide_dtype
 
@@ -177,7 +178,7 @@ def class_attention(
     """
     size, scale, prefix = _check_queries(q, k, size, scale, prefix)
     _check_class_token(prefix)
-    return _ops.class_attention(q.detach(), k.detach(), size, scale, prefix)
+    return _ops.class_attention(constant(q), constant(k), size, scale, prefix)
 
 
 def received_attention(
@@ -189,7 +190,7 @@ def received_attention(
     be 0.
     """
     size, scale, prefix = _check_queries(q, k, size, scale, prefix)
-    return _ops.received_attention(q.detach(), k.detach(), size, scale, prefix)
+    return _ops.received_attention(constant(q), constant(k), size, scale, prefix)
 
 
 def proportional_attention(
@@ -351,7 +352,7 @@ def masked_prune_merge(
     importance = _check_importance(importance, x, prefix)
     mask = check_wide_vector("mask", mask, x, "x", (images, tokens))
     if size is not None:
-        size = check_wide_vector("size", size, x, "x", (images, tokens)).detach()
+        size = constant(check_wide_vector("size", size, x, "x", (images, tokens)))
     prune_prob = _check_rate("prune_prob", prune_prob, x, (tokens,), "(N,)")
     merge_prob = _check_rate("merge_prob", merge_prob, x, (tokens,), "(N,)")
     kept_p = _check_rate("kept_p", kept_p, x, (), "0-d").detach()
@@ -459,7 +460,7 @@ def _check_importance(importance: Tensor, x: Tensor, prefix: int) -> Tensor:
             f"got shape {tuple(importance.shape)}"
         )
     check_like("importance", importance, "x", x, dtype=False)
-    return importance.detach()
+    return constant(importance)
 
 
 def _check_attention(attn: Tensor, x: Tensor, prefix: int, importance: str) -> Tensor:
@@ -476,7 +477,7 @@ def _check_attention(attn: Tensor, x: Tensor, prefix: int, importance: str) -> T
             "importance='class' needs a class token (prefix >= 1), got prefix 0; use importance='received'"
         )
     check_like("attn", attn, "x", x, dtype=False)
-    return attn.detach()
+    return constant(attn)
 
 
 def _check_queries(
@@ -491,7 +492,7 @@ def _check_queries(
             raise ValueError(f"q must have at least one {name}, got shape {tuple(q.shape)}")
     prefix = check_prefix(prefix, q.shape[2])
     if size is not None:
-        size = check_wide_vector("size", size, q, "q", (q.shape[0], q.shape[2])).detach()
+        size = constant(check_wide_vector("size", size, q, "q", (q.shape[0], q.shape[2])))
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     return size, float(q.shape[3] ** -0.5 if scale is None else scale), prefix

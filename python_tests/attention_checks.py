@@ -24,15 +24,21 @@ def check_accuracy(operator: Operator, reference: Operator, case: AttentionCase,
     # the views' strides, too, are the same on the device
     on_device = [tensor.to(device) for tensor in (q, k)]
     out = operator(*on_device, None if size is None else size.to(device), scale=case.scale, prefix=case.prefix)
+    check_importance(out, reference, case)
+
+
+def check_importance(importance: Tensor, reference: Operator, case: AttentionCase) -> None:
+    """What an operator measured in this case."""
 
     def compute(q: Tensor, k: Tensor, size: Tensor | None) -> Tensor:
         return reference(q, k, size, scale=case.scale, prefix=case.prefix)
 
-    assert out.is_contiguous()
-    assert not out.requires_grad
+    assert importance.is_contiguous()
+    assert not importance.requires_grad
     dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
     terms = rounded_terms(case, reference)
-    assert_as_accurate_as_eager("importance", out, compute, [q, k, size], dtype=dtype, terms=terms)
+    inputs = [*case.qkv()[:2], case.size()]
+    assert_as_accurate_as_eager("importance", importance, compute, inputs, dtype=dtype, terms=terms)
 
 
 def rounded_terms(case: AttentionCase, reference: Operator) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 TOKENS = (1, 2, 3, 17, 64, 65, 129, 197, 257, 577, 1025)
 CHANNELS = (1, 3, 8, 16, 37, 64, 65, 384)
-HEAD_DIMS = (1, 3, 8, 16, 33, 64)
+HEAD_DIMS = (1, 3, 8, 16, 33, 64, 80, 128)
 IMAGES = (1, 2, 3, 5, 0)
 PREFIXES = (1, 0, 2, 5)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

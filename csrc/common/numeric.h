@@ -22,7 +22,7 @@ template <class To, class From>
 DIFFRATE_INLINE To bits_as(From value) {
   static_assert(sizeof(To) == sizeof(From));
   To result;
-  __builtin_memcpy(&result, &value, sizeof(To));
+  __builtin_memcpy(static_cast<void*>(&result), &value, sizeof(To));  // void: To may have private members
   return result;
 }
 

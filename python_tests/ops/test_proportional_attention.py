@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from attention_checks import LargestTensor
 from compare import assert_as_accurate_as_eager, assert_same
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import AttentionCase, attention_cases
 from torch import Tensor
 
@@ -74,7 +75,10 @@ def test_accuracy(device: torch.device, case: AttentionCase) -> None:
     assert_as_accurate_as_eager("out", results[0][0], attention(case), [q, k, v, size], dtype=case.dtype)
 
 
-@pytest.mark.parametrize("importance", ["class", "received"])
+REFERENCES = {"class": reference.class_attention, "received": reference.received_attention}
+
+
+@pytest.mark.parametrize("importance", REFERENCES)
 @given(case=attention_cases(least_prefix=1))
 def test_importance(device: torch.device, importance: str, case: AttentionCase) -> None:
     def measure(q: Tensor, k: Tensor, size: Tensor | None, **options: Any) -> Tensor:
@@ -82,8 +86,129 @@ def test_importance(device: torch.device, importance: str, case: AttentionCase) 
         assert measured is not None
         return measured
 
-    expected = reference.class_attention if importance == "class" else reference.received_attention
-    attention_checks.check_accuracy(measure, expected, case, device)
+    attention_checks.check_accuracy(measure, REFERENCES[importance], case, device)
+
+
+# --- the operator itself, where there is a kernel; half precision reaches it through ops, too
+
+
+def kernel_or_skip(device: torch.device) -> Any:
+    if device.type != ops._own_attention:
+        pytest.skip("torch's fused attention serves there")
+    return torch.ops.diffrate.proportional_attention
+
+
+@given(case=attention_cases(), importance=st.sampled_from(["class", "received", "none"]))
+def test_kernel_accuracy(device: torch.device, case: AttentionCase, importance: str) -> None:
+    operator = kernel_or_skip(device)
+    q, k, v = case.qkv()
+    size = case.size()
+    on_device = [None if tensor is None else tensor.to(device) for tensor in (q, k, v, size)]
+    out, measured = operator(*on_device, scale_of(case), case.prefix, importance)
+    if importance == "none":
+        assert measured.shape == (case.images, 0)
+    else:
+        attention_checks.check_importance(measured, REFERENCES[importance], case)
+    terms = logit_terms(case, q, k, size) @ v.double().abs()
+    terms = out.double().cpu().abs() + terms * (
+        torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps / torch.finfo(case.dtype).eps
+    )
+    assert_as_accurate_as_eager("out", out, attention(case), [q, k, v, size], dtype=case.dtype, terms=terms)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def logit_terms(case: AttentionCase, q: Tensor, k: Tensor, size: Tensor | None) -> Tensor:
+    """What the roundings of logits move the attention map by, as a magnitude."""
+    q, k = q.double(), k.double()
+    uncertain = 1 + q.abs() @ k.abs().transpose(-1, -2) * abs(scale_of(case))
+    if size is not None:
+        uncertain = uncertain + log_size(size.double(), q).abs()
+    attn = attention_map(case, q, k, None if size is None else size.double())
+    return attn * (uncertain + uncertain.amax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("importance", ["class", "received", None])
+def test_half_precision_uses_the_kernel(
+    device: torch.device, dtype: torch.dtype, importance: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel_or_skip(device)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    q, k, v = (tensor.to(device) for tensor in AttentionCase(2, 3, 17, 128, 1, dtype).qkv())
+    ops.proportional_attention(q, k, v, importance=importance)
+    wide = [torch.cat([tensor, tensor], -1) for tensor in (q, k, v)]
+    for left_to_torch in ([q.clone().requires_grad_(), k, v], [q.float(), k.float(), v.float()], wide):
+        with pytest.raises(TypeError, match="NoneType"):
+            ops.proportional_attention(*left_to_torch, importance=importance)
+
+
+def test_the_kernel_refuses_a_gradient(device: torch.device) -> None:
+    """It has none: zeros would go unnoticed."""
+    operator = kernel_or_skip(device)
+    q = torch.randn(1, 2, 5, 4, device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        operator(q, q, q, None, 1.0)[0].sum().backward()
+
+
+@pytest.mark.parametrize("importance", ["class", "received"])
+def test_kernel_with_special_values(device: torch.device, importance: str) -> None:
+    operator = kernel_or_skip(device)
+    q, k, v = (tensor.to(device) for tensor in AttentionCase(3, 2, 65, 16, 1, torch.float32).qkv())
+    clean, clean_importance = operator(q, k, v, None, 0.25, 1, importance)
+    for scale in (1e3, -1e3, 1e30):
+        out, measured = operator(q, k, v, None, scale, 1, importance)
+        assert out.isfinite().all()
+        assert ((measured >= 0) & (measured <= 1 + 1e-5)).all()
+    q[1, :, 0, 3] = torch.nan
+    out, measured = operator(q, k, v, None, 0.25, 1, importance)
+    assert out[1, :, 0].isnan().all()
+    assert measured[1].isnan().all()
+    assert_same("other tokens", out[1, :, 1:], clean[1, :, 1:])
+    assert_same("other images", out[[0, 2]], clean[[0, 2]])
+    assert_same("importance of other images", measured[[0, 2]], clean_importance[[0, 2]])
+    sizes = torch.ones(3, 65, device=device)
+    for small in (0.0, -1.0, -torch.inf, TINY / 2):
+        sizes[:, 5] = small
+        actual = operator(q, k, v, sizes, 0.25, 1, importance)
+        sizes[:, 5] = TINY
+        for a, b in zip(actual, operator(q, k, v, sizes, 0.25, 1, importance), strict=True):
+            assert_same(f"size {small}", a, b)
+
+
+def test_kernel_refuses_wide_heads(device: torch.device) -> None:
+    operator = kernel_or_skip(device)
+    q = torch.zeros(1, 1, 3, 129, device=device)
+    with pytest.raises(RuntimeError, match="heads of at most 128 channels"):
+        operator(q, q, q, None, 1.0)
+
+
+RAW: dict[str, Any] = {"q": attention_checks.Q, "k": attention_checks.Q, "v": attention_checks.Q, "size": None}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q": RAW["q"][0]},
+        {"k": RAW["q"][:, :, :5]},
+        {"v": RAW["q"][..., :3]},
+        {"v": RAW["q"].half()},
+        {"q": RAW["q"][..., :0], "k": RAW["q"][..., :0], "v": RAW["q"][..., :0]},
+        {"size": torch.ones(2, 5)},
+        {"size": torch.ones(2, 6).double()},
+        {"prefix": -1},
+        {"prefix": 7},
+        {"importance": "cls"},
+    ],
+)
+def test_the_operator_checks_for_itself(device: torch.device, changes: dict[str, Any]) -> None:
+    operator = kernel_or_skip(device)
+    arguments = {**RAW, "scale": 1.0, **changes}
+    on_device = {name: a.to(device) if isinstance(a, Tensor) else a for name, a in arguments.items()}
+    with pytest.raises(RuntimeError, match="diffrate: "):
+        operator(**on_device)
+
+
+# --- the reference, gradients, layout
 
 
 @settings(max_examples=20)
