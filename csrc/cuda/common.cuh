@@ -52,8 +52,8 @@ __device__ inline uint32_t pack<__nv_bfloat16>(float low, float high) {
   return bits_as<uint32_t>(__floats2bfloat162_rn(low, high));
 }
 
-// 16 bytes of a row: what one thread reads and writes at a time. As words, which stay whole until a number is asked for:
-// as an array of 16-bit numbers a chunk would be taken apart when it arrives, and so waited for.
+// 16 bytes of a row: what one thread reads and writes at a time. As words, which stay whole until a number is asked
+// for: as an array of 16-bit numbers a chunk would be taken apart when it arrives, and so waited for.
 template <class T>
 struct alignas(16) Chunk {
   static constexpr int kCount = 16 / sizeof(T);

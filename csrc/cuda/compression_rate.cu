@@ -1,6 +1,6 @@
-// The differentiable discrete proxies of all blocks at once: one thread block per proxy. A keep probability is a running
-// sum over candidates, so that a proxy costs K + N operations. Sums are kept in double, in a fixed order: a kept number
-// is a ceiling. Equal logits give ones, so that their sums are exact.
+// The differentiable discrete proxies of all blocks at once: one thread block per proxy. A keep probability is a
+// running sum over candidates, so that a proxy costs K + N operations. Sums are kept in double, in a fixed order: a
+// kept number is a ceiling. Equal logits give ones, so that their sums are exact.
 #include "cuda/common.cuh"
 
 namespace diffrate::cuda {
@@ -64,7 +64,10 @@ struct Proxy {
   double top, total;
 
   __device__ Proxy(const CompressionRateArgs& args, Block shared)
-      : a(args), block(shared), logits(static_cast<const W*>(a.logits) + blockIdx.x * a.candidates), mine(a.candidates) {
+      : a(args),
+        block(shared),
+        logits(static_cast<const W*>(a.logits) + blockIdx.x * a.candidates),
+        mine(a.candidates) {
     double highest = -INFINITY, sum = 0;
     for (int64_t k = mine.begin; k < mine.end; ++k) highest = logits[k] > highest ? double(logits[k]) : highest;
     top = block.largest(highest);

@@ -1,9 +1,9 @@
 // The device, as the kernels see it: everything that is not plain C++.
 //
 // Kernels use, besides this file, only threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, __syncthreads, __syncwarp,
-// __shfl_sync, __shfl_xor_sync, __ballot_sync, __popc, __ffs, the conversions of __half and __nv_bfloat16, and <math.h>.
-// They take all shared memory from `Shared`, and are started by `launch`. So the same sources run as host C++ under
-// csrc/emulation/device.h, which defines these names again.
+// __shfl_sync, __shfl_xor_sync, __ballot_sync, __popc, __ffs, the conversions of __half and __nv_bfloat16, and
+// <math.h>. They take all shared memory from `Shared`, and are started by `launch`. So the same sources run as host C++
+// under csrc/emulation/device.h, which defines these names again.
 #pragma once
 
 #if defined(DIFFRATE_EMULATED)
@@ -85,7 +85,8 @@ __device__ inline void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4]
 template <>
 __device__ inline void multiply_accumulate<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -132,9 +133,9 @@ const char* launch(void (*kernel)(Parameters...), Blocks blocks, int threads, in
   if (blocks.count == 0) return nullptr;
   if (blocks.count > INT32_MAX) return "too many blocks for one launch";
   if (shared_bytes > 48 * 1024) {  // more than every device has without being asked
-    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes));
+    cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return cudaGetErrorString(cudaGetLastError());
   }
   cudaLaunchAttribute cluster{};

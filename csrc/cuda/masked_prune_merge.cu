@@ -13,9 +13,9 @@ __device__ int64_t kept_number(const void* kept, int64_t tokens) {
   return number < static_cast<W>(tokens) ? static_cast<int64_t>(number + W(0.5)) : tokens;
 }
 
-// Which sorted positions do what. Tokens before `kept` stay, those up to `middle` merge into them, those up to `last` are
-// pruned, and the rest was not alive before. Numbers that leave nothing to merge into cannot be refused here, as on the
-// CPU: they are raised until nothing is out of bounds.
+// Which sorted positions do what. Tokens before `kept` stay, those up to `middle` merge into them, those up to `last`
+// are pruned, and the rest was not alive before. Numbers that leave nothing to merge into cannot be refused here, as on
+// the CPU: they are raised until nothing is out of bounds.
 struct Positions {
   int64_t last, middle, kept;
 

@@ -15,21 +15,25 @@ namespace diffrate::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kDestinations = 8;  // of a warp at a time: a lane holds 16 bytes of the row of destination lane / 4
+constexpr int kDestinations = 8;       // of a warp at a time: a lane holds 16 bytes of the row of destination lane / 4
 constexpr int64_t kNearTokens = 4096;  // with more, what each token needs is kept in device memory
 
-constexpr int64_t kMostParts = 8;      // the largest cluster that every device has
+constexpr int64_t kMostParts = 8;  // the largest cluster that every device has
 
 // What is compared at once: as many sources as registers allow.
 template <class T>
-constexpr int kMostSources = sizeof(T) == 2 ? 64 : sizeof(T) == 4 ? 32 : 16;
+constexpr int kMostSources = sizeof(T) == 2   ? 64
+                             : sizeof(T) == 4 ? 32
+                                              : 16;
 
-// How rows are read: 16 bytes at a time by lanes that have so many chunks under way, or number by number where rows are not
-// aligned. Of many images two blocks on a multiprocessor hide each other's waiting; of few there is only one, which takes
-// all registers to read ahead.
+// How rows are read: 16 bytes at a time by lanes that have so many chunks under way, or number by number where rows are
+// not aligned. Of many images two blocks on a multiprocessor hide each other's waiting; of few there is only one, which
+// takes all registers to read ahead.
 enum class Reading { many_images, few_images, unaligned };
 template <Reading kReading>
-constexpr int kReadAhead = kReading == Reading::many_images ? 4 : kReading == Reading::few_images ? 8 : 1;
+constexpr int kReadAhead = kReading == Reading::many_images  ? 4
+                           : kReading == Reading::few_images ? 8
+                                                             : 1;
 template <class T, Reading kReading>
 constexpr int kBlocksAtOnce = sizeof(T) == 2 && kReading == Reading::many_images ? 2 : 1;
 
@@ -63,14 +67,15 @@ struct Best {
 template <class T>
 struct ImageMemory {
   using W = Wide<T>;
-  KeyOf<W>* keys;     // (N - P); these two only for images of at most kNearTokens
+  KeyOf<W>* keys;  // (N - P); these two only for images of at most kNearTokens
   PerToken<W> token;
   W* inverse;     // (resident): 1 / norm of each source
   Best<W>* best;  // (kWarps, kMostSources)
   T* sources;     // (resident, stride)
   int64_t bytes;
 
-  __host__ __device__ ImageMemory(unsigned char* base, int64_t tokens, int resident, int stride) : keys(nullptr), token{} {
+  __host__ __device__ ImageMemory(unsigned char* base, int64_t tokens, int resident, int stride)
+      : keys(nullptr), token{} {
     Shared shared(base);
     if (tokens <= kNearTokens) {
       keys = shared.take<KeyOf<W>>(tokens);
@@ -155,8 +160,8 @@ struct PruneMerge {
     return {row_of<T>(a.x, image, from), a.residual.data == nullptr ? nullptr : row_of<T>(a.residual, image, from)};
   }
 
-  // Chunks of rows, with the residual added as eager PyTorch would (rounded to T). All are asked for before the first is
-  // used. `where(u)` gives the row and the channel of chunk u.
+  // Chunks of rows, with the residual added as eager PyTorch would (rounded to T). All are asked for before the first
+  // is used. `where(u)` gives the row and the channel of chunk u.
   template <int kChunks, class Where>
   __device__ void read_input(Chunk<T> (&chunk)[kChunks], Where where) const {
     Chunk<T> more[kChunks];
@@ -259,10 +264,10 @@ struct PruneMerge {
   // Each warp compares some groups of destinations with all resident sources, and leaves the best it found in
   // memory.best. In the first pass it also writes the destinations.
   //
-  // Source and destination meet channel by channel whatever the order of channels, so a lane's 16 bytes can stand for any
-  // channels of the tensor cores' operands: no operand is ever rearranged. In half precision the tensor cores sum over a
-  // row's four lanes; in float and double each lane sums over its own channels for every source, and the four lanes' sums
-  // are added at the end.
+  // Source and destination meet channel by channel whatever the order of channels, so a lane's 16 bytes can stand for
+  // any channels of the tensor cores' operands: no operand is ever rearranged. In half precision the tensor cores sum
+  // over a row's four lanes; in float and double each lane sums over its own channels for every source, and the four
+  // lanes' sums are added at the end.
   __device__ void compare(int count, bool first_pass) const {
     constexpr bool tensor_cores = sizeof(T) == 2;
     constexpr int kTiles = kMost / 16;
@@ -287,8 +292,7 @@ struct PruneMerge {
           read_input(row, [&](int u) { return Place{from, c0 + u * 4 * kCount}; });
         } else {  // what this lane has written
 #pragma unroll
-          for (int u = 0; u < kAhead; ++u)
-            row[u] = load_chunk(to, c0 + u * 4 * kCount, a.channels, kAligned);
+          for (int u = 0; u < kAhead; ++u) row[u] = load_chunk(to, c0 + u * 4 * kCount, a.channels, kAligned);
         }
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
@@ -383,7 +387,8 @@ struct PruneMerge {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       // the lanes that met other destinations of the same sources
-      for (int offset = tensor_cores ? 1 : 4; offset < (tensor_cores ? 4 : kWarp); offset *= 2) best[i].meet_lane(offset);
+      for (int offset = tensor_cores ? 1 : 4; offset < (tensor_cores ? 4 : kWarp); offset *= 2)
+        best[i].meet_lane(offset);
       int source = tensor_cores ? i / 2 * 16 + i % 2 * 8 + group : i * 4 + quarter;
       if (source < count && (tensor_cores ? quarter : group) == 0) memory.best[warp_id() * kMost + source] = best[i];
     }
@@ -444,7 +449,7 @@ struct PruneMerge {
         for (int i = 0; i < kCount; ++i) sum[i] = mean[i] * own;
         for_matched(source, to, [&](int64_t i) {
           W share = weight(k_m + i);
-          Chunk<T> more = !resident             ? input_chunk(input_row(k_m + i), c)
+          Chunk<T> more = !resident           ? input_chunk(input_row(k_m + i), c)
                           : c < layout.stride ? source_chunk(static_cast<int>(i), static_cast<int>(c))
                                               : Chunk<T>{};
           for (int j = 0; j < kCount; ++j) sum[j] += more[j] * share;
@@ -495,7 +500,8 @@ Layout<Wide<T>> layout_of(const PruneMergeArgs& a, int64_t most, void* scratch, 
   Layout<W> layout{};
   layout.parts = parts_of(a);
   layout.stride = source_stride<T>(a.channels);
-  int64_t row = ImageMemory<T>(nullptr, a.tokens, 1, layout.stride).bytes - ImageMemory<T>(nullptr, a.tokens, 0, 0).bytes;
+  int64_t row =
+      ImageMemory<T>(nullptr, a.tokens, 1, layout.stride).bytes - ImageMemory<T>(nullptr, a.tokens, 0, 0).bytes;
   int64_t room = shared_limit() - ImageMemory<T>(nullptr, a.tokens, 0, 0).bytes;
   int64_t resident = most < kMostSources<T> ? most : kMostSources<T>;
   if (resident * row > room) resident = room / row;

@@ -1,9 +1,10 @@
 // Products of small matrices by one warp: what the attention kernels are made of.
 //
 // A warp works on kRows tiles of 16 rows. Results are fragments: of each 16 x 8 tile a lane holds four numbers, with
-// g = lane / 4 and t = lane % 4 those at (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). Half precision multiplies on
-// the tensor cores; float and double have the same fragments and multiply on the ordinary units. Operands lie in shared
-// memory as rows of kDepth numbers, a multiple of 16, and stride_of<T, kDepth>: what is longer than the data is zero.
+// g = lane / 4 and t = lane % 4 those at (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). Half precision multiplies
+// on the tensor cores; float and double have the same fragments and multiply on the ordinary units. Operands lie in
+// shared memory as rows of kDepth numbers, a multiple of 16, and stride_of<T, kDepth>: what is longer than the data is
+// zero.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -21,8 +22,8 @@ constexpr int stride_of = kDepth + Chunk<T>::kCount;
 __device__ inline int row_in_tile(int i) { return lane_id() / 4 + (i / 2) * 8; }
 __device__ inline int column_in_tile(int i) { return lane_id() % 4 * 2 + i % 2; }
 
-// Starts to copy `rows` rows of a head (`head`: its token 0), from token `first`, to shared memory, by all threads of the
-// block. Tokens from `tokens` on and channels from `head_dim` on become zero. They have arrived after copy_commit,
+// Starts to copy `rows` rows of a head (`head`: its token 0), from token `first`, to shared memory, by all threads of
+// the block. Tokens from `tokens` on and channels from `head_dim` on become zero. They have arrived after copy_commit,
 // copy_wait and __syncthreads.
 template <class T, int kDepth>
 __device__ void fetch_rows(T* to, int rows, const T* head, int64_t stride_token, int64_t first, int64_t tokens,
@@ -88,8 +89,7 @@ __device__ void multiply_rows(Wide<T> (&out)[kRows][kTiles][4], const Left<T, kR
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          a[r][h] = read_chunk(mine + (r * 16 + h * 8) * kStride + k);
+        for (int h = 0; h < 2; ++h) a[r][h] = read_chunk(mine + (r * 16 + h * 8) * kStride + k);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -173,8 +173,7 @@ __device__ void multiply_columns(Wide<T> (&out)[kRows][kDepth / 8][4], const Wei
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          a[r][h] = read_chunk(mine + (r * 16 + h * 8) * kWeightStride + k);
+        for (int h = 0; h < 2; ++h) a[r][h] = read_chunk(mine + (r * 16 + h * 8) * kWeightStride + k);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const T* row = right + (k + i) * kStride + lane % 4 * 2;

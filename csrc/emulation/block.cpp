@@ -46,8 +46,7 @@ void Block::start(int index, int cluster, int threads, int64_t shared_bytes, con
     thread.copies.clear();
     thread.groups.clear();
   }
-  ready_.resize(threads_.size());
-  std::iota(ready_.begin(), ready_.end(), 0);
+  ready_.add_all(static_cast<int>(threads_.size()));
   shared_bytes_ = shared_bytes;
   unpoison(shared_, shared_bytes_);
   std::memset(shared_, kUnset, shared_bytes_);
@@ -69,15 +68,10 @@ void Block::thread_main() {
 void Block::run() {
   running_block = this;
   cuda::blockIdx.x = static_cast<unsigned>(index_);
-  for (std::vector<int> now; !ready_.empty();) {
-    now.swap(ready_);
-    ready_.clear();
-    arrange(now);
-    for (int thread : now) {
-      thread_ = thread;
-      cuda::threadIdx.x = static_cast<unsigned>(thread);
-      fibers_[thread]->resume();
-    }
+  while (!ready_.empty()) {
+    thread_ = ready_.take();
+    cuda::threadIdx.x = static_cast<unsigned>(thread_);
+    fibers_[thread_]->resume();
     if (!ready_.empty() || exited()) continue;
     check_waiting();
     if (threads_[0].wait.what == kBarrier) release();
@@ -128,8 +122,7 @@ void Block::cluster_barrier(Where where) {
 
 void Block::release() {
   for (Thread& thread : threads_) thread.wait.what = nullptr;
-  ready_.resize(threads_.size());
-  std::iota(ready_.begin(), ready_.end(), 0);
+  ready_.add_all(static_cast<int>(threads_.size()));
 }
 
 // No thread can go on: right only if all wait at one barrier.
@@ -180,7 +173,7 @@ void Block::collective(const char* what, unsigned mask, void* arguments, Perform
   for (int other = 0; other < kWarp; ++other) {
     if (!(mask >> other & 1) || other == lane) continue;
     threads_[first + other].wait.what = nullptr;
-    ready_.push_back(first + other);
+    ready_.add(first + other);
   }
 }
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "emulation/fiber.h"
+#include "emulation/schedule.h"
 
 namespace diffrate::cuda {
 
@@ -100,8 +101,8 @@ class Block {
   const Kernel* kernel_ = nullptr;
   std::vector<Thread> threads_;
   std::vector<std::unique_ptr<Fiber>> fibers_;  // at least as many
-  std::vector<int> ready_;                      // threads that can go on
-  int thread_ = 0;                              // the one that runs
+  Ready ready_;
+  int thread_ = 0;  // the one that runs
   unsigned char* shared_;
   int64_t shared_bytes_ = 0;
   std::vector<Piece> pieces_;

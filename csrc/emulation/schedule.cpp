@@ -1,6 +1,7 @@
 #include "emulation/schedule.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <functional>
 #include <random>
@@ -36,6 +37,36 @@ void arrange(std::vector<int>& numbers) {
     case Order::reverse: return std::sort(numbers.begin(), numbers.end(), std::greater<>());
     case Order::random: return std::shuffle(numbers.begin(), numbers.end(), generator);
   }
+}
+
+void Ready::add(int thread) {
+  words_[thread / 64] |= uint64_t{1} << thread % 64;
+  ++count_;
+}
+
+void Ready::add_all(int threads) {
+  for (int thread = 0; thread < threads; ++thread) add(thread);
+}
+
+int Ready::take() {
+  Order order = schedule().order;
+  auto taken = [&](int word, int bit) {
+    words_[word] &= ~(uint64_t{1} << bit);
+    --count_;
+    return word * 64 + bit;
+  };
+  if (order == Order::reverse) {
+    int word = kWords - 1;
+    while (words_[word] == 0) --word;
+    return taken(word, 63 - std::countl_zero(words_[word]));
+  }
+  uint64_t start = order == Order::random ? generator() % (kWords * 64) : 0;
+  int word = static_cast<int>(start / 64);
+  uint64_t from_start = words_[word] >> start % 64 << start % 64;
+  if (from_start != 0) return taken(word, std::countr_zero(from_start));
+  do word = (word + 1) % kWords;
+  while (words_[word] == 0);
+  return taken(word, std::countr_zero(words_[word]));
 }
 
 }  // namespace diffrate::emulation

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <thread>
 #include <vector>
@@ -51,6 +52,9 @@ struct Case {
 
 const Case kCases[] = {{2, 17, 24, 1, 12, 8}, {1, 65, 37, 0, 65, 33}, {3, 5, 1, 2, 4, 3},        {2, 1, 3, 1, 1, 1},
                        {2, 9, 16, 1, 1, 1},   {4, 40, 65, 1, 39, 2},  {1, 197, 96, 1, 168, 156}, {0, 8, 8, 1, 4, 3}};
+
+// More tokens than the CUDA kernels keep in shared memory.
+const Case kManyTokens = {2, 4200, 3, 1, 4190, 4150};
 
 std::unique_ptr<float[]> random_floats(int64_t count, unsigned seed, float low = -1, float high = 1) {
   std::mt19937 generator(seed);
@@ -98,6 +102,39 @@ void test_sort_tokens(const Case& c, const cpu::Threads& threads) {
   check(moved, "sort_tokens: features", c.tokens, c.channels);
 }
 
+// Whether kept tokens are where the sort order has them, and every source is with its most similar destination.
+bool sources_are_matched(const Case& c, int64_t image, const float* x, const float* residual, const float* importance,
+                         const int64_t* slot) {
+  const float* scores = importance + image * (c.tokens - c.prefix) - c.prefix;
+  std::vector<int64_t> order(c.tokens);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin() + c.prefix, order.end(), [&](int64_t i, int64_t j) { return scores[i] > scores[j]; });
+  auto value = [&](int64_t token, int64_t k) {
+    int64_t at = (image * c.tokens + token) * c.channels + k;
+    return residual ? x[at] + residual[at] : x[at];
+  };
+  auto dot = [&](int64_t i, int64_t j) {
+    double sum = 0;
+    for (int64_t k = 0; k < c.channels; ++k) sum += double(value(i, k)) * value(j, k);
+    return sum;
+  };
+  bool good = true;
+  std::vector<double> norms(c.k_m);
+  for (int64_t j = 0; j < c.k_m; ++j) {
+    norms[j] = std::sqrt(dot(order[j], order[j]));
+    good = good && slot[order[j]] == j;
+  }
+  for (int64_t i = c.k_m; i < c.k_p; ++i) {
+    auto similarity = [&](int64_t to) { return dot(order[i], order[to]) / norms[to]; };
+    int64_t found = slot[order[i]];
+    if (found < c.prefix || found >= c.k_m) return false;
+    double best = -INFINITY;
+    for (int64_t to = c.prefix; to < c.k_m; ++to) best = std::fmax(best, similarity(to));
+    good = good && similarity(found) >= best - 1e-5 * std::abs(best);
+  }
+  return good;
+}
+
 // The mean of the tokens that share a slot, and every source in the slot of its most similar destination.
 void test_prune_merge(const Case& c, const cpu::Threads& threads, bool with_residual) {
   auto x = random_floats(c.images * c.tokens * c.channels, 3);
@@ -124,8 +161,10 @@ void test_prune_merge(const Case& c, const cpu::Threads& threads, bool with_resi
                       out_size.get(),
                       slot.get()};
   cpu::kernels().prune_merge(args, threads);
-  bool counts = true, means = true, sizes = true;
+  bool counts = true, means = true, sizes = true, matches = true;
   for (int64_t b = 0; b < c.images; ++b) {
+    matches = matches && sources_are_matched(c, b, x.get(), with_residual ? residual.get() : nullptr, importance.get(),
+                                             slot.get() + b * c.tokens);
     int64_t pruned = 0;
     std::vector<double> sum(c.k_m * c.channels), members(c.k_m), total(c.k_m);
     for (int64_t i = 0; i < c.tokens; ++i) {
@@ -151,6 +190,7 @@ void test_prune_merge(const Case& c, const cpu::Threads& threads, bool with_resi
     }
   }
   check(counts, "prune_merge: slots", c.tokens, c.channels);
+  check(matches, "prune_merge: matches", c.tokens, c.channels);
   check(means, "prune_merge: features", c.tokens, c.channels);
   check(sizes, "prune_merge: sizes", c.tokens, c.channels);
 }
@@ -498,6 +538,9 @@ int main() {
       test_masked_attention(c, threads);
       test_masked_prune_merge(c, threads);
     }
+    test_sort_tokens(kManyTokens, threads);
+    test_prune_merge(kManyTokens, threads, true);
+    test_masked_prune_merge(kManyTokens, threads);
     test_compression_rate(196, 1, threads);
     test_compression_rate(17, 4, threads);
     test_compression_rate(1, 1, threads);
