@@ -44,8 +44,8 @@ __all__ = [
 ]
 
 _ops = torch.ops.diffrate
-# where proportional_attention has a kernel: on CUDA, or on the CPU where tests emulate the CUDA kernels there
-_own_attention = "cpu" if "emulated" in build_info()["cuda_architectures"] else "cuda"
+# where the CUDA kernels run: tests emulate them on the CPU
+_cuda = "cpu" if "emulated" in build_info()["cuda_architectures"] else "cuda"
 
 
 def sort_tokens(
@@ -190,6 +190,7 @@ def received_attention(
     be 0.
     """
     size, scale, prefix = _check_queries(q, k, size, scale, prefix)
+    _check_width(q)
     return _ops.received_attention(constant(q), constant(k), size, scale, prefix)
 
 
@@ -274,6 +275,7 @@ def masked_attention(
     check_tensor("v", v, 4, "(B, H, N, D)")
     check_shape("v", v, q.shape, "the shape of q")
     check_like("v", v, "q", q)
+    _check_width(q)
     mask = check_wide_vector("mask", mask, q, "q", (q.shape[0], q.shape[2]))
     return _ops.masked_attention(q, k, v, mask, size, scale, prefix, importance)
 
@@ -498,6 +500,15 @@ def _check_queries(
     return size, float(q.shape[3] ** -0.5 if scale is None else scale), prefix
 
 
+def _check_width(q: Tensor) -> None:
+    """Of what the CUDA kernels keep in shared memory."""
+    widest = 64 if q.dtype == torch.float64 else 128
+    if q.device.type == _cuda and q.shape[3] > widest:
+        raise ValueError(
+            f"q must have at most {widest} channels per head on CUDA in {q.dtype}, got shape {tuple(q.shape)}"
+        )
+
+
 def _check_class_token(prefix: int) -> None:
     if prefix < 1:
         raise ValueError(
@@ -509,7 +520,7 @@ def _check_class_token(prefix: int) -> None:
 def _has_own_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     differentiates = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return (
-        q.device.type == _own_attention
+        q.device.type == _cuda
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[3] <= 128
         and not differentiates

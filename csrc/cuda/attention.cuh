@@ -14,13 +14,15 @@ constexpr int kAttentionThreads = kAttentionWarps * kWarp;
 constexpr double kMaskedEpsilon = 1e-6;  // of the masked softmax
 constexpr double kLog2OfE = 1.44269504088896340736;
 
-// Keys that are in shared memory at a time.
-template <class T>
-constexpr int kKeyTile = kTensorCores<T> ? 64 : 32;
+// Keys that are in shared memory at a time: all of a block's must fit the 99 KB that every device has.
+template <class T, int kDepth>
+constexpr int kKeyTile = kTensorCores<T>                  ? 64
+                         : sizeof(T) == 4 && kDepth <= 80 ? 32
+                                                          : 16;
 
 // Of these, keys that a warp handles at once: their logits must fit its registers beside the results.
-template <class T>
-constexpr int kKeysAtOnce = sizeof(T) == 8 ? 16 : 32;
+template <class T, int kDepth>
+constexpr int kKeysAtOnce = kKeyTile<T, kDepth> < 32 ? kKeyTile<T, kDepth> : 32;
 
 // Tiles of 16 rows that a warp works on: as many as registers hold.
 template <class T, int kDepth>
@@ -74,14 +76,16 @@ bool aligned_heads(const Heads& from, int64_t head_dim) {
 // Calls body(T{}, depth) with the C++ type of a dtype and, as a constant, the head's channels padded to whole tiles.
 template <class Body>
 const char* dispatch_heads(Type type, int64_t head_dim, Body body) {
-  if (head_dim > 128) return "the CUDA kernels take heads of at most 128 channels";
   return dispatch(type, [&](auto example) -> const char* {
-    if constexpr (!std::is_same_v<decltype(example), double>) {  // the rarest of all: fewer kernels of it
+    if constexpr (std::is_same_v<decltype(example), double>) {  // for checks of gradients: one depth, which fits
+      if (head_dim > 64) return "the CUDA kernels take heads of at most 64 channels in float64";
+    } else {
+      if (head_dim > 128) return "the CUDA kernels take heads of at most 128 channels";
+      if (head_dim > 80) return body(example, std::integral_constant<int, 128>{});
+      if (head_dim > 64) return body(example, std::integral_constant<int, 80>{});
       if (head_dim <= 32) return body(example, std::integral_constant<int, 32>{});
-      if (head_dim > 64 && head_dim <= 80) return body(example, std::integral_constant<int, 80>{});
     }
-    if (head_dim <= 64) return body(example, std::integral_constant<int, 64>{});
-    return body(example, std::integral_constant<int, 128>{});
+    return body(example, std::integral_constant<int, 64>{});
   });
 }
 

@@ -40,9 +40,9 @@ const char* masked_received_rows(const MaskedAttentionArgs& a, void* scratch, St
 template <class T, int kDepth, bool kMasked, bool kValues>
 struct ForwardShared {
   using W = Wide<T>;
-  static constexpr int kKeys = kKeyTile<T>;
+  static constexpr int kKeys = kKeyTile<T, kDepth>;
   static constexpr int kTile = kKeys * stride_of<T, kDepth>;  // numbers of a buffer
-  static constexpr int kWeights = weights_buffer<T, kRowTiles<T, kDepth>, kKeysAtOnce<T> / 8>;
+  static constexpr int kWeights = weights_buffer<T, kRowTiles<T, kDepth>, kKeysAtOnce<T, kDepth> / 8>;
 
   T* queries;        // (kBlockRows, stride); at the end the results
   T *keys, *values;  // two tiles each
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     attention_forward_kernel(MaskedAttentionArgs a, AttentionRows<Wide<T>> to, bool aligned) {
   using W = Wide<T>;
   using Memory = ForwardShared<T, kDepth, kMasked, kValues>;
-  constexpr int kRows = kRowTiles<T, kDepth>, kKeys = kKeyTile<T>, kTiles = kKeysAtOnce<T> / 8;
+  constexpr int kRows = kRowTiles<T, kDepth>, kKeys = kKeyTile<T, kDepth>, kTiles = kKeysAtOnce<T, kDepth> / 8;
   constexpr W kInfinity = static_cast<W>(INFINITY);
   Memory shared(shared_memory());
   const int tid = static_cast<int>(threadIdx.x);

@@ -9,7 +9,7 @@ namespace diffrate::cuda {
 template <class T, int kDepth, bool kMasked>
 struct ReceivedShared {
   using W = Wide<T>;
-  static constexpr int kQueries = kKeyTile<T>;
+  static constexpr int kQueries = kKeyTile<T, kDepth>;
   static constexpr int kTile = kQueries * stride_of<T, kDepth>;
 
   T* keys;                  // (kBlockRows, stride)
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     received_kernel(MaskedAttentionArgs a, AttentionRows<Wide<T>> rows, bool aligned) {
   using W = Wide<T>;
   using Memory = ReceivedShared<T, kDepth, kMasked>;
-  constexpr int kRows = kRowTiles<T, kDepth>, kQueries = Memory::kQueries, kTiles = kKeysAtOnce<T> / 8;
+  constexpr int kRows = kRowTiles<T, kDepth>, kQueries = Memory::kQueries, kTiles = kKeysAtOnce<T, kDepth> / 8;
   constexpr W kInfinity = static_cast<W>(INFINITY);
   Memory shared(shared_memory());
   const int tid = static_cast<int>(threadIdx.x);

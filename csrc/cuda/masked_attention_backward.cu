@@ -49,7 +49,7 @@ struct Shapes {  // half precision
 };
 template <int kDepth>
 struct Shapes<float, kDepth> {
-  using Queries = Shape<kDepth <= 64 ? 2 : 1, 2, 16, 4, 2>;
+  using Queries = Shape<kDepth <= 64 ? 2 : 1, 2, 16, kDepth <= 80 ? 4 : 2, 2>;
   using Keys = Queries;
 };
 template <int kDepth>

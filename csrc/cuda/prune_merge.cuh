@@ -16,7 +16,7 @@ namespace diffrate::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kDestinations = 8;       // of a warp at a time: a lane holds 16 bytes of the row of destination lane / 4
-constexpr int64_t kNearTokens = 4096;  // with more, what each token needs is kept in device memory
+constexpr int64_t kNearTokens = 2048;  // with more, what each token needs is kept in device memory
 
 constexpr int64_t kMostParts = 8;  // the largest cluster that every device has
 

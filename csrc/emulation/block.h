@@ -28,8 +28,8 @@ constinit inline thread_local dim3 blockDim{}, gridDim{};
 namespace diffrate::emulation {
 
 constexpr int kWarp = 32;
-constexpr int64_t kRedZone = 64;  // bytes after each piece of shared memory
-constexpr int64_t kSharedLimit = 227 * 1024;
+constexpr int64_t kRedZone = 64;             // bytes after each piece of shared memory
+constexpr int64_t kSharedLimit = 99 * 1024;  // the least of all devices from sm_80 on
 
 using Kernel = std::function<void()>;
 using Where = std::source_location;

@@ -32,6 +32,9 @@ constexpr Type kType = std::is_same_v<T, float>    ? Type::f32
                        : std::is_same_v<T, __half> ? Type::f16
                                                    : Type::bf16;
 
+template <class T>
+constexpr int64_t kWidestHead = std::is_same_v<T, double> ? 64 : 128;
+
 // What one rounding to T does to a number of magnitude 1, at most.
 template <class T>
 constexpr double kRounding = std::is_same_v<T, float>    ? 0x1p-24

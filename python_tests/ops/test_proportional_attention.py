@@ -46,6 +46,13 @@ def attention(case: AttentionCase) -> Any:
     return compute
 
 
+def added_terms(case: AttentionCase) -> Tensor:
+    """Magnitudes of what is added up: where values cancel, sums round more than their result tells."""
+    q, k, v = (tensor.double() for tensor in case.qkv())
+    size = case.size()
+    return attention_map(case, q, k, None if size is None else size.double()) @ v.abs()
+
+
 def gradient_terms(case: AttentionCase, inputs: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
     """Magnitudes of all that is added up and taken off in the gradients of q, k and v."""
     q, k, v, size, gradient = (None if tensor is None else tensor.double() for tensor in inputs)
@@ -72,7 +79,8 @@ def test_accuracy(device: torch.device, case: AttentionCase) -> None:
     assert results[2][1] is None
     for out, _ in results:
         assert_same("out, whatever the importance", out, results[0][0])
-    assert_as_accurate_as_eager("out", results[0][0], attention(case), [q, k, v, size], dtype=case.dtype)
+    out = results[0][0]
+    assert_as_accurate_as_eager("out", out, attention(case), [q, k, v, size], dtype=case.dtype, terms=added_terms(case))
 
 
 REFERENCES = {"class": reference.class_attention, "received": reference.received_attention}
@@ -93,7 +101,7 @@ def test_importance(device: torch.device, importance: str, case: AttentionCase) 
 
 
 def kernel_or_skip(device: torch.device) -> Any:
-    if device.type != ops._own_attention:
+    if device.type != ops._cuda:
         pytest.skip("torch's fused attention serves there")
     return torch.ops.diffrate.proportional_attention
 
@@ -180,6 +188,11 @@ def test_kernel_refuses_wide_heads(device: torch.device) -> None:
     q = torch.zeros(1, 1, 3, 129, device=device)
     with pytest.raises(RuntimeError, match="heads of at most 128 channels"):
         operator(q, q, q, None, 1.0)
+    with pytest.raises(ValueError, match=r"at most 128 channels per head on CUDA in torch\.float32"):
+        ops.received_attention(q, q)
+    q = q[..., :65].double()
+    with pytest.raises(ValueError, match=r"at most 64 channels per head on CUDA in torch\.float64"):
+        ops.masked_attention(q, q, q, torch.ones(1, 3, device=device))
 
 
 RAW: dict[str, Any] = {"q": attention_checks.Q, "k": attention_checks.Q, "v": attention_checks.Q, "size": None}
@@ -218,7 +231,7 @@ def test_the_reference_agrees(case: AttentionCase) -> None:
     q, k, v = case.qkv()
     size = case.size()
     out, _ = reference.proportional_attention(q, k, v, size, scale=case.scale, prefix=case.prefix)
-    assert_as_accurate_as_eager("out", out, attention(case), [q, k, v, size], dtype=case.dtype)
+    assert_as_accurate_as_eager("out", out, attention(case), [q, k, v, size], dtype=case.dtype, terms=added_terms(case))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "packed qkv", "tokens before heads"])
