@@ -187,7 +187,7 @@ def received_attention(
     """The attention that each patch receives, mean over heads and queries, without the N x N map.
 
     The importance in models without a class token. Arguments and result as in :func:`class_attention`; ``prefix`` may
-    be 0.
+    be 0. On CUDA a head has at most 128 channels, in float64 64.
     """
     size, scale, prefix = _check_queries(q, k, size, scale, prefix)
     _check_width(q)
@@ -257,7 +257,7 @@ def masked_attention(
     Sums are float32 (float64 for float64 input). No N x N map exists, and the backward pass keeps the inputs alone.
 
     Args:
-        q, k, v: (B, H, N, D); any strides.
+        q, k, v: (B, H, N, D); any strides. On CUDA D is at most 128, in float64 64.
         mask: M (B, N), 1 for tokens that are there, 0 for tokens that are not.
         size: token sizes (B, N); None stands for ones.
         scale: of the logits, by default ``D ** -0.5``.
@@ -338,7 +338,8 @@ def masked_prune_merge(
         size: token sizes (B, N); None stands for ones.
         prune_prob, merge_prob: keep probabilities (N,) of :func:`compression_rate`. They are where the gradient of the
             mask goes, at every position; values are not used.
-        kept_p, kept_m: 0-d, as :func:`compression_rate` gives them. Constants here: their gradient is in the FLOPs.
+        kept_p, kept_m: 0-d, as :func:`compression_rate` gives them. Constants here: their gradient is in the FLOPs. On
+            CUDA they are read on the device: numbers that make no sense are not refused but raised until they do.
         prefix: P.
         sizes: ``"cosine"``, a source counts size times cosine but at least 1 (the paper), or ``"sum"``.
 

@@ -102,6 +102,7 @@ __device__ inline void multiply_accumulate<__nv_bfloat16>(float (&d)[4], const u
 
 // Waits for all threads of all blocks of the cluster; what they wrote to device memory before is visible after.
 __device__ inline void cluster_barrier() {
+  __syncwarp();  // whole warps must arrive
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
