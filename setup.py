@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -35,13 +36,20 @@ def find_torch() -> dict[str, str] | None:
 
 
 def cmake_architectures(torch_list: str) -> str:
-    """``8.0;9.0+PTX`` in CMake's words: ``80-real;90``."""
-    words = torch_list.replace(" ", ";").split(";")
-    return ";".join(
-        word.removesuffix("+PTX").replace(".", "") + ("" if word.endswith("+PTX") else "-real")
-        for word in words
-        if word
-    )
+    """``8.0;9.0+PTX`` in CMake's words: ``80-real;90``. What is older than the kernels can run on is left out."""
+    found = []
+    for word in torch_list.replace(",", " ").replace(";", " ").split():
+        version = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+        if version is None:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST must be versions such as '8.0;9.0+PTX', got {word!r}")
+        major, minor, variant, ptx = version.groups()
+        if int(major) < 8:
+            print(f"diffrate_ext: no CUDA kernels for {word}, which is older than 8.0")
+        else:
+            found.append(f"{major}{minor}{variant}" + ("" if ptx else "-real"))
+    if not found:
+        raise ValueError(f"TORCH_CUDA_ARCH_LIST must name at least one version from 8.0 on, got {torch_list!r}")
+    return ";".join(found)
 
 
 class CMakeBuild(build_ext):

@@ -15,6 +15,7 @@ else
   folder=$(mktemp -d)
   trap 'rm -rf "$folder"' EXIT
 fi
+python3 -c 'import hypothesis, pytest, timm'  # before minutes of building
 sanitize=${DIFFRATE_SANITIZE:-OFF}
 cmake -S . -B "$folder" -GNinja -DDIFFRATE_EMULATE=ON -DDIFFRATE_SANITIZE="$sanitize" -DBUILD_TESTING=OFF \
   -DPython_EXECUTABLE="$(command -v python3)" >/dev/null
@@ -42,5 +43,5 @@ if diffrate_ext.build_info()["cuda_architectures"] != ["emulated"]:
     raise SystemExit(f"the tests would not run on the emulated device: {diffrate_ext.__file__} is another build")
 CHECK
 # Left out: threads and memory of the CPU kernels. Not python3 -m pytest: it would put the checkout before the package.
-pytest -q -rfE -m "not slow" -p no:cacheprovider python_tests/ops \
+python3 -c 'import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))' -q -rfE -m "not slow" -p no:cacheprovider python_tests/ops \
   --ignore python_tests/ops/test_threads_and_memory.py "$@"

@@ -114,11 +114,20 @@ inline int64_t device_attribute(cudaDeviceAttr attribute) {
   cudaDeviceGetAttribute(&value, attribute, device);
   return value;
 }
-// Of the current device: the most shared memory that a block may ask for, the number of multiprocessors, and whether
-// blocks can form clusters.
+// Of the current device: the most shared memory that a block may ask for, and the number of multiprocessors.
 inline int64_t shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 inline int64_t multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
-inline bool has_clusters() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
+
+// Whether blocks of this kernel can form clusters. A new device is not enough: cluster_barrier waits only in what was
+// compiled for sm_90 or later, and a device may run what was compiled for an older one.
+template <class... Parameters>
+bool has_clusters(void (*kernel)(Parameters...)) {
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return false;
+  cudaFuncAttributes attributes{};
+  cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (error != cudaSuccess) cudaGetLastError();
+  return error == cudaSuccess && attributes.ptxVersion >= 90;
+}
 
 // How many blocks a launch has. Each `cluster` neighbours, at most 8, run at the same time and can wait for each other.
 struct Blocks {

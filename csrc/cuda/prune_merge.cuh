@@ -1,7 +1,8 @@
 // Sort, prune and merge in one launch: what prune_merge and masked_prune_merge share.
 //
 // An image has one thread block, or where there are fewer images than multiprocessors a cluster of them (`parts`). Each
-// block sorts for itself and keeps the sources of the image (k_p - k_m tokens, few) in shared memory. The destinations
+// block sorts for itself (images of very many tokens are sorted by a launch before) and keeps the sources of the image
+// (k_p - k_m tokens, few; if not, so many at a time) in shared memory. The destinations
 // are shared out and stream by, eight to a warp: a row is read once, copied to the output and compared with all sources
 // while it is in registers. At the end only the destinations that received a source are read again, from the output.
 // Nothing depends on the order of blocks or warps.
@@ -29,6 +30,7 @@ constexpr int kMostSources = sizeof(T) == 2   ? 64
 // How rows are read: 16 bytes at a time by lanes that have so many chunks under way, or number by number where rows are
 // not aligned. Of many images two blocks on a multiprocessor hide each other's waiting; of few there is only one, which
 // takes all registers to read ahead.
+// Float and double, of which a lane has fewer sources to keep, always read as of many.
 enum class Reading { many_images, few_images, unaligned };
 template <Reading kReading>
 constexpr int kReadAhead = kReading == Reading::many_images  ? 4
@@ -478,12 +480,19 @@ struct PruneMerge {
   }
 };
 
+// Sorts images of more than kNearTokens.
+template <class W>
+__global__ void __launch_bounds__(kRankingThreads) order_kernel(PruneMergeArgs a, int32_t* order) {
+  for_ranked_tokens<W>(a.importance, a.tokens, a.prefix, [&](int64_t image, int64_t token, int64_t position) {
+    if (lane_id() == 0) order[image * a.tokens + position] = static_cast<int32_t>(token);
+  });
+}
+
 // How many blocks share an image: where images are few, so many that most multiprocessors have one.
 inline int parts_of(const PruneMergeArgs& a) {
-  int64_t parts = 1;
-  if (has_clusters())
-    while (parts < kMostParts && a.images * parts * 2 <= multiprocessors()) parts *= 2;
-  return static_cast<int>(parts);
+  int64_t parts = 1, most = multiprocessors();
+  while (parts < kMostParts && a.images * parts * 2 <= most) parts *= 2;
+  return parts == 1 || has_clusters(order_kernel<float>) ? static_cast<int>(parts) : 1;
 }
 
 // Device memory: what each token needs where they are many, and what the parts of an image tell each other.
@@ -521,13 +530,6 @@ template <class T>
 bool all_aligned(const PruneMergeArgs& a) {
   auto aligned = [&](const Tokens& x) { return aligned_rows<T>(x.data, a.channels, x.stride_image, x.stride_token); };
   return aligned(a.x) && (a.residual.data == nullptr || aligned(a.residual)) && aligned({a.out, 0, 0});
-}
-
-template <class W>
-__global__ void __launch_bounds__(kRankingThreads) order_kernel(PruneMergeArgs a, int32_t* order) {
-  for_ranked_tokens<W>(a.importance, a.tokens, a.prefix, [&](int64_t image, int64_t token, int64_t position) {
-    if (lane_id() == 0) order[image * a.tokens + position] = static_cast<int32_t>(token);
-  });
 }
 
 // Calls run(T{}, reading, blocks, bytes of shared memory, layout), with the sort order of large images ready. Sources

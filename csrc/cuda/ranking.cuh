@@ -47,12 +47,12 @@ __device__ int rank_of(const Key* keys, int patches, int patch) {
 // How the tokens of all images are shared out when many blocks sort them: each ranks some tokens of one image.
 constexpr int kRankingThreads = 256;
 constexpr int64_t kRankedTokens = 64;
-constexpr int64_t kKeysAtOnce = 2048;
+constexpr int64_t kRankedKeys = 2048;
 
 template <class W>
 int64_t ranking_shared_bytes(int64_t tokens) {
   Shared shared(nullptr);
-  shared.take<KeyOf<W>>(tokens < kKeysAtOnce ? tokens : kKeysAtOnce);
+  shared.take<KeyOf<W>>(tokens < kRankedKeys ? tokens : kRankedKeys);
   return shared.bytes();
 }
 
@@ -67,15 +67,15 @@ __device__ void for_ranked_tokens(const Importance& from, int64_t tokens, int64_
   int64_t parts = (tokens + kRankedTokens - 1) / kRankedTokens;
   int64_t image = blockIdx.x / parts, first = blockIdx.x % parts * kRankedTokens + warp_id() * kEach;
   int64_t patches = tokens - prefix;
-  KeyOf<W>* keys = Shared(shared_memory()).take<KeyOf<W>>(tokens < kKeysAtOnce ? tokens : kKeysAtOnce);
+  KeyOf<W>* keys = Shared(shared_memory()).take<KeyOf<W>>(tokens < kRankedKeys ? tokens : kRankedKeys);
   KeyOf<W> mine[kEach];
   int rank[kEach] = {};
   for (int i = 0; i < kEach; ++i) {
     int64_t token = first + i;
     mine[i] = token >= prefix && token < tokens ? key_at<W>(from, image, token - prefix) : KeyOf<W>(0);
   }
-  for (int64_t begin = 0; begin < patches; begin += kKeysAtOnce) {
-    int count = static_cast<int>(patches - begin < kKeysAtOnce ? patches - begin : kKeysAtOnce);
+  for (int64_t begin = 0; begin < patches; begin += kRankedKeys) {
+    int count = static_cast<int>(patches - begin < kRankedKeys ? patches - begin : kRankedKeys);
     __syncthreads();
     for (int j = static_cast<int>(threadIdx.x); j < count; j += kRankingThreads)
       keys[j] = key_at<W>(from, image, begin + j);

@@ -1,9 +1,10 @@
 // A block of emulated threads. Each is a fiber; one runs at a time, until it waits at a barrier or a warp collective or
-// exits, and the order changes whenever all have had their turn.
+// exits. schedule.h says which one is next.
 //
 // It prints what is wrong and aborts when a barrier or collective is not reached, on the same line and with the same
 // mask, by all threads that it is for; when a mask lacks the caller or the lane that is asked; when shared memory is
-// used outside the pieces that `Shared` handed out; and when an address is not aligned as the device demands.
+// used outside the pieces that `Shared` handed out; and when the address of a background copy or of a matrix' row is not
+// aligned (UBSan sees the others).
 #pragma once
 
 #include <vector_types.h>

@@ -198,7 +198,10 @@ inline void cluster_barrier(Where where = Where::current()) { block().cluster_ba
 
 // Few multiprocessors: then one image or a few show what depends on their number.
 inline int64_t multiprocessors() { return 8; }
-inline bool has_clusters() { return true; }
+template <class... Parameters>
+bool has_clusters(void (*)(Parameters...)) {
+  return true;
+}
 
 struct Blocks {
   int64_t count;

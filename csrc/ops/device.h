@@ -28,7 +28,7 @@ void run_on_device(const Tensor& tensor, [[maybe_unused]] OnCpu on_cpu, OnCuda o
   torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
   const char* error = on_cuda(current_stream(tensor));
 #endif
-  DIFFRATE_CHECK(error == nullptr, "CUDA launch failed: ", error);
+  DIFFRATE_CHECK(error == nullptr, "on CUDA: ", error);
 }
 
 }  // namespace diffrate::ops
