@@ -3,8 +3,8 @@
 //
 // It prints what is wrong and aborts when a barrier or collective is not reached, on the same line and with the same
 // mask, by all threads that it is for; when a mask lacks the caller or the lane that is asked; when shared memory is
-// used outside the pieces that `Shared` handed out; and when the address of a background copy or of a matrix' row is not
-// aligned (UBSan sees the others).
+// used outside the pieces that `Shared` handed out; and when the address of a background copy or of a matrix' row is
+// not aligned (UBSan sees the others).
 #pragma once
 
 #include <vector_types.h>
