@@ -227,10 +227,6 @@ __device__ inline W gradient_unit(W largest) {
   return kMostGradient / (largest > W(1e-30) ? largest : W(1e-30));
 }
 
-// The larger; of NaN and a number, the number.
-__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
-__device__ inline double larger(double a, double b) { return fmax(a, b); }
-
 template <class W>
 struct Key {
   W bias, mask;
@@ -306,7 +302,7 @@ __global__ void __launch_bounds__(Shapes<T, kDepth>::Queries::kThreads, Shapes<T
     for (int r = 0; r < S::kRows; ++r)
 #pragma unroll
       for (int h = 0; h < 2; ++h) before[r][h] = top[r][h];
-    for_fragment<S>([&](int r, int n, int i) { top[r][i / 2] = larger(logits[r][n][i], top[r][i / 2]); });
+    for_fragment<S>([&](int r, int n, int i) { top[r][i / 2] = greater(logits[r][n][i], top[r][i / 2]); });
 #pragma unroll
     for (int r = 0; r < S::kRows; ++r)
 #pragma unroll
@@ -320,7 +316,7 @@ __global__ void __launch_bounds__(Shapes<T, kDepth>::Queries::kThreads, Shapes<T
       seen[r][i / 2] += weight;
       product[r][i / 2] += weight * x;
       sum[r][i / 2] += x;
-      if constexpr (kTensorCores<T>) largest[r][i / 2] = larger(fabsf(x), largest[r][i / 2]);
+      if constexpr (kTensorCores<T>) largest[r][i / 2] = greater(fabsf(x), largest[r][i / 2]);
     });
   });
 

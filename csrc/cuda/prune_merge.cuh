@@ -119,7 +119,7 @@ struct PruneMerge {
   static constexpr bool kAligned = kReading != Reading::unaligned;
 
   const PruneMergeArgs& a;
-  int64_t k_p, k_m;    // these are the image's, whatever the arguments say
+  int64_t k_m;         // the image's, whatever the arguments say
   int64_t out_tokens;  // rows of an image in `out`
   const Layout<W>& layout;
   int64_t image;
@@ -130,7 +130,6 @@ struct PruneMerge {
 
   __device__ PruneMerge(const PruneMergeArgs& args, const Layout<W>& how, int64_t pruned, int64_t merged, int64_t rows)
       : a(args),
-        k_p(pruned),
         k_m(merged),
         out_tokens(rows),
         layout(how),

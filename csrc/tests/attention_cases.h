@@ -137,4 +137,33 @@ struct Inputs {
   }
 };
 
+// The largest logit of a query, and how far rounding may take its logits from these, in units of one rounding.
+struct QueryLogits {
+  double top = -INFINITY, uncertainty = 1;
+};
+
+// Fills `logits` with those of query i of image b, head h.
+template <class T>
+QueryLogits logits_of_query(Inputs<T>& in, int64_t b, int64_t h, int64_t i, std::vector<double>& logits) {
+  const auto& a = in.args;
+  QueryLogits result;
+  for (int64_t j = 0; j < a.tokens; ++j) {
+    double dot = 0, terms = 0;
+    for (int64_t c = 0; c < a.head_dim; ++c) {
+      double term = a.scale * in.number(a.q, b, h, i, c) * in.number(a.k, b, h, j, c);
+      dot += term;
+      terms += std::abs(term);
+    }
+    if (in.size) {
+      double bias = std::log(std::max(double(in.size[b * a.tokens + j]), kTinySize));
+      dot += bias;
+      terms += std::abs(bias);
+    }
+    logits[j] = dot;
+    result.top = std::max(result.top, dot);
+    result.uncertainty = std::max(result.uncertainty, terms);
+  }
+  return result;
+}
+
 }  // namespace diffrate::cuda

@@ -91,23 +91,7 @@ struct Expected {
       queries = measure == Measure::received ? std::max(queries, kTinySize) : 1;
       for (int64_t h = 0; h < a.heads; ++h)
         for (int64_t i = 0; i < n; ++i) {
-          double top = -INFINITY, uncertainty = 1;
-          for (int64_t j = 0; j < n; ++j) {
-            double dot = 0, terms = 0;
-            for (int64_t c = 0; c < a.head_dim; ++c) {
-              double term = a.scale * in.number(a.q, b, h, i, c) * in.number(a.k, b, h, j, c);
-              dot += term;
-              terms += std::abs(term);
-            }
-            if (in.size) {
-              double bias = std::log(std::max(double(in.size[b * n + j]), kTinySize));
-              dot += bias;
-              terms += std::abs(bias);
-            }
-            logits[j] = dot;
-            top = std::max(top, dot);
-            uncertainty = std::max(uncertainty, terms);
-          }
+          const auto [top, uncertainty] = logits_of_query(in, b, h, i, logits);
           const double epsilon = masked ? 1e-6 : 0;
           double total = epsilon;
           for (int64_t j = 0; j < n; ++j) {

@@ -60,23 +60,7 @@ struct Expected {
     for (int64_t b = 0; b < a.images; ++b)
       for (int64_t h = 0; h < a.heads; ++h)
         for (int64_t i = 0; i < n; ++i) {
-          double top = -INFINITY, uncertainty = 1;
-          for (int64_t j = 0; j < n; ++j) {
-            double dot = 0, terms = 0;
-            for (int64_t c = 0; c < a.head_dim; ++c) {
-              double term = a.scale * in.number(a.q, b, h, i, c) * in.number(a.k, b, h, j, c);
-              dot += term;
-              terms += std::abs(term);
-            }
-            if (in.size) {
-              double bias = std::log(std::max(double(in.size[b * n + j]), kTinySize));
-              dot += bias;
-              terms += std::abs(bias);
-            }
-            logits[j] = dot;
-            top = std::max(top, dot);
-            uncertainty = std::max(uncertainty, terms);
-          }
+          const auto [top, uncertainty] = logits_of_query(in, b, h, i, logits);
           double total = 1e-6, delta = 0, delta_terms = 0;
           auto visible = [&](int64_t j) {
             return i == j ? 1.0 : double(in.mask[b * a.mask.stride_image + j * a.mask.stride_token]);
