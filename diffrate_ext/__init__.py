@@ -1,7 +1,7 @@
 """Faster Vision Transformers by DiffRate token compression (Chen et al., ICCV 2023).
 
-``diffrate_ext.ops`` holds the operators, ``diffrate_ext.reference`` the same in plain PyTorch. ``compress`` and
-``restore`` apply a ``Schedule`` of kept tokens to a timm model.
+``compress`` and ``restore`` apply a ``Schedule`` of kept tokens to a timm model; ``search`` learns one. ``ops`` holds
+the operators, ``reference`` the same in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -19,45 +19,75 @@ _make_torchvision_importable()
 
 from . import ops, reference  # noqa: E402
 from ._build import build_info  # noqa: E402
+from .errors import DivergedError, InputError, InputTypeError, InputValueError  # noqa: E402
 
 if TYPE_CHECKING:
-    from .compression import compress, restore, token_slots
-    from .evaluation import evaluate
-    from .rates import RateSearch
-    from .schedule import Schedule
-    from .searching import SearchSettings, search
-    from .timing import benchmark
+    from .compression.compress import compress, restore, token_slots
+    from .compression.copies import compressed_copy, uncompressed_copy
+    from .compression.flops import flops
+    from .compression.uniform import uniform_schedule
+    from .evaluation import Evaluation, evaluate
+    from .rate_search.history import SearchHistory, StepRecord
+    from .rate_search.loop import SearchResult, search
+    from .rate_search.rates import RateSearch
+    from .rate_search.settings import SearchSettings
+    from .schedule import PublishedSchedule, Schedule
+    from .timing import Benchmark, benchmark
     from .visualization import visualize
 
 __version__ = _version("diffrate_ext")
 
 __all__ = [
+    "Benchmark",
+    "DivergedError",
+    "Evaluation",
+    "InputError",
+    "InputTypeError",
+    "InputValueError",
+    "PublishedSchedule",
     "RateSearch",
     "Schedule",
+    "SearchHistory",
+    "SearchResult",
     "SearchSettings",
+    "StepRecord",
     "benchmark",
     "build_info",
     "compress",
+    "compressed_copy",
     "evaluate",
+    "flops",
     "ops",
     "reference",
     "restore",
     "search",
     "token_slots",
+    "uncompressed_copy",
+    "uniform_schedule",
     "visualize",
 ]
 
-# Loaded when first used: they import timm and matplotlib, and the operators need neither.
+# Where the others are. Loaded when first used: they import timm and matplotlib, and the operators need neither.
 _LAZY = {
-    "RateSearch": "rates",
+    "Benchmark": "timing",
+    "Evaluation": "evaluation",
+    "PublishedSchedule": "schedule",
+    "RateSearch": "rate_search.rates",
     "Schedule": "schedule",
-    "SearchSettings": "searching",
+    "SearchHistory": "rate_search.history",
+    "SearchResult": "rate_search.loop",
+    "SearchSettings": "rate_search.settings",
+    "StepRecord": "rate_search.history",
     "benchmark": "timing",
-    "compress": "compression",
+    "compress": "compression.compress",
+    "compressed_copy": "compression.copies",
     "evaluate": "evaluation",
-    "restore": "compression",
-    "search": "searching",
-    "token_slots": "compression",
+    "flops": "compression.flops",
+    "restore": "compression.compress",
+    "search": "rate_search.loop",
+    "token_slots": "compression.compress",
+    "uncompressed_copy": "compression.copies",
+    "uniform_schedule": "compression.uniform",
     "visualize": "visualization",
 }
 

@@ -1,4 +1,4 @@
-"""What this installation was built with and runs with."""
+"""The compiled library: what this installation was built with and runs with."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from .errors import InputValueError
+
 _CAPABILITIES = ("plain", "avx2", "avx512")
 if (_wanted := os.environ.get("DIFFRATE_CPU_CAPABILITY")) and _wanted not in _CAPABILITIES:
     # before the library is loaded: a misspelt name would quietly choose the slowest kernels
-    raise ValueError(f"DIFFRATE_CPU_CAPABILITY must be one of {', '.join(_CAPABILITIES)}, got {_wanted!r}")
+    raise InputValueError(f"DIFFRATE_CPU_CAPABILITY must be one of {', '.join(_CAPABILITIES)}, got {_wanted!r}")
 
 try:
     import diffrate_ext._C as _C
@@ -36,3 +38,11 @@ def build_info() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
     }
+
+
+_MOST_HEAD_CHANNELS = {float64: (64 if float64 else 128) for float64 in (False, True)}  # XXX
+
+
+def most_head_channels(*, float64: bool) -> int:
+    """The most channels of a head that the CUDA kernels of attention take, in float64 or in a narrower dtype."""
+    return _MOST_HEAD_CHANNELS[float64]

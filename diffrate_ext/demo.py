@@ -13,10 +13,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from . import embedded
+from .compression.copies import compressed_copy
+from .compression.flops import flops
+from .compression.uniform import uniform_schedule
+from .errors import InputValueError
 from .evaluation import Evaluation, evaluate
-from .flops import flops
-from .schedule import Schedule, published_gflops
-from .sharing import compressed_copy
+from .schedule import Schedule
 from .timing import Benchmark, Comparison
 from .visualization import visualize
 
@@ -56,12 +58,12 @@ def embedded_workload(n_images: int | None = None) -> Workload:
     """The embedded model on the first ``n_images`` (default: all 2,000) of the embedded test images.
 
     Raises:
-        ValueError: fewer than one image, or more than there are.
+        InputValueError: fewer than one image, or more than there are.
     """
     images, labels = embedded.load_images("test")
     n = len(images) if n_images is None else n_images
     if not 1 <= n <= len(images):
-        raise ValueError(f"the number of images must lie in 1 .. {len(images)}, the embedded test images; got {n}")
+        raise InputValueError(f"the number of images must lie in 1 .. {len(images)}, the embedded test images; got {n}")
     titles = [embedded.CLASSES[label] for label in labels[:n]]
     return Workload("embedded ViT", embedded.load_model(), embedded.normalize(images[:n]), titles, labels[:n])
 
@@ -69,20 +71,20 @@ def embedded_workload(n_images: int | None = None) -> Workload:
 def uniform_schedules(model: nn.Module) -> list[NamedSchedule]:
     """The simple rule at the default targets."""
     uncompressed = flops(model) / 1e9
-    return [NamedSchedule(f"{share:.0%} FLOPs", Schedule.uniform(model, share * uncompressed)) for share in SHARES]
+    return [NamedSchedule(f"{share:.0%} FLOPs", uniform_schedule(model, share * uncompressed)) for share in SHARES]
 
 
 def learned_schedule(workload: Workload, steps: int, console: Console) -> list[NamedSchedule]:
     """The simple rule at the default target of the search, and what a search on the embedded training images finds."""
     from .embedded_search import search_embedded
-    from .searching.report import progress_report
+    from .rate_search.report import progress_report
 
     gflops = round(embedded.SEARCH_SHARE * flops(workload.model) / 1e9, 4)
     with progress_report(console, "learning rates", steps, gflops, labelled=False) as report:
         found = search_embedded(gflops, steps=steps, report=report)
     share = f"{embedded.SEARCH_SHARE:.0%}"
     return [
-        NamedSchedule(f"uniform {share}", Schedule.uniform(workload.model, gflops)),
+        NamedSchedule(f"uniform {share}", uniform_schedule(workload.model, gflops)),
         NamedSchedule(f"learned {share}", found.schedule),
     ]
 
@@ -90,8 +92,8 @@ def learned_schedule(workload: Workload, steps: int, console: Console) -> list[N
 def published_schedules(name: str) -> list[NamedSchedule]:
     """The authors' schedules for a model of timm, the mildest first; none where they published none."""
     return [
-        NamedSchedule(f"published {gflops:g}", Schedule.published(name, gflops))
-        for gflops in sorted(published_gflops(name), reverse=True)
+        NamedSchedule(f"published {known.gflops:g}", Schedule.published(name, known.gflops))
+        for known in Schedule.available(name)
     ]
 
 
@@ -180,7 +182,7 @@ def draw(workload: Workload, schedules: Sequence[NamedSchedule], output: Path, *
 
     Of schedules that are equally strong, within 1 %, the last one.
     """
-    costs = [named.schedule.gflops(workload.model) for named in schedules]
+    costs = [flops(workload.model, named.schedule) / 1e9 for named in schedules]
     *_, strongest = (named.schedule for named, cost in zip(schedules, costs, strict=True) if cost <= 1.01 * min(costs))
     first_of_title = {title: i for i, title in reversed(list(enumerate(workload.titles)))}
     chosen = sorted(first_of_title.values())
@@ -192,8 +194,9 @@ def draw(workload: Workload, schedules: Sequence[NamedSchedule], output: Path, *
         strongest,
         others=[named.schedule for named in schedules if named.schedule is not strongest],
         titles=[workload.titles[i] for i in chosen],
+        any_model=True,  # whoever chose the schedules has checked that
     )
-    cost, uncompressed = strongest.gflops(workload.model), flops(workload.model) / 1e9
+    cost, uncompressed = (flops(workload.model, schedule) / 1e9 for schedule in (strongest, None))
     figure.suptitle(
         f"Tokens of {workload.name} at {cost:.3g} of {uncompressed:.3g} GFLOPs", fontsize=13, fontweight="bold"
     )

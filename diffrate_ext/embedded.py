@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from .errors import InputValueError
+
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
@@ -65,7 +67,7 @@ def load_images(split: Literal["search", "test"]) -> tuple[torch.Tensor, torch.T
         images (n, 1, 28, 28) uint8 and labels (n,) int64.
     """
     if split not in ("search", "test"):
-        raise ValueError(f"split must be 'search' or 'test', got {split!r}")
+        raise InputValueError(f"split must be 'search' or 'test', got {split!r}")
     with resources.as_file(_DATA / f"{split}_images.npz") as path, np.load(path) as archive:
         return torch.from_numpy(archive["images"])[:, None], torch.from_numpy(archive["labels"]).long()
 

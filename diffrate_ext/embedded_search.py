@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from . import embedded
-from .images.sampling import Batch, search_loader
+from .evaluation import Batch
 from .images.sources import open_images, without_labels
-from .searching import SearchResult, SearchSettings, run_search
-from .searching.history import StepRecord
+from .rate_search.data import search_loader
+from .rate_search.history import StepRecord
+from .rate_search.loop import SearchResult, search
+from .rate_search.settings import SearchSettings
 
 
 def search_embedded(
@@ -31,4 +33,4 @@ def search_embedded(
         return search_loader(images, model, batch_size=64, steps=steps, seed=seed, start=start, **plain)
 
     settings = SearchSettings(steps=steps, soft_targets=True, seed=seed)
-    return run_search(model, loader, gflops, settings, report=report)
+    return search(model, loader, gflops, settings, report=report)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .errors import InputTypeError, InputValueError
+from .modes import evaluating
+
+Batch: TypeAlias = "Tensor | Sequence[Tensor]"
+"""Images (B, C, H, W), or (images, labels)."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +33,11 @@ class Evaluation:
     """Most probable class of each image, (n,) int64 on the CPU."""
 
 
-def evaluate(
-    model: nn.Module, loader: Iterable[Tensor | Sequence[Tensor]], reference: nn.Module | Tensor | None = None
-) -> Evaluation:
+def evaluate(model: nn.Module, loader: Iterable[Batch], reference: nn.Module | Tensor | None = None) -> Evaluation:
     """Top-1 accuracy, loss, and agreement with a reference model.
 
     Both models run in evaluation mode, without gradients, on the device and in the dtype of their own parameters, and
-    are left in the mode they came in.
+    each of their modules is left in the mode it came in.
 
     Args:
         model: a classifier, images (B, C, H, W) -> logits (B, classes), compressed or not.
@@ -42,43 +47,37 @@ def evaluate(
             evaluation of the same images in the same order, which saves running it again.
 
     Raises:
-        ValueError: no images, only some batches with labels, labels that do not fit the images or the classes, or
+        InputValueError: no images, only some batches with labels, labels that do not fit the images or the classes, or
             reference predictions of another number of images.
-        TypeError: batches, logits or labels of another type.
+        InputTypeError: batches, logits or labels of another type.
     """
     found = evaluate_all([model, *([reference] if isinstance(reference, nn.Module) else [])], loader)
     if reference is None:
         return found[0]
     wanted = reference.cpu() if isinstance(reference, Tensor) else found[1].predictions
     if wanted.shape != found[0].predictions.shape:
-        raise ValueError(f"reference holds predictions of shape {tuple(wanted.shape)}, expected ({found[0].n},)")
+        raise InputValueError(f"reference holds predictions of shape {tuple(wanted.shape)}, expected ({found[0].n},)")
     return _agreeing(found[0], wanted)
 
 
-def evaluate_all(models: Sequence[nn.Module], loader: Iterable[Tensor | Sequence[Tensor]]) -> list[Evaluation]:
+def evaluate_all(models: Sequence[nn.Module], loader: Iterable[Batch]) -> list[Evaluation]:
     """Several models on the same images, which are read once. Agreement is with the first model.
 
     Arguments and errors as for :func:`evaluate`.
     """
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
+    with evaluating(*models):
         return _evaluate_all(models, loader)
-    finally:
-        for model, training in zip(models, modes, strict=True):
-            model.train(training)
 
 
 @torch.inference_mode()
-def _evaluate_all(models: Sequence[nn.Module], loader: Iterable[Tensor | Sequence[Tensor]]) -> list[Evaluation]:
+def _evaluate_all(models: Sequence[nn.Module], loader: Iterable[Batch]) -> list[Evaluation]:
     predictions: list[list[Tensor]] = [[] for _ in models]
     hits, losses = [0] * len(models), [0.0] * len(models)
     n, labelled = 0, False
     for batch in loader:
         images, labels = split_batch(batch)
         if n and (labels is not None) != labelled:
-            raise ValueError("some batches of the loader have labels and some have none")
+            raise InputValueError("some batches of the loader have labels and some have none")
         labelled = labels is not None
         n += len(images)
         for i, model in enumerate(models):
@@ -90,7 +89,7 @@ def _evaluate_all(models: Sequence[nn.Module], loader: Iterable[Tensor | Sequenc
                 hits[i] += int((logits.argmax(1) == truth).sum())
                 losses[i] += float(F.cross_entropy(logits.float(), truth, reduction="sum"))
     if n == 0:
-        raise ValueError("the loader gave no images")
+        raise InputValueError("the loader gave no images")
     found = [
         Evaluation(n, hit / n if labelled else None, loss / n if labelled else None, None, torch.cat(parts))
         for hit, loss, parts in zip(hits, losses, predictions, strict=True)
@@ -102,17 +101,17 @@ def _agreeing(evaluation: Evaluation, predictions: Tensor) -> Evaluation:
     return replace(evaluation, agreement=int((evaluation.predictions == predictions).sum()) / evaluation.n)
 
 
-def split_batch(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def split_batch(batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Images and labels of a batch that a loader gave.
 
     Raises:
-        TypeError: it is neither images nor (images, labels).
+        InputTypeError: it is neither images nor (images, labels).
     """
     if isinstance(batch, Tensor):
         return batch, None
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
         return batch[0], batch[1]
-    raise TypeError(
+    raise InputTypeError(
         f"a batch of the loader must be images or (images, labels), tensors both, got {type(batch).__name__}"
     )
 
@@ -121,19 +120,19 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     own = next((p for p in model.parameters() if p.is_floating_point()), None)
     logits = model(images if own is None else images.to(own.device, own.dtype))
     if not isinstance(logits, Tensor):
-        raise TypeError(f"the model must return logits (B, classes) as one tensor, got {type(logits).__name__}")
+        raise InputTypeError(f"the model must return logits (B, classes) as one tensor, got {type(logits).__name__}")
     if logits.ndim != 2 or len(logits) != len(images):
-        raise ValueError(f"the model must return logits ({len(images)}, classes), got shape {tuple(logits.shape)}")
+        raise InputValueError(f"the model must return logits ({len(images)}, classes), got shape {tuple(logits.shape)}")
     return logits
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Raise when labels do not fit logits (B, classes): TypeError or ValueError."""
+    """Raise when labels do not fit logits (B, classes): InputTypeError or InputValueError."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
+        raise InputTypeError(f"labels must have an integer dtype, got {labels.dtype}")
     images, classes = logits.shape
     if labels.shape != (images,):
-        raise ValueError(f"labels must have shape ({images},) beside {images} images, got {tuple(labels.shape)}")
+        raise InputValueError(f"labels must have shape ({images},) beside {images} images, got {tuple(labels.shape)}")
     if images and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         found = f"{int(labels.min())} .. {int(labels.max())}"
-        raise ValueError(f"labels must lie in 0 .. {classes - 1}, the model's classes; got {found}")
+        raise InputValueError(f"labels must lie in 0 .. {classes - 1}, the model's classes; got {found}")

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .errors import InputValueError
+
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -23,7 +25,7 @@ def load_timm_model(
         num_classes: of the head, where it is not the published one's.
 
     Raises:
-        ValueError: timm does not know the model, or the weights cannot be had or do not fit.
+        InputValueError: timm does not know the model, or the weights cannot be had or do not fit.
         FileNotFoundError: there is no file ``weights``.
     """
     import timm
@@ -32,7 +34,7 @@ def load_timm_model(
     if registered and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; the nearest names are {', '.join(near)}" if near else ""
-        raise ValueError(f"timm has no model {name!r}{hint}")
+        raise InputValueError(f"timm has no model {name!r}{hint}")
     pretrained = pretrained and weights is None
     if pretrained and registered and not timm.is_model_pretrained(name):
         # before the model is built: a large one takes a while
@@ -48,15 +50,15 @@ def load_timm_model(
         if weights is not None:
             words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             hint = " (a head of another number of classes: --num-classes)" if "size mismatch for head" in words else ""
-            raise ValueError(f"the weights {weights} do not load into {name}{hint}: {words}") from error
+            raise InputValueError(f"the weights {weights} do not load into {name}{hint}: {words}") from error
         if pretrained:
             raise _no_pretrained(name, reason.rstrip(".")) from error
-        raise ValueError(f"timm cannot build {name}: {reason}") from error
+        raise InputValueError(f"timm cannot build {name}: {reason}") from error
     return model.eval()
 
 
-def _no_pretrained(name: str, reason: str) -> ValueError:
-    return ValueError(
+def _no_pretrained(name: str, reason: str) -> InputValueError:
+    return InputValueError(
         f"no pretrained weights for {name}: {reason}. "
         "Give local ones with --weights FILE, or try it with random ones: --no-pretrained"
     )

@@ -8,6 +8,8 @@ register tokens, C channels, H heads, D channels per head.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,14 +31,14 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def token_importance(attn: Tensor, prefix: int, kind: str, dtype: torch.dtype) -> Tensor:
+def token_importance(attn: Tensor, prefix: int, importance_from: str, dtype: torch.dtype) -> Tensor:
     """Importance of the patches, (B, N-P).
 
     ``attn`` is attention (B, H, N, N), its class rows (B, H, N), or importance itself, which passes through.
     """
     attn = attn.to(dtype)
     if attn.ndim == 4:
-        attn = attn[:, :, 0] if kind == "class" else attn.mean(2)
+        attn = attn[:, :, 0] if importance_from == "class" else attn.mean(2)
     if attn.ndim == 3:
         return attn.mean(1)[:, prefix:]
     return attn
@@ -72,7 +74,7 @@ def match_tokens(x: Tensor, k_p: int, k_m: int, prefix: int) -> tuple[Tensor, Te
     Sources are positions k_m .. k_p-1, destinations prefix .. k_m-1.
 
     Returns:
-        the destinations' positions and the cosines, both (B, k_p - k_m). Ties: the lower position.
+        the destinations' positions and the cosines, both (B, k_p - k_m). Of equal cosines: the lower position.
     """
     unit = F.normalize(x.to(wide_dtype(x)), dim=-1)
     cosine = unit[:, k_m:k_p] @ unit[:, prefix:k_m].transpose(1, 2)
@@ -89,15 +91,15 @@ def prune_merge(
     size: Tensor | None = None,
     *,
     prefix: int = 1,
-    importance: str = "class",
-    features: str = "mean",
-    sizes: str = "cosine",
+    importance_from: str = "class",
+    mean_rule: str = "mean",
+    size_rule: str = "cosine",
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sections 3.2 and 3.3 of the paper at inference: sort, prune to k_p tokens, merge to k_m."""
     if residual is not None:
         x = x + residual
-    patches = token_importance(attn, prefix, importance, wide_dtype(x))
+    patches = token_importance(attn, prefix, importance_from, wide_dtype(x))
     x, size, order = sort_tokens(x, patches, size, prefix=prefix)
 
     position = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
@@ -106,9 +108,9 @@ def prune_merge(
     if k_m < k_p:
         match, cosine = match_tokens(x.detach(), k_p, k_m, prefix)
         target = torch.cat([target[:, :k_m], match, target[:, k_p:]], dim=1)
-        gained = size[:, k_m:k_p] * cosine if sizes == "cosine" else size[:, k_m:k_p]
+        gained = size[:, k_m:k_p] * cosine if size_rule == "cosine" else size[:, k_m:k_p]
         merged_size = merged_size.scatter_add(1, match, gained.to(merged_size.dtype))
-    out = merge_reduce(x, target, k_m, weights=size.clamp_min(TINY) if features == "weighted" else None)
+    out = merge_reduce(x, target, k_m, weights=size.clamp_min(TINY) if mean_rule == "weighted" else None)
     slot = torch.empty_like(target).scatter_(1, order, target)
     return out, merged_size, slot
 
@@ -162,12 +164,12 @@ def proportional_attention(
     *,
     scale: float | None = None,
     prefix: int = 1,
-    importance: str = "class",
+    importance_from: str = "class",
 ) -> tuple[Tensor, Tensor]:
     """Attention in which a token counts as often as it has tokens merged in, and the importance that follows."""
     attn = attention_map(q, k, size, scale)
     out = (attn @ v.to(attn.dtype)).to(v.dtype)
-    return out, token_importance(attn.detach(), prefix, importance, attn.dtype)
+    return out, token_importance(attn.detach(), prefix, importance_from, attn.dtype)
 
 
 def compose_slots(first: Tensor, second: Tensor) -> Tensor:
@@ -192,7 +194,7 @@ def masked_attention(
     *,
     scale: float | None = None,
     prefix: int = 1,
-    importance: str = "class",
+    importance_from: str = "class",
 ) -> tuple[Tensor, Tensor]:
     """Attention of the search step (section 3.4 of the paper): masked tokens are seen by themselves alone.
 
@@ -210,7 +212,7 @@ def masked_attention(
     attn = (seen + MASKED_EPSILON / tokens) / (seen.sum(-1, keepdim=True) + MASKED_EPSILON)
     out = (attn @ v.to(dtype)).to(v.dtype)
     attn = attn.detach()
-    if importance == "class":
+    if importance_from == "class":
         return out, attn[:, :, 0].mean(1)[:, prefix:]
     alive = mask.detach().transpose(-1, -2)
     received = (attn * alive).sum(2) / alive.sum(2).clamp_min(TINY)
@@ -248,14 +250,14 @@ def masked_prune_merge(
     kept_m: Tensor,
     *,
     prefix: int = 1,
-    sizes: str = "cosine",
+    size_rule: str = "cosine",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sort, prune and merge in the search step (sections 3.2 to 3.4 of the paper): tokens are masked, not dropped."""
     x, size, order = sort_tokens(x, importance, size, prefix=prefix)
     mask = mask.to(size.dtype).gather(1, order)
     images, tokens = mask.shape
     position = torch.arange(tokens, device=x.device)
-    pruned, merged = int(kept_p.round()), int(kept_m.round())
+    pruned, merged = math.floor(float(kept_p) + 0.5), math.floor(float(kept_m) + 0.5)
     last = int(mask[0].sum()) if images else tokens
 
     def straight_through(first: int, end: int, probability: Tensor) -> Tensor:
@@ -270,7 +272,7 @@ def masked_prune_merge(
     if merged < middle:
         match, cosine = match_tokens(x.detach(), middle, merged, prefix)
         dst = torch.cat([dst[:, :merged], match, dst[:, middle:]], dim=1)
-        gained = size[:, merged:middle] * cosine if sizes == "cosine" else size[:, merged:middle]
+        gained = size[:, merged:middle] * cosine if size_rule == "cosine" else size[:, merged:middle]
         size = torch.cat([size[:, :merged], gained.to(size.dtype), size[:, middle:]], dim=1)
         size = torch.where(position < middle, size.clamp_min(1), size)
         size = size.scatter_add(1, match, size[:, merged:middle])

@@ -1,119 +1,158 @@
-"""Compression schedules: how many tokens each block keeps after pruning and after merging."""
+"""Compression schedules: how many tokens are left after each block's pruning and after its merging.
+
+Numbers and JSON only: nothing here knows a model.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import operator
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import flops as flops_
+from .errors import InputTypeError, InputValueError
 
 if TYPE_CHECKING:
     from os import PathLike
 
-    from torch import nn
+FORMAT_VERSION = 2
 
-    from .models import Stage
+KeptNumbers = tuple[tuple[int, int], ...]
+"""(k_p, k_m) of each block: tokens left after pruning, and after merging."""
 
-FORMAT_VERSION = 1
 
-Steps = tuple[tuple[int, int], ...]  # (k_p, k_m) of each block
+class PublishedSchedule(NamedTuple):
+    """One of the schedules that the authors of DiffRate published."""
 
-# timm's names (without the tag of the weights) of the architectures whose schedules the authors published
-_TIMM_NAMES = {
-    "deit_tiny_patch16_224": "ViT-T-DeiT",
-    "deit_small_patch16_224": "ViT-S-DeiT",
-    "deit_base_patch16_224": "ViT-B-DeiT",
+    model: str
+    """The paper's name of the model, such as "ViT-S-DeiT"."""
+    weights: str
+    """timm's name of the weights that it was learned on."""
+    gflops: float
+    """Multiply-accumulates of one image / 1e9, as the paper rounds them."""
+
+
+# The paper's name of each model, and timm's name of the weights that its schedules were learned on.
+_WEIGHTS = {
+    "ViT-T-DeiT": "deit_tiny_patch16_224.fb_in1k",
+    "ViT-S-DeiT": "deit_small_patch16_224.fb_in1k",
+    "ViT-B-DeiT": "deit_base_patch16_224.fb_in1k",
+    "ViT-B-MAE": "vit_base_patch16_224.mae",
+    "ViT-L-MAE": "vit_large_patch16_224.mae",
+    "ViT-H-MAE": "vit_huge_patch14_224.mae",
+    "CAFormer-S36": "caformer_s36.sail_in1k",
+}
+
+# Architectures in timm that have the shape of one of these models.
+_ARCHITECTURES = {
+    **{weights.partition(".")[0]: name for name, weights in _WEIGHTS.items()},
     "vit_tiny_patch16_224": "ViT-T-DeiT",
     "vit_small_patch16_224": "ViT-S-DeiT",
-    "vit_base_patch16_224": "ViT-B-MAE",
-    "vit_large_patch16_224": "ViT-L-MAE",
-    "vit_huge_patch14_224": "ViT-H-MAE",
-    "caformer_s36": "CAFormer-S36",
 }
+
+# For these, timm's name without a tag means the authors' weights.
+_SAME_BY_DEFAULT = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "caformer_s36")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Kept numbers of every block; they count the prefix tokens (class token, registers).
+    """How many tokens are left after each block's pruning and merging, the prefix tokens included.
 
-    The numbers need not fall from block to block: the running minimum counts (see :meth:`steps`), as in the published
-    schedules.
+    Stored as what really happens: where a number is larger than one before it, the smaller one counts (the running
+    minimum), as in the paper's schedules. Each stage of a hierarchical model starts anew.
 
     Attributes:
-        prune: tokens kept after pruning, one number per block. None: nothing is pruned (merging only).
-        merge: tokens kept after merging, one number per block.
-        prefix: prefix tokens of the model; they are never pruned, merged or merged into.
+        after_pruning: tokens left after pruning, one number per block. None: nothing is pruned (merging only).
+        after_merging: tokens left after merging, one number per block.
+        prefix: prefix tokens of the model (class token, registers); they are never pruned, merged or merged into.
         grid: (rows, columns) of the patches the numbers are meant for. None: those of the model it is applied to.
-        model: name of the model the schedule was made for; information only.
+        model: timm's name of the model the schedule was made for, with the tag of its weights where it is known.
+        stages: blocks in each stage of a hierarchical model (CAFormer). None: one stage.
 
     Raises:
-        TypeError: a number that is not an integer.
-        ValueError: no numbers, lengths that differ, a number below ``prefix`` or above the grid's tokens, or a block
-            that would merge although no patch is left to merge into (``merge[i] == prefix``, paper section 3.3).
+        InputTypeError: a number that is not an integer.
+        InputValueError: no numbers, lengths that differ, a number below ``prefix`` or above the grid's tokens, or a
+            block that would merge although no patch is left to merge into (``after_merging[i] == prefix``; section 3.3
+            of the paper).
     """
 
-    prune: Sequence[int] | None = None
-    merge: Sequence[int] = ()
+    after_pruning: Sequence[int] | None = None
+    after_merging: Sequence[int] = ()
     prefix: int = 1
     grid: tuple[int, int] | None = None
     model: str | None = None
+    stages: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         # frozen: attributes can be set only this way
         set_ = object.__setattr__
         set_(self, "prefix", _integer(self.prefix, "prefix"))
         if self.prefix < 0:
-            raise ValueError(f"prefix must be 0 or more, got {self.prefix}")
-        set_(self, "merge", _integers(self.merge, "merge"))
-        if not self.merge:
-            raise ValueError("merge must hold one kept number per block, got none")
-        if self.prune is not None:
-            set_(self, "prune", _integers(self.prune, "prune"))
-            if len(self.prune) != len(self.merge):
-                raise ValueError(
-                    f"prune and merge must have one number per block each, got {len(self.prune)} and {len(self.merge)}"
-                )
+            raise InputValueError(f"prefix must be 0 or more, got {self.prefix}")
+        merged = _integers(self.after_merging, "after_merging")
+        if not merged:
+            raise InputValueError("after_merging must hold one number per block, got none")
+        pruned = None if self.after_pruning is None else _integers(self.after_pruning, "after_pruning")
+        if pruned is not None and len(pruned) != len(merged):
+            raise InputValueError(
+                "after_pruning and after_merging must have one number per block each, "
+                f"got {len(pruned)} and {len(merged)}"
+            )
         if self.grid is not None:
             grid = _integers(self.grid, "grid")
             if len(grid) != 2 or min(grid) < 1:
-                raise ValueError(f"grid must be two positive numbers (rows, columns), got {self.grid}")
+                raise InputValueError(f"grid must be two positive numbers (rows, columns), got {self.grid}")
             set_(self, "grid", grid)
         if self.model is not None and not isinstance(self.model, str):
-            raise TypeError(f"model must be a string or None, got {type(self.model).__name__}")
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        most = None if self.grid is None else self.prefix + self.grid[0] * self.grid[1]
-        for name, numbers in (("prune", self.prune or ()), ("merge", self.merge)):
-            for block, number in enumerate(numbers):
-                if number < max(self.prefix, 1):
-                    raise ValueError(
-                        f"{name}[{block}] = {number}, but at least {max(self.prefix, 1)} "
-                        f"tokens are always kept (prefix = {self.prefix})"
-                    )
-                if most is not None and number > most:
-                    raise ValueError(f"{name}[{block}] = {number}, but the grid {self.grid} has only {most} tokens")
-        # however many tokens come in: merging down to the prefix has no destination
-        for block, (pruned, merged) in enumerate(_running_minima(self.prune, self.merge, None)):
-            if merged == self.prefix and pruned != merged:
-                raise ValueError(
-                    f"merge[{block}] = {merged} leaves no patch to merge into (prefix = {self.prefix}); "
-                    f"prune to it instead (prune[{block}] = {merged})"
+            raise InputTypeError(f"model must be a string or None, got {type(self.model).__name__}")
+        if self.stages is not None:
+            stages = _integers(self.stages, "stages")
+            if min(stages, default=0) < 1 or sum(stages) != len(merged):
+                raise InputValueError(
+                    f"stages must be numbers of blocks that add up to {len(merged)}, got {list(self.stages)}"
                 )
+            set_(self, "stages", stages)
+        self._check_numbers("after_pruning", pruned or ())
+        self._check_numbers("after_merging", merged)
+        minima = [numbers for stage in self.slices() for numbers in _running_minima(pruned, merged, stage)]
+        for block, (after_pruning, after_merging) in enumerate(minima):
+            # however many tokens come in: merging down to the prefix has no destination
+            if after_merging == self.prefix and after_pruning != after_merging:
+                raise InputValueError(
+                    f"after_merging[{block}] = {after_merging} leaves no patch to merge into (prefix = {self.prefix}); "
+                    f"prune to it instead (after_pruning[{block}] = {after_merging})"
+                )
+        set_(self, "after_pruning", None if pruned is None else tuple(int(number) for number, _ in minima))
+        set_(self, "after_merging", tuple(int(number) for _, number in minima))
+
+    def _check_numbers(self, name: str, numbers: Sequence[int]) -> None:
+        most = None if self.grid is None else self.prefix + self.grid[0] * self.grid[1]
+        least = max(self.prefix, 1)
+        for block, number in enumerate(numbers):
+            if number < least:
+                raise InputValueError(
+                    f"{name}[{block}] = {number}, but at least {least} tokens are always kept (prefix = {self.prefix})"
+                )
+            if most is not None and number > most:
+                raise InputValueError(f"{name}[{block}] = {number}, but the grid {self.grid} has only {most} tokens")
 
     def __len__(self) -> int:
         """The number of blocks."""
-        return len(self.merge)
+        return len(self.after_merging)
 
-    def steps(self, tokens: int) -> Steps:
-        """What each block really keeps when ``tokens`` tokens (prefix included) enter the first block.
+    def slices(self) -> list[slice]:
+        """Which blocks each stage has."""
+        ends = list(_running_sums(self.stages or [len(self.after_merging)]))
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def kept_numbers(self, tokens: int) -> KeptNumbers:
+        """What each block keeps when ``tokens`` tokens (prefix included) enter every stage.
 
         Returns:
             (k_p, k_m) per block, with ``prefix + 1 <= k_m < k_p <= N`` or ``prefix <= k_m = k_p <= N``, N being the
@@ -121,13 +160,12 @@ class Schedule:
         """
         tokens = _integer(tokens, "tokens")
         if tokens < self.prefix:
-            raise ValueError(f"tokens = {tokens} is fewer than the {self.prefix} prefix tokens")
-        minima = _running_minima(self.prune, self.merge, tokens)
-        return tuple((int(pruned), int(merged)) for pruned, merged in minima)
-
-    def gflops(self, model: nn.Module) -> float:
-        """Multiply-accumulates of one image through ``model`` under this schedule, in units of 1e9."""
-        return flops_.flops(model, self) / 1e9
+            raise InputValueError(f"tokens = {tokens} is fewer than the {self.prefix} prefix tokens")
+        found = []
+        for blocks in self.slices():
+            minima = _running_minima(self.after_pruning, self.after_merging, blocks, tokens)
+            found += [(int(pruned), int(merged)) for pruned, merged in minima]
+        return tuple(found)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the schedule as JSON."""
@@ -136,181 +174,191 @@ class Schedule:
             "model": self.model,
             "prefix": self.prefix,
             "grid": self.grid,
-            "prune": self.prune,
-            "merge": self.merge,
+            "stages": self.stages,
+            "after_pruning": self.after_pruning,
+            "after_merging": self.after_merging,
             "library_version": _library_version(),
         }
         Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Schedule:
-        """Read a schedule that :meth:`save` wrote.
+        """Read a schedule that :meth:`save` wrote, now or in format version 1.
 
         Raises:
             OSError: the file does not exist (FileNotFoundError) or cannot be read.
-            ValueError: it is no JSON, of an unknown format version, lacks a key, or holds impossible numbers.
+            InputValueError: it is no JSON, of an unknown format version, lacks a key, or holds impossible numbers.
         """
         path = Path(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not a schedule: it is not valid JSON ({error})") from error
+            raise InputValueError(f"{path} is not a schedule: it is not valid JSON ({error})") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{path} is not a schedule: expected a JSON object, got {type(content).__name__}")
-        if "format_version" in content and content["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format version {content['format_version']!r}, this diffrate_ext ({_library_version()}) "
-                f"reads version {FORMAT_VERSION}"
+            raise InputValueError(f"{path} is not a schedule: expected a JSON object, got {type(content).__name__}")
+        version = content.get("format_version", FORMAT_VERSION)
+        if version not in (1, FORMAT_VERSION):
+            raise InputValueError(
+                f"{path} has format version {version!r}, this diffrate_ext ({_library_version()}) reads versions 1 "
+                f"and {FORMAT_VERSION}"
             )
-        missing = [key for key in ("format_version", "prune", "merge", "prefix") if key not in content]
+        names = ("prune", "merge") if version == 1 else ("after_pruning", "after_merging")
+        missing = [key for key in ("format_version", *names, "prefix") if key not in content]
         if missing:
-            raise ValueError(f"{path} is not a schedule: it lacks {', '.join(missing)}")
+            raise InputValueError(f"{path} is not a schedule: it lacks {', '.join(missing)}")
+        pruned, merged = (content[name] for name in names)
         try:
-            return cls(content["prune"], content["merge"], content["prefix"], content.get("grid"), content.get("model"))
+            stages = _stages_of_version_1(content) if version == 1 else content.get("stages")
+            return cls(pruned, merged, content["prefix"], content.get("grid"), content.get("model"), stages)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a usable schedule: {error}") from error
+            raise InputValueError(f"{path} is not a usable schedule: {error}") from error
 
     @classmethod
     def published(cls, name: str, gflops: float | str) -> Schedule:
-        """A schedule the authors published.
+        """A schedule that the authors published.
+
+        Warns (UserWarning) where ``name`` stands for other weights than those it was learned on: it may cost these more
+        accuracy.
 
         Args:
-            name: ``"ViT-{T,S,B}-DeiT"``, ``"ViT-{B,L,H}-MAE"``, ``"CAFormer-S36"``, or timm's name of the same
-                architecture, with or without the tag of its weights.
+            name: the paper's name of a model (:meth:`available` lists them), or timm's name of the same architecture,
+                with or without the tag of its weights.
             gflops: which of the model's schedules, as the paper names it, for example 2.9.
         """
         schedules = _published()
         paper_name = _paper_name(name)
         if paper_name is None:
-            raise ValueError(
+            raise InputValueError(
                 f"no published schedule for {name!r}; there are {', '.join(schedules)} and, as timm names them, "
-                f"{', '.join(_TIMM_NAMES)}"
+                f"{', '.join(_ARCHITECTURES)}"
             )
         try:
             wanted = float(gflops)
         except (TypeError, ValueError):
-            raise ValueError(f"gflops must be a number, got {gflops!r}") from None
-        for key, numbers in schedules[paper_name].items():
-            if float(key) == wanted:
-                prefix = 1 if numbers["prune"] is not None else 0
-                side = math.isqrt(numbers["merge"][0] - prefix)
-                return cls(numbers["prune"], numbers["merge"], prefix=prefix, grid=(side, side), model=name)
-        raise ValueError(
-            f"no published schedule of {gflops} GFLOPs for {name!r}; available: {', '.join(schedules[paper_name])}"
-        )
-
-    @classmethod
-    def uniform(cls, model: nn.Module, gflops: float) -> Schedule:
-        """A simple rule, where no learned schedule is at hand.
-
-        Every block but the first removes the same number of tokens (up to rounding), half of them by pruning, half by
-        merging; in a hierarchical model, which is never pruned, all by merging. The number is chosen so that the
-        GFLOPs are as near to ``gflops`` as whole tokens allow: within 1 % but for models of few tokens.
-
-        Raises:
-            ValueError: ``gflops`` is more than the uncompressed model takes or less than the rule can reach.
-        """
-        # here, because the models need the operators, and a schedule alone does not
-        from .models import adapter_for
-
-        adapter = adapter_for(model)
-        stages, cost = adapter.stages(model), flops_.model_cost(model)
-
-        def flops_of(rate: float) -> int:
-            return cost.total([_uniform_numbers(stage, rate) for stage in stages])
-
-        fastest, target = float(max(stage.tokens for stage in stages)), float(gflops) * 1e9
-        if not flops_of(fastest) * 0.99 <= target <= flops_of(0) * 1.01:
-            raise ValueError(
-                f"{gflops} GFLOPs cannot be reached: the model takes {flops_of(0) / 1e9:.4g} uncompressed, and "
-                f"{flops_of(fastest) / 1e9:.4g} with all the tokens removed that this rule may remove"
+            raise InputValueError(f"gflops must be a number, got {gflops!r}") from None
+        numbers = next((found for key, found in schedules[paper_name].items() if float(key) == wanted), None)
+        if numbers is None:
+            raise InputValueError(
+                f"no published schedule of {gflops} GFLOPs for {name!r}; available: {', '.join(schedules[paper_name])}"
             )
-        low, high = 0.0, fastest  # tokens removed per block; FLOPs fall with it, in steps
-        for _ in range(50):
-            middle = (low + high) / 2
-            if flops_of(middle) > target:
-                low = middle
-            else:
-                high = middle
-        rate = min((low, high), key=lambda rate: abs(flops_of(rate) - target))
-
-        prune, merge = [], []
-        for stage in stages:
-            tokens = stage.tokens
-            for kept in _uniform_numbers(stage, rate):
-                prune.append(kept + (tokens - kept) // 2)
-                merge.append(kept)
-                tokens = kept
+        weights = _WEIGHTS[paper_name]
+        if name not in (paper_name, weights, *_SAME_BY_DEFAULT):
+            warnings.warn(
+                f"the published schedule for {name} was learned on {weights} (in the paper: {paper_name}); weights of "
+                "another training may lose more accuracy under it",
+                stacklevel=2,
+            )
+        hierarchical = numbers["prune"] is None
+        prefix = 0 if hierarchical else 1
+        side = math.isqrt(numbers["merge"][0] - prefix)
         return cls(
-            prune if adapter.prunes else None,
-            merge,
-            prefix=adapter.prefix(model),
-            grid=stages[0].grid,
-            model=adapter.name(model),
+            numbers["prune"],
+            numbers["merge"],
+            prefix=prefix,
+            grid=(side, side),
+            model=weights if name == paper_name else name,
+            stages=(18, 3) if hierarchical else None,
         )
 
+    @staticmethod
+    def available(name: str | None = None) -> list[PublishedSchedule]:
+        """The schedules that :meth:`published` knows, the mildest of each model first.
 
-def published_gflops(name: str) -> list[float]:
-    """The GFLOPs for which :meth:`Schedule.published` has a schedule of this model, falling; none if it knows none."""
-    paper_name = _paper_name(name)
-    return [] if paper_name is None else sorted((float(key) for key in _published()[paper_name]), reverse=True)
+        Args:
+            name: only those of this model, by its name in the paper or in timm; none where it has none.
+        """
+        wanted = list(_WEIGHTS) if name is None else [_paper_name(name)]
+        return [
+            PublishedSchedule(paper_name, _WEIGHTS[paper_name], gflops)
+            for paper_name in wanted
+            if paper_name is not None
+            for gflops in sorted((float(key) for key in _published()[paper_name]), reverse=True)
+        ]
 
 
-def scale_steps(steps: Steps, tokens: int, new_tokens: int, prefix: int) -> Steps:
-    """The same rates for another number of tokens, as an image of another size has it."""
+def scale_kept_numbers(numbers: KeptNumbers, tokens: int, new_tokens: int, prefix: int, fewest: int) -> KeptNumbers:
+    """The same rates for another number of tokens, as an image of another size has it.
+
+    Args:
+        fewest: tokens that a block must be left with to merge; where it had so many, it keeps so many.
+    """
     old, new = max(tokens - prefix, 1), new_tokens - prefix
 
     def scale(kept: int) -> int:
         # rounded up, so that a patch to merge into remains
-        return prefix - (-(kept - prefix) * new // old)
+        scaled = prefix - (-(kept - prefix) * new // old)
+        return min(max(scaled, min(kept, fewest)), new_tokens)
 
-    return tuple((scale(pruned), scale(merged)) for pruned, merged in steps)
+    return tuple((scale(pruned), scale(merged)) for pruned, merged in numbers)
 
 
-def _uniform_numbers(stage: Stage, rate: float) -> list[int]:
-    """Tokens kept by each block of a stage that removes ``rate`` tokens in every block that may compress."""
-    numbers, compressing = [], 0
-    for compressible in stage.compressible:
-        compressing += compressible
-        numbers.append(min(stage.tokens, max(stage.fewest, stage.tokens - round(rate * compressing))))
-    return numbers
+def same_model(one: str | None, other: str | None) -> bool:
+    """Whether two of timm's names may mean the same weights. A name, or a tag, that is not known fits any."""
+    if one is None or other is None:
+        return True
+    (architecture, _, tag), (other_architecture, _, other_tag) = one.partition("."), other.partition(".")
+    return architecture == other_architecture and (not tag or not other_tag or tag == other_tag)
 
 
 def _running_minima(
-    prune: Sequence[int] | None, merge: Sequence[int], tokens: int | None
-) -> list[tuple[int | float, int | float]]:
-    """(k_p, k_m) per block for so many tokens at the input; None: as many as one likes."""
-    minima: list[tuple[int | float, int | float]] = []
-    left: int | float = math.inf if tokens is None else tokens
-    for block, merged in enumerate(merge):
-        after_pruning = left if prune is None else min(left, prune[block])
-        left = min(after_pruning, merged)
+    pruned: Sequence[int] | None, merged: Sequence[int], blocks: slice, tokens: float = math.inf
+) -> list[tuple[float, float]]:
+    """(k_p, k_m) of each of a stage's blocks, for so many tokens at its input."""
+    minima = []
+    left = tokens
+    for block in range(blocks.start, blocks.stop):
+        after_pruning = left if pruned is None else min(left, pruned[block])
+        left = min(after_pruning, merged[block])
         minima.append((after_pruning, left))
     return minima
 
 
+def _running_sums(numbers: Iterable[int]) -> Iterable[int]:
+    total = 0
+    for number in numbers:
+        total += number
+        yield total
+
+
+def _stages_of_version_1(content: dict[str, Any]) -> tuple[int, ...] | None:
+    """Version 1 did not say where a hierarchical model's stages begin: where a number rises, but not to the full grid.
+
+    (Only hierarchical models have no prefix and no pruning; their last block of a stage may name the full grid.)
+    """
+    merged, grid = content["merge"], content.get("grid")
+    if content["prune"] is not None or content["prefix"] != 0 or grid is None or not isinstance(merged, list):
+        return None
+    starts, left = [0], merged[0]
+    for block, number in enumerate(merged):
+        if left < number != grid[0] * grid[1]:
+            starts.append(block)
+            left = number
+        left = min(left, number)
+    return tuple(end - start for start, end in zip(starts, [*starts[1:], len(merged)], strict=True))
+
+
 def _integer(value: Any, name: str) -> int:
     if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise InputTypeError(f"{name} must be an integer, got {value!r}")
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        raise InputTypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def _integers(values: Any, name: str) -> tuple[int, ...]:
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a list of integers, got {values!r}")
+        raise InputTypeError(f"{name} must be a list of integers, got {values!r}")
     return tuple(_integer(value, f"{name}[{index}]") for index, value in enumerate(values))
 
 
 def _paper_name(name: str) -> str | None:
-    """The name in the published schedules of a model under its name there or in timm."""
+    """The paper's name of a model under its name there or in timm."""
     architecture, _, tag = name.partition(".")
-    if name in _published():
+    if name in _WEIGHTS:
         return name
     # weights for 384 x 384 pixels have more tokens than the schedules
-    return None if tag.endswith("_384") else _TIMM_NAMES.get(architecture)
+    return None if tag.endswith("_384") else _ARCHITECTURES.get(architecture)
 
 
 @cache

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .flops import flops
-from .sharing import compressed_copy, uncompressed_copy
+from .compression.compress import check_made_for
+from .compression.copies import compressed_copy, uncompressed_copy
+from .compression.flops import flops
+from .errors import InputValueError
+from .images.data_config import data_config
 
 if TYPE_CHECKING:
     from .schedule import Schedule
@@ -63,6 +66,7 @@ def benchmark(
     images: Tensor | None = None,
     rounds: int = 10,
     warmup: int = 2,
+    any_model: bool = False,
 ) -> Benchmark:
     """How much faster ``model`` becomes under ``schedule`` on this machine.
 
@@ -75,11 +79,15 @@ def benchmark(
         images: (B, C, H, W), to be used instead of random ones; B replaces ``batch_size``.
         rounds: how often both models are timed, in turn.
         warmup: untimed runs of each model before the first round.
+        any_model: time a schedule although it says that it was made for another model.
 
     Raises:
-        ValueError: a batch size or a number of rounds below one, a negative number of warm-up runs, no images.
-        TypeError, ValueError: as :func:`diffrate_ext.compress`, for a model or schedule that does not fit.
+        InputValueError: a batch size or a number of rounds below one, a negative number of warm-up runs, no images, or
+            a schedule for another model.
+        InputTypeError, InputValueError: as :func:`diffrate_ext.compress`, for a model or schedule that does not fit.
     """
+    if not any_model:
+        check_made_for(model, schedule)
     if images is None:
         images = random_images(model, batch_size)
     comparison = Comparison(model, [schedule], images, warmup=warmup)
@@ -90,16 +98,12 @@ def benchmark(
 
 def random_images(model: nn.Module, batch_size: int) -> Tensor:
     """A batch of random images (batch_size, C, H, W) of the size that a timm model expects, on its device."""
-    from timm.data import resolve_model_data_config
-
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    shape = resolve_model_data_config(model)["input_size"]
-    # a model made for another image size than its weights knows that in its patch embedding only
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or shape[1:]
+        raise InputValueError(f"batch_size must be at least 1, got {batch_size}")
     own = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch_size, shape[0], *size, generator=generator).to(own.device, own.dtype)
+    images = torch.randn(batch_size, *data_config(model)["input_size"], generator=generator)
+    return images.to(own.device, own.dtype)
 
 
 class Comparison:
@@ -111,11 +115,11 @@ class Comparison:
 
     def __init__(self, model: nn.Module, schedules: Sequence[Schedule], images: Tensor, *, warmup: int = 2) -> None:
         if len(images) == 0:
-            raise ValueError("images must hold at least one image")
+            raise InputValueError("images must hold at least one image")
         if warmup < 0:
-            raise ValueError(f"warmup must not be negative, got {warmup}")
+            raise InputValueError(f"warmup must not be negative, got {warmup}")
         self.images = images
-        self.gflops = [schedule.gflops(model) for schedule in schedules]
+        self.gflops = [flops(model, schedule) / 1e9 for schedule in schedules]
         self.uncompressed_gflops = flops(model) / 1e9
         self.models = [uncompressed_copy(model), *(compressed_copy(model, schedule) for schedule in schedules)]
         self.warmup = warmup
@@ -124,7 +128,7 @@ class Comparison:
     def run(self, rounds: int) -> Iterator[int]:
         """Time every model ``rounds`` times; yields after each round, so that the caller can show progress."""
         if rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {rounds}")
+            raise InputValueError(f"rounds must be at least 1, got {rounds}")
         calls = [self._call(model.eval()) for model in self.models]
         for times in interleaved(calls, rounds, warmup=self.warmup, device=self.images.device):
             self.seconds.append(times)
@@ -140,7 +144,7 @@ class Comparison:
     def results(self) -> list[Benchmark]:
         """One result for each schedule."""
         if not self.seconds:
-            raise ValueError("nothing was timed yet: run() comes before results()")
+            raise InputValueError("nothing was timed yet: run() comes before results()")
         uncompressed, *compressed = ([times[i] for times in self.seconds] for i in range(len(self.models)))
         results = []
         for gflops, seconds in zip(self.gflops, compressed, strict=True):

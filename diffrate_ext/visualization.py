@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from .compression import token_slots
-from .flops import flops
+from .compression.compress import check_made_for, token_slots
+from .compression.copies import compressed_copy
+from .compression.flops import flops
+from .errors import InputValueError
+from .images.data_config import data_config
 from .models import adapter_for
-from .sharing import compressed_copy
+from .plotting import CURVES, INK, OWN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,9 +34,6 @@ PRUNED, SINGLE = -1, 0
 
 PAPER = np.array([0.965, 0.96, 0.945])  # pruned patches fade towards it
 STROKE = np.array([0.72, 0.71, 0.68])  # the hatching on them
-OWN = "#9aa0a6"
-INK = "#2b2b2b"
-CURVES = ("#c1432e", "#e0952b", "#2f7f73", "#33608f", "#7a4e8a")
 CELL = 24  # pixels per patch
 
 
@@ -45,6 +45,7 @@ def visualize(
     others: Sequence[Schedule] = (),
     blocks: Sequence[int] | None = None,
     titles: Sequence[str] | None = None,
+    any_model: bool = False,
 ) -> Figure:
     """Draw what happens to the tokens of some images under a schedule.
 
@@ -61,34 +62,37 @@ def visualize(
         blocks: after which blocks to draw, counted from 1 (of a hierarchical model: the attention blocks of the first
             stage that has them). Default: four, evenly spread, without the last, where little is left to see.
         titles: one text for each image.
+        any_model: draw a schedule although it says that it was made for another model.
 
     Returns:
         a matplotlib figure (``figure.savefig(path)`` writes it), made without pyplot: nothing global changes.
 
     Raises:
-        ValueError: no images, images of another size than the model's, blocks that the model does not have, or
-            another number of titles than of images.
-        TypeError, ValueError: as :func:`diffrate_ext.compress`, for a model or schedule that does not fit.
+        InputValueError: no images, images of another size than the model's, blocks that the model does not have,
+            another number of titles than of images, or a schedule for another model.
+        InputTypeError, InputValueError: as :func:`diffrate_ext.compress`, for a model or schedule that does not fit.
     """
     from matplotlib.figure import Figure
 
     if images.ndim != 4 or len(images) == 0:
-        raise ValueError(f"images must have shape (B, C, H, W) with B >= 1, got {tuple(images.shape)}")
+        raise InputValueError(f"images must have shape (B, C, H, W) with B >= 1, got {tuple(images.shape)}")
     if titles is not None and len(titles) != len(images):
-        raise ValueError(f"got {len(titles)} titles for {len(images)} images")
+        raise InputValueError(f"got {len(titles)} titles for {len(images)} images")
+    if not any_model:
+        check_made_for(model, schedule)
     slots = [block.cpu() for block in token_slots(compressed_copy(model, schedule), images)]
     adapter = adapter_for(model)
-    stage, prefix = adapter.stages(model)[0], adapter.prefix(model)
+    stage, prefix = adapter.stages[0], adapter.rules.prefix
     depth, n_tokens = len(stage.blocks), stage.tokens
     if slots[0].shape[1] != n_tokens:
-        raise ValueError(
+        raise InputValueError(
             f"images of {images.shape[-2]} x {images.shape[-1]} pixels become {slots[0].shape[1]} tokens; only images "
             f"of the model's own size, of {n_tokens} tokens, can be drawn"
         )
     if blocks is None:
         blocks = sorted({math.ceil(depth * part / 5) for part in range(1, 5)})
     elif not blocks or not all(1 <= block <= depth for block in blocks):
-        raise ValueError(f"blocks must be numbers from 1 to {depth}, got {list(blocks)}")
+        raise InputValueError(f"blocks must be numbers from 1 to {depth}, got {list(blocks)}")
 
     pictures = displayable(model, images)
 
@@ -200,9 +204,7 @@ def _near_border(ids: NDArray[np.int64], width: int = 3) -> NDArray[np.bool_]:
 
 def displayable(model: nn.Module, images: Tensor) -> NDArray[np.float64]:
     """Normalised images (B, C, H, W) as RGB (B, H, W, 3) in [0, 1]."""
-    from timm.data import resolve_model_data_config
-
-    config = resolve_model_data_config(model)
+    config = data_config(model)
     mean, std = (torch.tensor(config[name], dtype=torch.float64).reshape(-1, 1, 1) for name in ("mean", "std"))
     pixels = (images.detach().cpu().double() * std + mean).clamp(0, 1)
     if pixels.shape[1] != 3:
@@ -226,7 +228,7 @@ def check_output(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: its folder does not exist.
         PermissionError: it may not be written there.
-        ValueError: it is a folder, or matplotlib does not write files of that kind.
+        InputValueError: it is a folder, or matplotlib does not write files of that kind.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -235,11 +237,11 @@ def check_output(path: str | Path) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder for the picture {path} does not exist")
     if path.is_dir():
-        raise ValueError(f"the picture {path} cannot be written: it is a folder")
+        raise InputValueError(f"the picture {path} cannot be written: it is a folder")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise PermissionError(f"the picture {path} cannot be written: no permission")
     if path.suffix.lower().removeprefix(".") not in kinds:
-        raise ValueError(f"the picture {path} must end in one of: {', '.join('.' + kind for kind in kinds)}")
+        raise InputValueError(f"the picture {path} must end in one of: {', '.join('.' + kind for kind in kinds)}")
     return path
 
 
@@ -276,8 +278,8 @@ def _draw_key(figure: Any) -> None:
 def _plot_counts(axes: Axes, figure: Any, model: nn.Module, schedules: Sequence[Schedule]) -> None:
     adapter = adapter_for(model)
     uncompressed = flops(model)
-    entering = adapter.stages(model)[0].tokens
-    full = [entering, *(stage.tokens for stage in adapter.stages(model) for _ in stage.blocks)]
+    entering = adapter.stages[0].tokens
+    full = [entering, *(stage.tokens for stage in adapter.stages for _ in stage.blocks)]
     axes.plot(
         full,
         color="#8a8a8a",
@@ -286,7 +288,7 @@ def _plot_counts(axes: Axes, figure: Any, model: nn.Module, schedules: Sequence[
         label=f"uncompressed, {uncompressed / 1e9:.3g} GFLOPs",
     )
     for number, schedule in enumerate(sorted(schedules, key=lambda s: -flops(model, s))):
-        kept = [entering, *(merged for steps in adapter.steps(model, schedule) for _, merged in steps)]
+        kept = [entering, *(merged for numbers in adapter.kept_numbers(schedule) for _, merged in numbers)]
         cost = flops(model, schedule)
         shown = schedule is schedules[0]
         axes.plot(

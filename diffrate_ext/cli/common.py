@@ -54,6 +54,9 @@ def add_schedule_options(parser: argparse.ArgumentParser) -> None:
     choice.add_argument(
         "--schedule", type=Path, nargs="+", metavar="FILE", help="schedules as Schedule.save writes them"
     )
+    parser.add_argument(
+        "--any-model", action="store_true", help="use a --schedule although it says that it was made for another model"
+    )
 
 
 def positive(text: str) -> int:
@@ -146,26 +149,20 @@ def check_embedded_options(arguments: argparse.Namespace) -> None:
         raise UsageError("--no-pretrained needs --model NAME: the embedded model has weights of its own")
 
 
-def check_supported(model: nn.Module) -> None:
-    """Refuse a model of a family that compression does not know."""
-    from ..models import adapter_for
-
-    try:
-        adapter_for(model)
-    except TypeError as error:
-        raise UsageError(str(error)) from None
-
-
 def schedules_named(arguments: argparse.Namespace, model: nn.Module) -> list[NamedSchedule]:
     """What the arguments ask for; else the published schedules of this model, else the default targets."""
+    from ..compression.compress import check_made_for
+    from ..compression.uniform import uniform_schedule
     from ..demo import NamedSchedule, published_schedules, uniform_schedules
     from ..schedule import Schedule
 
-    check_supported(model)
     if arguments.gflops:
-        return [NamedSchedule(f"{g:g} GFLOPs", Schedule.uniform(model, g)) for g in arguments.gflops]
+        return [NamedSchedule(f"{g:g} GFLOPs", uniform_schedule(model, g)) for g in arguments.gflops]
     if arguments.schedule:
-        return [NamedSchedule(_name_of(path), Schedule.load(path)) for path in arguments.schedule]
+        named = [NamedSchedule(_name_of(path), Schedule.load(path)) for path in arguments.schedule]
+        for one in named if not arguments.any_model else []:
+            check_made_for(model, one.schedule)
+        return named
     return published_schedules(arguments.model or "") or uniform_schedules(model)
 
 

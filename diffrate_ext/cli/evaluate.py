@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InputValueError
 from .common import (
     UsageError,
     add_model_options,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from ..images.sampling import Batch
+    from ..evaluation import Batch
     from ..images.sources import ImageSource
 
 SPEED_ROUNDS = 8
@@ -70,9 +71,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from ..compression.copies import compressed_copy
     from ..evaluation import evaluate_all
-    from ..images.sampling import evaluation_loader
-    from ..sharing import compressed_copy
+    from ..images.loading import evaluation_loader
     from ..timing import Comparison
 
     check_embedded_options(arguments)
@@ -145,7 +146,7 @@ def _images_and_model(arguments: argparse.Namespace, remarks: Console) -> tuple[
         return images, model
     try:
         return match_classes(images, model.num_classes), model  # type: ignore[arg-type]
-    except ValueError as error:
+    except InputValueError as error:
         remarks.print(f"agreement only: {error}", style="yellow", markup=False, soft_wrap=True)
         return without_labels(images), model
 

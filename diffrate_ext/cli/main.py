@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..embedded import SEARCH_STEPS
+from ..errors import InputError
 from .common import (
     OneLineParser,
     UsageError,
@@ -25,6 +26,7 @@ from .common import (
     model_named,
     positive,
     schedules_named,
+    warnings_on,
 )
 from .evaluate import add_evaluate_command
 from .search import add_search_command
@@ -39,13 +41,17 @@ PICTURES_BY_DEFAULT = 64
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, or 2 after one line on stderr that says what is wrong."""
+    """Run a command. Returns the exit status: 0, or 2 after one line on stderr that says what is wrong.
+
+    What the caller can mend gets one line; everything else is a fault of ours, and gets its traceback.
+    """
     try:
         arguments = build_parser().parse_args(argv)
         command: Callable[[argparse.Namespace], None] = arguments.command
-        command(arguments)
-    except (UsageError, OSError, ValueError, FloatingPointError) as error:
-        # what the library raises for bad input; its messages are written to be read by users
+        _, remarks = consoles()
+        with warnings_on(remarks):
+            command(arguments)
+    except (UsageError, InputError, OSError) as error:
         return _fail(str(error) or type(error).__name__)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "not enough memory" not in str(error):
@@ -169,15 +175,13 @@ def _workload(arguments: argparse.Namespace, pictures: int, embedded_images: int
     if arguments.images is None:
         raise UsageError("--model needs --images PATH, a picture or a folder of pictures")
 
-    from timm.data import create_transform, resolve_model_data_config
-
+    from ..images.loading import transform_for
     from ..images.pictures import find_pictures, load_pictures, spread
 
     found = find_pictures(arguments.images)
     chosen = spread(found, arguments.n_images or pictures)
     model = model_named(arguments)
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    loaded = load_pictures(chosen, transform)
+    loaded = load_pictures(chosen, transform_for(model, augment=False))
     for path, reason in loaded.skipped:
         remarks.print(f"skipped {path}: {reason}", style="yellow", markup=False, soft_wrap=True)
     if len(chosen) < len(found):

@@ -14,7 +14,6 @@ from .common import (
     add_model_options,
     amount,
     check_embedded_options,
-    check_supported,
     consoles,
     default_workers,
     device_named,
@@ -30,8 +29,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..images.sources import ImageSource
-    from ..searching import SearchResult, SearchSettings
-    from ..searching.processes import Processes
+    from ..rate_search.loop import SearchResult
+    from ..rate_search.processes import Processes
+    from ..rate_search.settings import SearchSettings
 
 STEPS = 1000
 MIXUP, CUTMIX, SMOOTHING = 0.8, 1.0, 0.1
@@ -153,7 +153,7 @@ class _Job:
 
 
 def _search(arguments: argparse.Namespace) -> None:
-    from ..searching.processes import Processes, joined
+    from ..rate_search.processes import Processes, joined
 
     check_embedded_options(arguments)
     with joined(device_named(arguments.device)) as device:
@@ -172,7 +172,7 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
 
     from .. import embedded
     from ..images.sources import match_classes, open_images
-    from ..searching import SearchSettings
+    from ..rate_search.settings import SearchSettings
 
     ours = arguments.model is None
     if not ours and arguments.images is None:
@@ -207,7 +207,6 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
         model: nn.Module = embedded.load_model()
     else:
         model = model_named(arguments)
-    check_supported(model)
     if images.labelled and not settings.soft_targets:
         images = match_classes(images, model.num_classes)  # type: ignore[arg-type]
     if not images.labelled or settings.soft_targets:
@@ -237,9 +236,9 @@ def _check_tensorboard(arguments: argparse.Namespace) -> None:
 
 def _targets(arguments: argparse.Namespace, job: _Job) -> dict[float, Path]:
     """The folder of each target; all are checked before the first search starts."""
-    from ..flops import flops
-    from ..searching import check_target
-    from ..searching.checkpoints import SearchFolder
+    from ..compression.flops import flops
+    from ..rate_search.checkpoints import SearchFolder
+    from ..rate_search.loop import check_target
 
     gflops = arguments.gflops or [round(SEARCH_SHARE * flops(job.model) / 1e9, 4)]
     if len(set(gflops)) < len(gflops):
@@ -257,9 +256,9 @@ def _targets(arguments: argparse.Namespace, job: _Job) -> dict[float, Path]:
 
 
 def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder: Path) -> SearchResult:
-    from ..images.sampling import search_loader
-    from ..searching import run_search
-    from ..searching.report import all_reports, progress_report, tensorboard_report
+    from ..rate_search.data import search_loader
+    from ..rate_search.loop import search
+    from ..rate_search.report import all_reports, progress_report, tensorboard_report
 
     settings, processes = job.settings, job.processes
     place: dict[str, Any] = {"rank": processes.rank, "world": processes.world}
@@ -268,8 +267,8 @@ def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder:
         run: dict[str, Any] = {"steps": settings.steps, "seed": settings.seed, "start": start}
         return search_loader(job.images, job.model, **job.loading, **run, **place)
 
-    facts = {name: value for name, value in job.loading.items() if name not in ("batch_size", "workers")}
-    facts |= {
+    fingerprint = {name: value for name, value in job.loading.items() if name not in ("batch_size", "workers")}
+    fingerprint |= {
         "images": job.images.where,
         "number of images": len(job.images),
         "global batch size": job.loading["batch_size"] * processes.world,
@@ -282,7 +281,7 @@ def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder:
         ]
         if arguments.tensorboard:
             reports.append(stack.enter_context(tensorboard_report(folder / "tensorboard")))
-        return run_search(
+        return search(
             job.model,
             loader,
             gflops,
@@ -290,12 +289,12 @@ def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder:
             output=folder,
             resume=arguments.resume,
             report=all_reports(reports),
-            facts=facts,
+            fingerprint=fingerprint,
         )
 
 
 def _summary(result: SearchResult, folder: Path, settings: SearchSettings) -> str:
-    from ..searching.checkpoints import SearchFolder
+    from ..rate_search.checkpoints import SearchFolder
 
     off = result.gflops / result.target_gflops - 1
     if abs(off) <= 0.01:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..errors import InputValueError
+
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -47,7 +49,7 @@ def find_pictures(path: str | Path) -> list[Path]:
 def spread(paths: list[Path], limit: int) -> list[Path]:
     """At most ``limit`` of the paths, evenly spread: the first ones of a sorted folder are often all of one kind."""
     if limit < 1:
-        raise ValueError(f"the number of images must be at least 1, got {limit}")
+        raise InputValueError(f"the number of images must be at least 1, got {limit}")
     if len(paths) <= limit:
         return paths
     return [paths[i * len(paths) // limit] for i in range(limit)]
@@ -72,7 +74,7 @@ def load_pictures(paths: Iterable[Path], transform: Callable[[Image.Image], Tens
         transform: RGB picture -> tensor (C, H, W), as timm.data.create_transform makes.
 
     Raises:
-        ValueError: none of the pictures could be read.
+        InputValueError: none of the pictures could be read.
     """
     images: list[Tensor] = []
     read: list[Path] = []
@@ -87,7 +89,7 @@ def load_pictures(paths: Iterable[Path], transform: Callable[[Image.Image], Tens
         read.append(path)
     if not images:
         named = "; ".join(f"{path}: {reason}" for path, reason in skipped[:3])
-        raise ValueError(f"none of the {len(skipped)} pictures could be read ({named or 'none given'})")
+        raise InputValueError(f"none of the {len(skipped)} pictures could be read ({named or 'none given'})")
     return Pictures(torch.stack(images), read, skipped)
 
 

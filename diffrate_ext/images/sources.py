@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from ..errors import InputValueError
 from .pictures import EXTENSIONS, find_pictures, read_picture
 
 Purpose = Literal["search", "evaluation"]
@@ -71,7 +72,7 @@ def open_images(path: str | Path | None, *, split: str | None = None, purpose: P
 
     Raises:
         FileNotFoundError: there is no such folder, or no picture in it.
-        ValueError: a file, an unknown split, several splits of which none suits, a dataset without images or with
+        InputValueError: a file, an unknown split, several splits of which none suits, a dataset without images or with
             several image or label columns, or the ``datasets`` package is missing.
     """
     if path is None:
@@ -80,7 +81,7 @@ def open_images(path: str | Path | None, *, split: str | None = None, purpose: P
     if not root.exists():
         raise FileNotFoundError(f"no such folder of images: {root}")
     if not root.is_dir():
-        raise ValueError(f"{root} is a file, expected a folder of pictures or a dataset saved by save_to_disk")
+        raise InputValueError(f"{root} is a file, expected a folder of pictures or a dataset saved by save_to_disk")
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return _open_saved_dataset(root, split, purpose)
     return _open_folder(root, split, purpose)
@@ -93,11 +94,11 @@ def match_classes(source: ImageSource, num_classes: int) -> ImageSource:
     ("n01440764") are looked up by name where the model has the 1,000 classes of ImageNet-1k, so that a subset serves.
 
     Raises:
-        ValueError: no labels, or other classes than the model's.
+        InputValueError: no labels, or other classes than the model's.
     """
     hint = "soft targets from the uncompressed model need no labels"
     if source.classes is None:
-        raise ValueError(f"{source.where} has no labels: {source.why_unlabelled}; {hint}")
+        raise InputValueError(f"{source.where} has no labels: {source.why_unlabelled}; {hint}")
     if num_classes == 1000 and all(_WNID.fullmatch(name) for name in source.classes):
         from timm.data import ImageNetInfo
 
@@ -105,10 +106,10 @@ def match_classes(source: ImageSource, num_classes: int) -> ImageSource:
         number = {name: i for i, name in enumerate(names)}
         unknown = [name for name in source.classes if name not in number]
         if unknown:
-            raise ValueError(f"{source.where} has classes that are not in ImageNet-1k: {_some(unknown)}; {hint}")
+            raise InputValueError(f"{source.where} has classes that are not in ImageNet-1k: {_some(unknown)}; {hint}")
         return _Relabelled(source, list(names), [number[name] for name in source.classes])
     if len(source.classes) != num_classes:
-        raise ValueError(
+        raise InputValueError(
             f"{source.where} has {len(source.classes)} classes ({_some(source.classes)}), "
             f"but the model has {num_classes}; {hint}"
         )
@@ -144,7 +145,7 @@ class EmbeddedImages(ImageSource):
         from ..embedded import CLASSES, load_images
 
         if split not in ("search", "test"):
-            raise ValueError(f"the embedded images have the splits 'search' and 'test', got {split!r}")
+            raise InputValueError(f"the embedded images have the splits 'search' and 'test', got {split!r}")
         images, labels = load_images("search" if split == "search" else "test")
         self.where = f"the embedded {split} images"
         self.classes = list(CLASSES)
@@ -226,13 +227,13 @@ def _contents(root: Path) -> tuple[list[str], bool]:
 def _choose_split(where: str, found: Sequence[str], split: str | None, purpose: Purpose) -> str:
     if split is not None:
         if split not in found:
-            raise ValueError(f"{where} has no split {split!r}; there are: {_some(found) or 'none'}")
+            raise InputValueError(f"{where} has no split {split!r}; there are: {_some(found) or 'none'}")
         return split
     by_name = {name.lower(): name for name in found}
     suitable = [by_name[name] for name in _PREFERRED_SPLITS[purpose] if name in by_name]
     if suitable or len(found) == 1:
         return [*suitable, *found][0]
-    raise ValueError(f"{where} has several splits, and none is plainly for {purpose}; name one: {_some(found)}")
+    raise InputValueError(f"{where} has several splits, and none is plainly for {purpose}; name one: {_some(found)}")
 
 
 class SavedDataset(ImageSource):
@@ -250,9 +251,9 @@ class SavedDataset(ImageSource):
         self._column = _only_column(dataset, datasets.Image, ("image", "img"), where)
         if self._column is None:
             found = ", ".join(f"{name}: {type(kind).__name__}" for name, kind in dataset.features.items())
-            raise ValueError(f"{where} has no column of type Image, only {found or 'no columns at all'}")
+            raise InputValueError(f"{where} has no column of type Image, only {found or 'no columns at all'}")
         if len(dataset) == 0:
-            raise ValueError(f"{where} is empty")
+            raise InputValueError(f"{where} is empty")
         self._dataset = dataset.select_columns(self._column).cast_column(self._column, datasets.Image(decode=False))
         self.classes, self._labels = None, None
         label_column = _only_column(dataset, datasets.ClassLabel, ("label", "labels"), where)
@@ -271,7 +272,7 @@ class SavedDataset(ImageSource):
     def read(self, i: int) -> tuple[Image.Image, int | None]:
         stored = self._dataset[i][self._column]
         if stored is None:
-            raise ValueError("no picture in this row")
+            raise InputValueError("no picture in this row")
         content = stored["bytes"]
         picture = read_picture(Path(stored["path"]) if content is None else BytesIO(content))  # type: ignore[arg-type]
         return picture, None if self._labels is None else int(self._labels[i])
@@ -284,18 +285,18 @@ def _open_saved_dataset(root: Path, split: str | None, purpose: Purpose) -> Save
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"{root} is a saved Hugging Face dataset; to read it, pip install datasets") from error
+        raise InputValueError(f"{root} is a saved Hugging Face dataset; to read it, pip install datasets") from error
     try:
         dataset = datasets.load_from_disk(str(root))
     except Exception as error:  # whatever pyarrow and json raise on damaged files
         words = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"the saved dataset {root} cannot be loaded: {words}") from error
+        raise InputValueError(f"the saved dataset {root} cannot be loaded: {words}") from error
     where = str(root)
     if isinstance(dataset, datasets.DatasetDict):
         chosen = _choose_split(where, sorted(dataset), split, purpose)
         return SavedDataset(dataset[chosen], f"{where} (split {chosen})")
     if split is not None and split != str(dataset.split):
-        raise ValueError(f"{root} has no split {split!r}: it is one dataset, not a dictionary of splits")
+        raise InputValueError(f"{root} has no split {split!r}: it is one dataset, not a dictionary of splits")
     return SavedDataset(dataset, where)
 
 
@@ -305,7 +306,7 @@ def _only_column(dataset: Any, kind: type, usual: Sequence[str], where: str) -> 
     if len(found) > 1:
         named = [name for name in usual if name in found]
         if not named:
-            raise ValueError(
+            raise InputValueError(
                 f"{where} has several columns of type {kind.__name__} ({', '.join(found)}): "
                 f"rename the one that is meant to {usual[0]!r}"
             )

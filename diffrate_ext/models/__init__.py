@@ -4,30 +4,30 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import Adapter, Stage
+from ..errors import InputTypeError
+from .adapter import Adapter, Stage, TokenRules
 from .metaformer import MetaFormerAdapter
 from .vision_transformer import VisionTransformerAdapter
 
-__all__ = ["ADAPTERS", "Adapter", "Stage", "adapter_for"]
+__all__ = ["Adapter", "Stage", "TokenRules", "adapter_for"]
 
-ADAPTERS: tuple[Adapter, ...] = (VisionTransformerAdapter(), MetaFormerAdapter())
+ADAPTERS: tuple[type[Adapter], ...] = (VisionTransformerAdapter, MetaFormerAdapter)
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of the model's family.
+    """The model's adapter.
 
     Raises:
-        TypeError: no family knows the model.
-        ValueError: the family knows it, but not one of its parts.
+        InputTypeError: no family knows the model.
+        InputValueError: the family knows it, but not one of its parts.
     """
     for adapter in ADAPTERS:
         if adapter.knows(model):
-            adapter.check(model)
-            return adapter
+            return adapter(model)
     hint = ""
     if hasattr(model, "_orig_mod") or hasattr(model, "module"):
         hint = "; compress the model first and wrap it (torch.compile, DistributedDataParallel) afterwards"
-    raise TypeError(
+    raise InputTypeError(
         f"{type(model).__name__} is not supported: expected one of timm's "
         f"{', '.join(adapter.family for adapter in ADAPTERS)}{hint}"
     )

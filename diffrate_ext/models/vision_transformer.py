@@ -1,8 +1,13 @@
-"""timm's VisionTransformer: DeiT, AugReg, DINOv2, CLIP, SigLIP, MAE and others."""
+"""timm's VisionTransformer: DeiT, AugReg, DINOv2, CLIP, SigLIP, MAE and others.
+
+``CompressedVisionTransformer`` runs the blocks, ``CompressedBlock`` is one of them; both as timm has them, with tokens
+reduced between attention and MLP (method of DiffRate, section 3.1).
+"""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from itertools import islice
+from typing import Any
 
 import torch
 from timm.layers import AttentionPoolLatent, PatchEmbed
@@ -12,68 +17,127 @@ from timm.models.vision_transformer import Attention, Block, ResPostBlock, Visio
 from torch import Tensor, nn
 
 from .. import ops
-from ..flops import BlockCost, ModelCost, StageCost
+from ..costs import BlockCost, ModelCost, StageCost
+from ..errors import InputTypeError, InputValueError
+from ..reference import TINY
 from ..schedule import Schedule
-from .base import (
-    Adapter,
-    AttentionFunction,
-    BlockCompressor,
+from .adapter import Adapter, Stage, TokenRules, count_weights
+from .compressed import (
+    NO_STEP,
     CompressedModule,
     Observer,
-    Stage,
-    attention_of_packed_qkv,
+    Plan,
+    Step,
     has_forward_of,
     original_class,
-    weight_count,
+    packed_attention,
+    run_blocks,
 )
-from .masked import SearchPlan
 
-_POOLS_WITHOUT_SIZES = ("token", "max", "")
+_POOLS_CLASS_TOKEN = ("token", "")
+_POOLS_WITHOUT_SIZES = (*_POOLS_CLASS_TOKEN, "max")
+
+
+class CompressedAttention(CompressedModule, Attention):
+    """timm's Attention, whose map the step never builds."""
+
+    def forward(self, x: Tensor, step: Step | None = None) -> Tensor:  # type: ignore[override]
+        out = self.norm(packed_attention(self, x, step))
+        gate = getattr(self, "gate", None)
+        if gate is not None:
+            out = out * gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+
+class CompressedBlock(CompressedModule, Block):
+    """timm's Block, with tokens reduced between attention and MLP."""
+
+    def forward(self, x: Tensor, step: Step | None = None) -> Tensor:  # type: ignore[override]
+        if step is None:
+            raise InputTypeError(NO_STEP)
+        x = step.reduce(x, self.drop_path1(self.ls1(self.attn(self.norm1(x), step))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class CompressedResPostBlock(CompressedModule, ResPostBlock):
+    """The same of timm's ResPostBlock, which normalises after attention and after the MLP."""
+
+    def forward(self, x: Tensor, step: Step | None = None) -> Tensor:  # type: ignore[override]
+        if step is None:
+            raise InputTypeError(NO_STEP)
+        x = step.reduce(x, self.drop_path1(self.norm1(self.attn(x, step))))
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
 
 
 class CompressedVisionTransformer(CompressedModule, VisionTransformer):
     """A VisionTransformer whose blocks drop and merge tokens.
 
     ``forward_features`` returns the tokens that are left, (B, K, C). ``forward_head`` needs their sizes where it
-    averages or attends over patches: ``forward_tokens`` gives both.
+    averages or attends over patches: it finds them with the very tensor that ``forward_features`` returned, or takes
+    them from ``forward_tokens``.
     """
+
+    _diffrate_plan: Plan
 
     def forward_tokens(self, x: Tensor, observe: Observer | None = None) -> tuple[Tensor, Tensor]:
         """Images to the tokens that are left (B, K, C), normalised, and their sizes (B, K), float32.
 
         In the search step (training mode of a :class:`RateSearch`) all N tokens are there, and masked ones have size 0.
         """
-        x = self._embed(x)
-        x, size = self._diffrate_plan.run(self.blocks, x, checkpointing=self.grad_checkpointing, observe=observe)
-        if size is None:
-            size = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+        x, size = self._run_blocks(self._embed(x), observe=observe)
         return self.norm(x), size
 
     def _embed(self, x: Tensor) -> Tensor:
         x = self._pos_embed(self.patch_embed(x))
         return self.norm_pre(self.patch_drop(x))
 
+    def _run_blocks(
+        self, x: Tensor, depth: int | None = None, observe: Observer | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and sizes after the first ``depth`` blocks (all)."""
+        steps = self._diffrate_plan.steps(x.shape[1], self.training)
+        blocks = islice(self.blocks, depth)
+        x, state = run_blocks(blocks, x, steps, checkpointing=self.grad_checkpointing, observe=observe)
+        if state.size is None:
+            return x, torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+        return x, state.size.clamp_min(TINY) if state.mask is None else state.size * state.mask
+
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to the tokens that are left (B, K, C), normalised."""
         _refuse_masks(attn_mask, is_causal)
-        return self.forward_tokens(x)[0]
+        tokens, size = self.forward_tokens(x)
+        if not torch.compiler.is_compiling():
+            tokens._diffrate_size = size  # type: ignore[attr-defined]  # for forward_head
+        return tokens
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, size: Tensor | None = None) -> Tensor:
         """Tokens to logits. Means over tokens are weighted with their sizes.
 
+        Args:
+            x: tokens (B, K, C), as ``forward_features`` or ``forward_tokens`` returns them.
+            size: their sizes (B, K). None: those that ``forward_features`` left with ``x``.
+
         Raises:
-            ValueError: ``size`` is missing and the head needs it.
+            InputValueError: the head needs the sizes and there are none, or pools over patches and there are none.
         """
+        if size is None:
+            size = getattr(x, "_diffrate_size", None)
+        first = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        if self.global_pool not in _POOLS_CLASS_TOKEN and x.shape[1] <= first:
+            raise InputValueError(
+                f"global_pool={self.global_pool!r} pools over patches, but the schedule leaves none: {x.shape[1]} "
+                f"tokens, {self.num_prefix_tokens} of them prefix"
+            )
         if self.global_pool == "max" and size is not None:
             x = x.masked_fill((size == 0)[..., None], -torch.inf)
         if self.global_pool in _POOLS_WITHOUT_SIZES:
             return super().forward_head(x, pre_logits)
         if size is None:
-            raise ValueError(
-                f"with global_pool={self.global_pool!r} a compressed model's head needs the sizes of the tokens: call "
-                "model(images), or give it what model.forward_tokens(images) returns"
+            raise InputValueError(
+                f"with global_pool={self.global_pool!r} a compressed model's head needs the sizes of the tokens, and x "
+                "is not the tensor that forward_features returned: use tokens, size = model.forward_tokens(images) and "
+                "model.forward_head(tokens, size=size)"
             )
-        first = 0 if self.pool_include_prefix else self.num_prefix_tokens
         x, size = x[:, first:], size[:, first:]
         if self.global_pool == "map" and size.requires_grad:
             x = _masked_attention_pool(self.attn_pool, x, size)
@@ -112,10 +176,10 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
         (B, K, C).
         """
         _refuse_masks(attn_mask, is_causal)
-        if self.training and isinstance(self._diffrate_plan, SearchPlan):
-            raise ValueError("the search step has no intermediate features: call eval() first")
+        if self.training and self._diffrate_plan.masks_in_training:
+            raise InputValueError("the search step has no intermediate features: call eval() first")
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+            raise InputValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         taken, last = feature_take_indices(len(self.blocks), indices)
         rows, columns = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         restored: list[Tensor] = []
@@ -123,10 +187,7 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
         def restore(tokens: Tensor, slot: Tensor) -> None:
             restored.append(ops.restore_tokens(self.norm(tokens) if norm else tokens, slot))
 
-        blocks = self.blocks[: last + 1] if stop_early else self.blocks
-        tokens, _ = self._diffrate_plan.run(
-            blocks, self._embed(x), checkpointing=self.grad_checkpointing, observe=restore
-        )
+        tokens, _ = self._run_blocks(self._embed(x), last + 1 if stop_early else None, restore)
         intermediates, prefixes = [], []
         for index in sorted(taken):
             features = restored[index]
@@ -152,109 +213,103 @@ class VisionTransformerAdapter(Adapter):
     """Class-token models by class attention, models without one by attention received."""
 
     family = "VisionTransformer"
+    model: VisionTransformer
 
-    def knows(self, model: nn.Module) -> bool:
+    @classmethod
+    def knows(cls, model: nn.Module) -> bool:
         return isinstance(model, VisionTransformer)
 
-    def check(self, model: nn.Module) -> None:
-        model = cast(VisionTransformer, model)
-        cls = original_class(model)
+    def _check(self) -> None:
+        model, cls = self.model, original_class(self.model)
         for method in ("forward", "forward_features", "pool"):
             if getattr(cls, method) is not getattr(VisionTransformer, method):
-                raise ValueError(f"{cls.__name__} overrides VisionTransformer.{method}, which compression would bypass")
+                raise InputValueError(
+                    f"{cls.__name__} overrides VisionTransformer.{method}, which compression would bypass"
+                )
         if cls.forward_head not in (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head):
-            raise ValueError(f"{cls.__name__} overrides VisionTransformer.forward_head, which compression would bypass")
+            raise InputValueError(
+                f"{cls.__name__} overrides VisionTransformer.forward_head, which compression would bypass"
+            )
         if not isinstance(model.blocks, nn.Sequential) or len(model.blocks) == 0:
-            raise ValueError("the model has no blocks to compress")
+            raise InputValueError("the model has no blocks to compress")
         for index, block in enumerate(model.blocks):
             if not has_forward_of(block, Block, ResPostBlock):
-                raise ValueError(
+                raise InputValueError(
                     f"blocks[{index}] is a {type(block).__name__}, which is not supported: tokens are compressed "
                     "between attention and MLP, as timm's Block and ResPostBlock have them"
                 )
             if not has_forward_of(block.attn, Attention):
-                raise ValueError(
+                raise InputValueError(
                     f"blocks[{index}].attn is a {type(block.attn).__name__}, which is not supported: expected timm's "
                     "Attention"
                 )
         if model.global_pool == "map" and (
             not has_forward_of(model.attn_pool, AttentionPoolLatent) or model.attn_pool.pos_embed is not None
         ):
-            raise ValueError("attention pooling with a position embedding is not supported: tokens lose their places")
+            raise InputValueError(
+                "attention pooling with a position embedding is not supported: tokens lose their places"
+            )
         if model.global_pool not in (*_POOLS_WITHOUT_SIZES, "avg", "avgmax", "map"):
-            raise ValueError(f"global_pool={model.global_pool!r} is not supported")
+            raise InputValueError(f"global_pool={model.global_pool!r} is not supported")
 
-    def check_schedule(self, model: nn.Module, schedule: Schedule) -> None:
-        model = cast(VisionTransformer, model)
-        if model.global_pool not in ("token", "") and min(schedule.merge) <= model.num_prefix_tokens:
-            raise ValueError(
-                f"the schedule leaves {min(schedule.merge)} tokens, all of them prefix, but the model pools over "
-                f"patches (global_pool={model.global_pool!r})"
+    def check_schedule(self, schedule: Schedule) -> None:
+        fewest = min(schedule.after_merging)
+        if self.model.global_pool not in _POOLS_CLASS_TOKEN and fewest <= self.model.num_prefix_tokens:
+            raise InputValueError(
+                f"the schedule leaves {fewest} tokens, all of them prefix, but the model pools over patches "
+                f"(global_pool={self.model.global_pool!r})"
             )
 
-    def prefix(self, model: nn.Module) -> int:
-        return cast(VisionTransformer, model).num_prefix_tokens
+    @property
+    def rules(self) -> TokenRules:
+        return TokenRules(self.model.num_prefix_tokens, "class" if self.model.has_class_token else "received")
 
-    def stages(self, model: nn.Module) -> tuple[Stage, ...]:
-        model = cast(VisionTransformer, model)
-        blocks, prefix = tuple(model.blocks), model.num_prefix_tokens
-        rows, columns = model.patch_embed.grid_size
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        blocks, prefix = tuple(self.model.blocks), self.model.num_prefix_tokens
+        rows, columns = self.model.patch_embed.grid_size
         # what the last block does reaches a class token no more, but it does reach a pool over patches
-        end = len(blocks) if model.global_pool in ("token", "") else len(blocks) - 1
+        end = len(blocks) if self.model.global_pool in _POOLS_CLASS_TOKEN else len(blocks) - 1
         compressible = tuple(0 < index < end for index in range(len(blocks)))
-        return (Stage(blocks, (rows, columns), rows * columns + prefix, compressible, prefix + 1),)
+        return (Stage(self.model, blocks, (rows, columns), rows * columns + prefix, compressible, prefix + 1),)
 
-    def cost(self, model: nn.Module) -> ModelCost:
-        model = cast(VisionTransformer, model)
+    @property
+    def cost(self) -> ModelCost:
+        model: Any = self.model
         if not has_forward_of(model.patch_embed, PatchEmbed):
-            raise ValueError(
+            raise InputValueError(
                 f"the FLOPs of patch_embed, a {type(model.patch_embed).__name__}, are not known: expected PatchEmbed"
             )
-        (stage,) = self.stages(model)
+        (stage,) = self.stages
         blocks = tuple(
             BlockCost(
-                attention=weight_count(block.attn, nn.Linear),
+                attention=count_weights(block.attn, nn.Linear),
                 pairs=2 * block.attn.num_heads * block.attn.head_dim,
-                mlp=weight_count(block.mlp, nn.Linear),
+                mlp=count_weights(block.mlp, nn.Linear),
             )
-            for block in stage.blocks
+            for block in model.blocks
         )
         embedding = stage.tokens * model.patch_embed.proj.weight.numel()
         # a distilled model has a second head
-        head = sum(weight_count(getattr(model, name, None), nn.Linear) for name in ("head", "head_dist"))
+        head = sum(count_weights(getattr(model, name, None), nn.Linear) for name in ("head", "head_dist"))
         per_token = 0
         if model.global_pool == "map":
-            pool: Any = model.attn_pool
-            per_token = weight_count(pool.kv, nn.Linear) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
-            head += pool.latent_len * (weight_count(pool, nn.Linear) - weight_count(pool.kv, nn.Linear))
+            pool = model.attn_pool
+            per_token = count_weights(pool.kv, nn.Linear) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
+            head += pool.latent_len * (count_weights(pool, nn.Linear) - count_weights(pool.kv, nn.Linear))
         return ModelCost((StageCost(stage.tokens, embedding, blocks),), head, per_token)
 
-    def attention(self, block: Any, x: Tensor, attend: AttentionFunction) -> tuple[Tensor, Tensor, Tensor | None]:
-        attn = block.attn
-        normalises_after = isinstance(block, ResPostBlock)
-        y = x if normalises_after else block.norm1(x)
-        branch, importance = attention_of_packed_qkv(attn, y, attend)
-        branch = attn.norm(branch)
-        if getattr(attn, "gate", None) is not None:
-            branch = branch * attn.gate(y).sigmoid()
-        branch = attn.proj_drop(attn.proj(branch))
-        branch = block.norm1(branch) if normalises_after else block.ls1(branch)
-        return x, block.drop_path1(branch), importance
+    @property
+    def replacements(self) -> list[tuple[nn.Module, type[CompressedModule]]]:
+        replaced: list[tuple[nn.Module, type[CompressedModule]]] = [(self.model, CompressedVisionTransformer)]
+        for block in self.model.blocks:
+            mixin = CompressedBlock if has_forward_of(block, Block) else CompressedResPostBlock
+            replaced += [(block, mixin), (block.attn, CompressedAttention)]  # type: ignore[list-item]
+        return replaced
 
-    def mlp(self, block: Any, x: Tensor) -> Tensor:
-        if isinstance(block, ResPostBlock):
-            return x + block.drop_path2(block.norm2(block.mlp(x)))
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-    def compressor(self, model: nn.Module) -> BlockCompressor:
-        model = cast(VisionTransformer, model)
-        return BlockCompressor(self, model.num_prefix_tokens, "class" if model.has_class_token else "received")
-
-    def compressed_parts(self, model: nn.Module) -> list[tuple[nn.Module, type[CompressedModule]]]:
-        return [(model, CompressedVisionTransformer)]
-
-    def run(self, model: nn.Module, images: Tensor, observe: Observer) -> None:
-        cast(CompressedVisionTransformer, model).forward_tokens(images, observe)
+    def observe(self, images: Tensor, observe: Observer) -> None:
+        assert isinstance(self.model, CompressedVisionTransformer)
+        self.model.forward_tokens(images, observe)
 
 
 def _masked_attention_pool(pool: Any, x: Tensor, size: Tensor) -> Tensor:
@@ -273,4 +328,4 @@ def _masked_attention_pool(pool: Any, x: Tensor, size: Tensor) -> Tensor:
 
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
-        raise ValueError("a compressed model takes no attn_mask and no is_causal: restore() it first")
+        raise InputValueError("a compressed model takes no attn_mask and no is_causal: restore() it first")

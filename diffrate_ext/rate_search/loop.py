@@ -1,135 +1,56 @@
-"""The search for a schedule: compression rates learned by gradient descent (paper, sections 3.3 and 3.4)."""
+"""The search for a schedule: compression rates learned by gradient descent (DiffRate, sections 3.3 and 3.4)."""
 
 from __future__ import annotations
 
 import copy
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..compression import restore
-from ..evaluation import check_labels, split_batch
-from ..flops import flops
-from ..images.sampling import seeded
+from ..compression.copies import compressed_copy, uncompressed_copy
+from ..compression.flops import flops
+from ..compression.patching import remove_plans
+from ..compression.uniform import uniform_schedule
+from ..errors import DivergedError, InputValueError
+from ..evaluation import Batch, Evaluation, check_labels, evaluate_all, split_batch
 from ..models import adapter_for
-from ..rates import RateSearch
 from ..schedule import Schedule
-from ..sharing import uncompressed_copy
+from ..seeding import seeded
 from .checkpoints import Fact, SearchFolder, SearchState, replacing
-from .history import SearchHistory, StepRecord, kept_numbers
+from .history import SearchHistory, StepRecord, kept_after
 from .processes import Processes
+from .rates import RateSearch, check_reachable, flops_loss
+from .settings import SearchSettings
 
-Batch: TypeAlias = "Tensor | Sequence[Tensor]"
+# the last part of the key of a step's own random choices, such as dropout, beside the loader's
+_IN_THE_STEP = 1
+
 Loader: TypeAlias = "Iterable[Batch] | Callable[[int], Iterable[Batch]]"
-
-LR_SUM = 20.0
-"""What the learning rates of all steps add up to by default: as in the paper, whatever the number of steps."""
-LR_CAP = 0.15
-"""The largest default learning rate: at 0.36 the embedded model's rates run off before the FLOPs pull them back."""
-FLOPS_SCALE = 106.0 / 5
-"""Makes the relative FLOPs loss equal to the paper's absolute one on DeiT-S (4.6 GFLOPs), squared."""
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """How to search. But for ``start``, the defaults are the paper's (section 4.1), for any model and number of steps.
-
-    Attributes:
-        steps: batches to train on.
-        lr: learning rate of the first step; it falls to ``min_lr`` along a cosine. None: as large as makes the learning
-            rates of all steps add up to 20, as in the paper, at most LR_CAP.
-        min_lr: None: a tenth of ``lr``.
-        weight_decay: of AdamW, on the logits of the rates.
-        flops_weight: weight of the FLOPs term in the loss.
-        flops_loss: "relative", ``106 * flops_weight/5 * ((FLOPs - target) / uncompressed FLOPs)^2``, pulls alike on
-            models of every size; "absolute" is the paper's ``flops_weight * (GFLOPs - target)^2``. They are equal on
-            DeiT-S.
-        warmup_steps: so many first steps go without the FLOPs term.
-        soft_targets: learn from what the uncompressed model says about an image instead of from its label.
-        amp: compute in bfloat16 where torch's autocast does.
-        start: where the rates start: "uniform", at :meth:`Schedule.uniform` of the target, from which some 100 steps
-            lead to a good schedule; "zeros", with all logits 0 as in the paper, which takes thousands.
-        granularity: the step between the numbers of patches that a block may keep.
-        seed: of all random choices, the loader's included as far as they come from the generators of torch, numpy and
-            ``random`` in this process.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    steps: int = 1000
-    lr: float | None = None
-    min_lr: float | None = None
-    weight_decay: float = 0.0
-    flops_weight: float = 5.0
-    flops_loss: Literal["relative", "absolute"] = "relative"
-    warmup_steps: int = 0
-    soft_targets: bool = False
-    amp: bool = False
-    start: Literal["uniform", "zeros"] = "uniform"
-    granularity: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("warmup_steps", 0), ("granularity", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        for name in ("lr", "min_lr", "weight_decay", "flops_weight"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-        if self.flops_loss not in ("relative", "absolute"):
-            raise ValueError(f"flops_loss must be 'relative' or 'absolute', got {self.flops_loss!r}")
-        if self.start not in ("uniform", "zeros"):
-            raise ValueError(f"start must be 'uniform' or 'zeros', got {self.start!r}")
-        if self.first_lr < self.last_lr:
-            raise ValueError(f"min_lr must not be above lr, got {self.last_lr:g} and {self.first_lr:g}")
-
-    @property
-    def first_lr(self) -> float:
-        # from lr to lr/10, a cosine has a mean of 0.55 lr
-        return min(LR_CAP, LR_SUM / (0.55 * self.steps)) if self.lr is None else self.lr
-
-    @property
-    def last_lr(self) -> float:
-        return self.first_lr / 10 if self.min_lr is None else self.min_lr
-
-    @property
-    def betas(self) -> tuple[float, float]:
-        # the paper's 0.999 remembers a quarter of its steps; a short search must not remember its start to the end
-        return 0.9, min(0.999, max(0.9, 1 - 3.75 / self.steps))
-
-    def lr_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        return self.last_lr + (self.first_lr - self.last_lr) * (1 + math.cos(math.pi * step / self.steps)) / 2
-
-    def facts(self) -> dict[str, Fact]:
-        """What a search that is resumed must have in common with the one that was stopped."""
-        return {**asdict(self), "lr": self.first_lr, "min_lr": self.last_lr}
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found."""
+    """What :func:`search` found."""
 
     schedule: Schedule
+    history: SearchHistory
+    evaluation: Evaluation | None
+    """Of the model under the schedule on the validation images, in agreement with the uncompressed model; None without
+    such images."""
     target_gflops: float
     searched_gflops: float
     """Where the search itself ended, before its rates were shifted to the target."""
     gflops: float
     """Of the schedule."""
-    history: SearchHistory
     steps_before: int
     """Steps that were made before this run, when it resumed another; all of them: there was nothing left to do."""
 
@@ -140,18 +61,20 @@ def search(
     target_gflops: float,
     settings: SearchSettings | None = None,
     *,
+    validation: Iterable[Batch] | None = None,
     output: str | PathLike[str] | None = None,
     resume: bool = False,
     checkpoint_every: int = 10,
     report: Callable[[StepRecord], None] | None = None,
-) -> Schedule:
+    fingerprint: Mapping[str, Fact] | None = None,
+) -> SearchResult:
     """Learn a schedule of ``target_gflops`` for a model from images.
 
     Only the compression rates train; the model itself is left as it is. At the end the rates are shifted to the target,
     which the search alone meets roughly, and the schedule is within 1 % of it or as near as the granularity lets it be.
 
     Where torch.distributed is initialised, the processes work together: each on its own batches, all towards the same
-    rates; the first one reports and writes.
+    rates; the first one reports, writes and evaluates.
 
     Args:
         model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, trained.
@@ -160,76 +83,58 @@ def search(
             again. Or a function that makes one for the steps from a given one on: a resumed search need not pass
             through the batches before.
         target_gflops: multiply-accumulates of one image, in units of 1e9.
-        settings: how to search.
+        settings: how to search; by default ``SearchSettings()``.
+        validation: batches to evaluate the schedule on, as :func:`diffrate_ext.evaluate` takes them.
         output: a folder for ``schedule.json``, ``history.json``, ``search.png`` and ``checkpoint.pt``, each of which is
             whole at any time. None: nothing is written.
         resume: continue the search in ``output``, if there is one, to the same result as if it had not been stopped.
         checkpoint_every: steps between checkpoints. One is written, too, when the search ends by an error or Ctrl-C.
         report: called after every step.
+        fingerprint: what a resumed search must have in common with the one before, beside settings and model: the data.
 
     Returns:
-        the schedule.
+        the schedule, how it came about, and how it does.
 
     Raises:
-        TypeError: the model's family is not supported, or a batch is of another type.
-        ValueError: a part of the model is not supported; the target cannot be reached; there are no images, or no
-            labels; a checkpoint is of a search with other settings.
+        InputTypeError: the model's family is not supported, or a batch is of another type.
+        InputValueError: a part of the model is not supported; the target cannot be reached; there are no images, or no
+            labels; a checkpoint is of a search with another fingerprint.
         FileExistsError: ``output`` holds a search, and ``resume`` is False.
-        FloatingPointError: the loss is not finite.
+        DivergedError: the loss is not finite.
         KeyboardInterrupt: with a message that says what was done and how to continue.
     """
-    return run_search(
-        model,
-        loader,
-        target_gflops,
-        settings or SearchSettings(),
-        output=output,
-        resume=resume,
-        checkpoint_every=checkpoint_every,
-        report=report,
-    ).schedule
-
-
-def run_search(
-    model: nn.Module,
-    loader: Loader,
-    target_gflops: float,
-    settings: SearchSettings,
-    *,
-    output: str | PathLike[str] | None = None,
-    resume: bool = False,
-    checkpoint_every: int = 10,
-    report: Callable[[StepRecord], None] | None = None,
-    facts: Mapping[str, Fact] | None = None,
-) -> SearchResult:
-    """As :func:`search`, with more to tell.
-
-    Args:
-        facts: what a resumed search must have in common with the one before beside settings and model: the data.
-    """
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be a whole number of at least 1, got {checkpoint_every!r}")
+        raise InputValueError(f"checkpoint_every must be a whole number of at least 1, got {checkpoint_every!r}")
+    settings = settings or SearchSettings()
     check_target(model, target_gflops, settings.granularity)
-    device = next(model.parameters()).device
     plain = uncompressed_copy(model)  # shares the weights; its modules are those that change
     rates = RateSearch(plain, settings.granularity)
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            run = _Search(rates, float(target_gflops), settings, None if output is None else SearchFolder(output))
-            run.start({**(facts or {}), **_model_facts(plain)}, resume)
-            return run.finish(run.steps(loader, checkpoint_every, report))
+        run = _Search(rates, float(target_gflops), settings, None if output is None else SearchFolder(output))
+        run.start({**(fingerprint or {}), **_model_fingerprint(plain)}, resume)
+        searched = run.steps(loader, checkpoint_every, report)
+        schedule = run.finish()
+        searched_gflops, found_gflops = (flops(plain, one) / 1e9 for one in (searched, schedule))
     finally:
-        restore(plain)
+        remove_plans(plain)
+    evaluation = None
+    if validation is not None:
+        evaluation = run.processes.from_first(lambda: _evaluation(plain, schedule, validation))
+    return SearchResult(schedule, run.history, evaluation, run.target, searched_gflops, found_gflops, run.steps_before)
 
 
 def check_target(model: nn.Module, gflops: float, granularity: int = 1) -> None:
-    """Raise ValueError when no search can reach a target, with the range that it can reach."""
+    """Raise InputValueError when no search can reach a target, with the range that it can reach."""
     plain = uncompressed_copy(model)
     rates = RateSearch(plain, granularity)
     try:
-        rates.check_reachable(gflops)
+        check_reachable(rates, gflops)
     finally:
-        restore(plain)
+        remove_plans(plain)
+
+
+def _evaluation(plain: nn.Module, schedule: Schedule, validation: Iterable[Batch]) -> Evaluation:
+    return evaluate_all([plain, compressed_copy(plain, schedule)], validation)[1]
 
 
 class _Search:
@@ -247,17 +152,17 @@ class _Search:
             self.logits.values(), lr=settings.first_lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
         if settings.start == "uniform":
-            rates.set_schedule(Schedule.uniform(rates.model, target_gflops))
+            rates.set_schedule(uniform_schedule(rates.model, target_gflops))
         self.uncompressed = flops(rates.model) / 1e9
-        stages = adapter_for(rates.model).stages(rates.model)
+        stages = adapter_for(rates.model).stages
         tokens = tuple(stage.tokens for stage in stages for _ in stage.blocks)
         self.history = SearchHistory(target_gflops, self.uncompressed, settings.steps, tokens)
         self.step = self.steps_before = 0
         self.saved: int | None = None  # the step of the checkpoint on disk
 
-    def start(self, facts: Mapping[str, Fact], resume: bool) -> None:
+    def start(self, fingerprint: Mapping[str, Fact], resume: bool) -> None:
         """Take over the state of the search in the folder, or see that there is none."""
-        self.facts = {"target_gflops": self.target, **self.settings.facts(), **facts}
+        self.fingerprint = {"target_gflops": self.target, **self.settings.fingerprint(), **fingerprint}
         state = self.processes.from_first(lambda: self._find_state(resume))
         if state is not None:
             with torch.no_grad():
@@ -276,14 +181,14 @@ class _Search:
         if self.folder is None:
             return None
         self.folder.check(resume=resume)
-        return self.folder.load_state(self.facts) if resume else None
+        return self.folder.load_state(self.fingerprint) if resume else None
 
     def _state(self) -> SearchState:
         logits = {name: p.detach().cpu().clone() for name, p in self.logits.items()}
         return SearchState(self.step, logits, copy.deepcopy(self.optimizer.state_dict()), self.history)
 
     def steps(self, loader: Loader, checkpoint_every: int, report: Callable[[StepRecord], None] | None) -> Schedule:
-        """All steps that are left, and the projection to the target. Returns the schedule before the projection."""
+        """All steps that are left. Returns the schedule that the rates stand for after them."""
         try:
             for batch in self._batches(loader):
                 record = self._train(batch)
@@ -298,11 +203,10 @@ class _Search:
             self._save()
         except KeyboardInterrupt:
             self._save()
-            written = self.folder is not None and self.snapshot.step > 0
             after = (
-                f"its state is in {self._where()}: continue with --resume (resume=True)"
-                if written
-                else "nothing was written"
+                "nothing was written"
+                if self._saved_to is None
+                else f"its state is in {self._saved_to}: continue with --resume (resume=True)"
             )
             raise KeyboardInterrupt(
                 f"search stopped after step {self.snapshot.step} of {self.settings.steps}; {after}"
@@ -313,20 +217,10 @@ class _Search:
             raise
         return self.rates.schedule()
 
-    def finish(self, searched: Schedule) -> SearchResult:
+    def finish(self) -> Schedule:
         """Shift the rates to the target, and write what the search found."""
-        model = self.rates.model
-        with torch.no_grad():
-            self.rates.project(self.target)
-        schedule = self.processes.from_first(self._keep_schedule)
-        return SearchResult(
-            schedule,
-            self.target,
-            searched.gflops(model),
-            schedule.gflops(model),
-            self.history,
-            self.steps_before,
-        )
+        self.rates.project(self.target)
+        return self.processes.from_first(self._keep_schedule)
 
     def _keep_schedule(self) -> Schedule:
         """The schedule in the folder, written if it is not there yet."""
@@ -338,7 +232,7 @@ class _Search:
             return finished
         from .plot import draw_search
 
-        figure = draw_search(self.history, schedule, schedule.gflops(self.rates.model))
+        figure = draw_search(self.history, schedule, flops(self.rates.model, schedule) / 1e9)
         with replacing(self.folder.plot) as temporary:
             figure.savefig(temporary, dpi=110, format="png")
         self.folder.save_schedule(schedule)  # the last file: where it is, the search is finished
@@ -364,63 +258,56 @@ class _Search:
         settings, rates, step = self.settings, self.rates, self.step
         images, labels = split_batch(batch)
         if labels is None and not settings.soft_targets:
-            raise ValueError("the loader gives images without labels: these need soft targets (soft_targets=True)")
+            raise InputValueError("the loader gives images without labels: these need soft targets (soft_targets=True)")
         images = images.to(self.device, self.dtype, non_blocking=True)
-        torch.manual_seed(self._seed())
         self.module.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.amp):
-            teacher = self._teacher(images) if settings.soft_targets else None
-            logits = self.module(images).float()
-        targets, truth = _targets(labels, teacher, logits)
-        classification = F.cross_entropy(logits, targets)
-        gflops = rates.gflops()
-        flops_loss = self._flops_loss(gflops) if step >= settings.warmup_steps else 0 * gflops
         self.optimizer.zero_grad()
-        (classification + flops_loss).backward()
+        with seeded(settings.seed, step, self.processes.rank, _IN_THE_STEP, device=self.device):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.amp):
+                teacher = self._teacher(images) if settings.soft_targets else None
+                logits = self.module(images).float()
+            targets, truth = _targets(labels, teacher, logits)
+            classification = F.cross_entropy(logits, targets)
+            gflops = rates.gflops()
+            cost = flops_loss(gflops, self.target, self.uncompressed, settings.flops_weight, settings.flops_loss)
+            cost = cost if step >= settings.warmup_steps else 0 * cost
+            (classification + cost).backward()
 
         gradients = torch.stack([p.grad.isfinite().all() for p in self.logits.values() if p.grad is not None])
-        parts = (classification, flops_loss, (logits.argmax(1) == truth).float().mean(), gflops, gradients.all())
+        parts = (classification, cost, (logits.argmax(1) == truth).float().mean(), gflops, gradients.all())
         # one wait for the device, and the same numbers in every process: all go on, or none
         numbers = self.processes.mean(torch.stack([part.detach().double() for part in parts]))
-        loss, flops_part, accuracy, gflops_now, finite = numbers.tolist()
-        if not math.isfinite(loss + flops_part) or finite < 1:
-            raise FloatingPointError(self._diverged(loss, flops_part))
-        prune, merge = kept_numbers(rates.schedule())
+        loss, cost_now, accuracy, gflops_now, finite = numbers.tolist()
+        if not math.isfinite(loss + cost_now) or finite < 1:
+            raise DivergedError(self._diverged(loss, cost_now))
+        after_pruning, after_merging = kept_after(rates.schedule())
         lr = self.optimizer.param_groups[0]["lr"] = settings.lr_at(step)
         self.optimizer.step()
-        return StepRecord(step, loss, flops_part, accuracy, gflops_now, lr, prune, merge)
-
-    def _seed(self) -> int:
-        """For dropout and the like in this step and process."""
-        return int(np.random.SeedSequence((self.settings.seed, self.step, self.processes.rank)).generate_state(1)[0])
+        return StepRecord(step, loss, cost_now, accuracy, gflops_now, lr, after_pruning, after_merging)
 
     def _teacher(self, images: Tensor) -> Tensor:
         with torch.no_grad(), self.rates.uncompressed() as plain:
             return plain(images).float().softmax(1)
 
-    def _flops_loss(self, gflops: Tensor) -> Tensor:
-        missing = gflops - self.target
-        if self.settings.flops_loss == "absolute":
-            return self.settings.flops_weight * missing.square()
-        return FLOPS_SCALE * self.settings.flops_weight * (missing / self.uncompressed).square()
-
-    def _diverged(self, loss: float, flops_loss: float) -> str:
+    def _diverged(self, loss: float, cost: float) -> str:
         message = (
-            f"step {self.step}: the loss or its gradient is not finite "
-            f"(classification {loss:g}, FLOPs {flops_loss:g}); "
+            f"step {self.step}: the loss or its gradient is not finite (classification {loss:g}, FLOPs {cost:g}); "
             + ("a lower learning rate may help" if self.step else "do the images or the weights hold NaN?")
         )
-        return message if self.folder is None else f"{message}. The state before this step is in {self._where()}"
+        if self.folder is None or self.step == 0:
+            return message
+        return f"{message}. The state before this step is in {self.folder.checkpoint}"
 
-    def _where(self) -> str:
-        assert self.folder is not None
-        return str(self.folder.checkpoint)
+    @property
+    def _saved_to(self) -> str | None:
+        """Where the state after the last whole step is; None where it is nowhere."""
+        return None if self.folder is None or self.snapshot.step == 0 else str(self.folder.checkpoint)
 
     def _save(self) -> None:
         """Write the state after the last whole step, once."""
         if self.folder is None or not self.processes.first or self.snapshot.step in (0, self.saved):
             return
-        self.folder.save_state(self.snapshot, self.facts)
+        self.folder.save_state(self.snapshot, self.fingerprint)
         self.saved = self.snapshot.step
 
 
@@ -433,7 +320,7 @@ def _endless(loader: Loader, start: int) -> Iterator[Batch]:
             step += 1
         if step == begun:
             again = "" if step == start else f", iterated again after {step - start} batches: it must give them again"
-            raise ValueError(f"the loader gave no images{again}")
+            raise InputValueError(f"the loader gave no images{again}")
 
 
 def _targets(labels: Tensor | None, teacher: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -444,7 +331,7 @@ def _targets(labels: Tensor | None, teacher: Tensor | None, logits: Tensor) -> t
     if labels.is_floating_point():
         if labels.shape != logits.shape:
             expected = f"{tuple(logits.shape)}, as the logits have"
-            raise ValueError(f"probabilities as labels must have shape {expected}, got {tuple(labels.shape)}")
+            raise InputValueError(f"probabilities as labels must have shape {expected}, got {tuple(labels.shape)}")
         labels = labels.to(logits.device, logits.dtype)
         return labels if teacher is None else teacher, labels.argmax(1)
     check_labels(labels, logits)
@@ -452,16 +339,16 @@ def _targets(labels: Tensor | None, teacher: Tensor | None, logits: Tensor) -> t
     return labels if teacher is None else teacher, labels
 
 
-def _model_facts(model: nn.Module) -> dict[str, Any]:
+def _model_fingerprint(model: nn.Module) -> dict[str, Any]:
     """What tells this model, with these weights, from others."""
     checksum = 0
     for parameter in model.parameters():  # the first numbers of each tell trained weights apart
         numbers = parameter.detach().flatten()[:16].float().cpu().numpy()
         checksum = zlib.crc32(numbers.tobytes(), checksum)
-    stages = adapter_for(model).stages(model)
+    adapter = adapter_for(model)
     return {
-        "model": adapter_for(model).name(model),
-        "tokens": stages[0].tokens,
-        "blocks": sum(len(stage.blocks) for stage in stages),
+        "model": adapter.name,
+        "tokens": adapter.stages[0].tokens,
+        "blocks": sum(len(stage.blocks) for stage in adapter.stages),
         "weights": f"{checksum:08x}",
     }

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..visualization import CURVES, INK, OWN
+from ..errors import InputValueError
+from ..plotting import CURVES, INK, OWN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,12 +38,12 @@ def draw_search(history: SearchHistory, schedule: Schedule, gflops: float) -> Fi
         a matplotlib figure, made without pyplot: nothing global changes.
 
     Raises:
-        ValueError: the history is empty.
+        InputValueError: the history is empty.
     """
     from matplotlib.figure import Figure
 
     if not history.records:
-        raise ValueError("the search has no records to draw")
+        raise InputValueError("the search has no records to draw")
     steps = np.array([record.step + 1 for record in history.records])
     left, pruned, merged = _counts(history)
 
@@ -71,9 +72,9 @@ def draw_search(history: SearchHistory, schedule: Schedule, gflops: float) -> Fi
 def _counts(history: SearchHistory) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Tokens that leave, are pruned by and are merged by each block: (records, blocks) each."""
     tokens = np.array(history.tokens)
-    merge = np.array([record.merge for record in history.records])
+    merge = np.array([record.after_merging for record in history.records])
     enter = _entering(merge, tokens)
-    prune = np.array([record.prune or entered for record, entered in zip(history.records, enter, strict=True)])
+    prune = np.array([record.after_pruning or entered for record, entered in zip(history.records, enter, strict=True)])
     return merge, enter - prune, prune - merge
 
 
@@ -123,12 +124,12 @@ def _plot_removed(axis: Axes, steps: NDArray[np.int64], removed: NDArray[np.int6
 
 def _plot_schedule(axis: Axes, schedule: Schedule, tokens: Sequence[int]) -> None:
     blocks = np.arange(1, len(schedule) + 1)
-    merge = np.array(schedule.merge)
+    merge = np.array(schedule.after_merging)
     enter = _entering(merge, np.array(tokens))
-    prune = enter if schedule.prune is None else np.array(schedule.prune)
+    prune = enter if schedule.after_pruning is None else np.array(schedule.after_pruning)
     axis.bar(blocks, merge, color=KEPT, label="kept")
     axis.bar(blocks, prune - merge, bottom=merge, color=MERGED, label="merged")
-    if schedule.prune is not None:
+    if schedule.after_pruning is not None:
         axis.bar(blocks, enter - prune, bottom=prune, color=PRUNED, label="pruned")
     axis.set_title("the schedule found", fontsize=11)
     axis.set_xlabel("block")

@@ -109,7 +109,7 @@ def tensorboard_report(folder: Path) -> Iterator[Report]:
             "gflops": record.gflops,
             "learning_rate": record.lr,
         }
-        for kind, numbers in (("pruning", record.prune), ("merging", record.merge)):
+        for kind, numbers in (("pruning", record.after_pruning), ("merging", record.after_merging)):
             scalars |= {f"kept after {kind}/block {i}": n for i, n in enumerate(numbers or (), start=1)}
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, record.step)

@@ -26,9 +26,9 @@ class StepRecord:
     """Share of the batch whose most probable class is its label (the uncompressed model's, without labels)."""
     gflops: float
     lr: float
-    prune: tuple[int, ...] | None
+    after_pruning: tuple[int, ...] | None
     """Tokens that each block keeps after pruning; None in a family that is only merged."""
-    merge: tuple[int, ...]
+    after_merging: tuple[int, ...]
     """Tokens that each block keeps after merging."""
 
 
@@ -65,6 +65,7 @@ class SearchHistory:
         return cls(**{**content, "tokens": tuple(content["tokens"]), "records": records})
 
 
-def kept_numbers(schedule: Schedule) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+def kept_after(schedule: Schedule) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
     """A schedule's numbers as a record holds them."""
-    return None if schedule.prune is None else tuple(schedule.prune), tuple(schedule.merge)
+    after_pruning = None if schedule.after_pruning is None else tuple(schedule.after_pruning)
+    return after_pruning, tuple(schedule.after_merging)

@@ -14,10 +14,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..errors import InputValueError
 from ..schedule import Schedule
 from .history import SearchHistory
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Fact: TypeAlias = str | int | float | bool | None
 
@@ -111,7 +112,7 @@ class SearchFolder:
         """The state of the search in this folder; None when there is none.
 
         Raises:
-            ValueError: the checkpoint is none, or it belongs to a search with another fingerprint.
+            InputValueError: the checkpoint is none, or it belongs to a search with another fingerprint.
         """
         if not self.checkpoint.exists():
             return None
@@ -119,9 +120,11 @@ class SearchFolder:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch, zip files and pickles raise almost anything on damaged files
-            raise ValueError(f"{self.checkpoint} is not the checkpoint of a search ({error})") from error
+            raise InputValueError(f"{self.checkpoint} is not the checkpoint of a search ({error})") from error
         if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{self.checkpoint} is not the checkpoint of a search in format version {FORMAT_VERSION}")
+            raise InputValueError(
+                f"{self.checkpoint} is not the checkpoint of a search in format version {FORMAT_VERSION}"
+            )
         _compare(content["fingerprint"], fingerprint, self.path)
         history = SearchHistory.from_dict(content["history"])
         return SearchState(content["step"], content["logits"], content["optimizer"], history)
@@ -140,7 +143,7 @@ def _compare(then: Mapping[str, Fact], now: Mapping[str, Fact], folder: Path) ->
     names = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     if names:
         differences = "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in names)
-        raise ValueError(
+        raise InputValueError(
             f"the search in {folder} was started differently and cannot be continued so ({differences}): "
             "resume it with the same settings, or name another folder"
         )

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import InputValueError
+
 Result = TypeVar("Result")
 
 
@@ -78,7 +80,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         the device of this process.
 
     Raises:
-        ValueError: more processes on this machine than it has GPUs.
+        InputValueError: more processes on this machine than it has GPUs.
     """
     if not started_by_torchrun():
         yield device
@@ -86,7 +88,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
     if device.type == "cuda":
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= gpus:
-            raise ValueError(f"process {local_rank} of this machine has no GPU of its own: there are {gpus}")
+            raise InputValueError(f"process {local_rank} of this machine has no GPU of its own: there are {gpus}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -1,0 +1,90 @@
+"""Compress a model in place, undo it, and follow its tokens."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputTypeError, InputValueError
+from ..models import adapter_for
+from ..modes import evaluating
+from ..schedule import Schedule, same_model
+from .dropping import DropPlan
+from .patching import compressed_modules, install_plans, remove_plans
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compress(model: Model, schedule: Schedule) -> Model:
+    """Make a model prune and merge tokens between attention and MLP of its blocks (DiffRate, sections 3.2 and 3.3).
+
+    The model changes in place: parameters, state_dict and ``isinstance`` stay as they are, attention stays fused. On a
+    model that is compressed already the schedule is replaced. For images of another size than the model's own, the
+    kept numbers scale with the number of patches. torch.compile, export, DistributedDataParallel, ``fully_shard`` and
+    accelerate's hooks come after.
+
+    Args:
+        model: one of timm's VisionTransformer or MetaFormer (CAFormer) models.
+        schedule: the tokens that each block keeps.
+
+    Returns:
+        the model itself.
+
+    Raises:
+        InputTypeError: the model's family is not supported.
+        InputValueError: a part of the model is not supported, or the schedule does not fit it.
+    """
+    if not isinstance(schedule, Schedule):
+        raise InputTypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
+    adapter = adapter_for(model)
+    parts = zip(adapter.stages, adapter.kept_numbers(schedule), strict=True)
+    install_plans(adapter, [DropPlan(adapter.rules, stage.tokens, kept, stage.fewest) for stage, kept in parts])
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`compress` and :class:`RateSearch`: the model is again what it was.
+
+    Returns:
+        the model itself.
+
+    Raises:
+        InputValueError: the model is not compressed.
+    """
+    remove_plans(model)
+    return model
+
+
+def token_slots(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Run a compressed model once, in evaluation mode, and say where every token went.
+
+    Args:
+        model: a compressed model. Its modules stay in their own modes.
+        images: (B, channels, height, width), as the model takes them.
+
+    Returns:
+        for each block (B, N) int64: the position after that block, among the tokens that are left, of each of the N
+        tokens that entered the first block; -1 once pruned. Tokens with the same position were merged. In a
+        hierarchical model (CAFormer), the first block of the same stage.
+
+    Raises:
+        InputTypeError: the model's family is not supported.
+        InputValueError: the model is not compressed.
+    """
+    compressed_modules(model)
+    slots: list[Tensor] = []
+    with torch.no_grad(), evaluating(model):
+        adapter_for(model).observe(images, lambda _, slot: slots.append(slot))
+    return slots
+
+
+def check_made_for(model: nn.Module, schedule: Schedule) -> None:
+    """Raise InputValueError when a schedule says that it was made for another model, or for other weights of it."""
+    name = adapter_for(model).name
+    if not same_model(schedule.model, name):
+        raise InputValueError(
+            f"the schedule was made for {schedule.model}, and the model is {name}: what it removes may matter here "
+            "(any_model=True, or --any-model, uses it all the same)"
+        )

@@ -1,0 +1,68 @@
+"""Compression at inference: in each block tokens are sorted, pruned and merged (DiffRate, sections 3.1 to 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..models.adapter import TokenRules
+from ..models.compressed import Plan, Step, TokenState
+from ..schedule import KeptNumbers, scale_kept_numbers
+
+
+class DropTokens(Step):
+    """One block's tokens down to ``k_p`` by pruning and to ``k_m`` by merging.
+
+    A block that removes nothing needs neither importance nor order: sorting alone changes no token.
+    """
+
+    def __init__(self, rules: TokenRules, k_p: int, k_m: int) -> None:
+        self.rules, self.k_p, self.k_m = rules, k_p, k_m
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        rules, size = self.rules, self.before.on(q.device).size
+        removes = self.k_m < q.shape[2]
+        out, self.importance = ops.proportional_attention(
+            q, k, v, size, scale=scale, prefix=rules.prefix, importance_from=rules.importance_from if removes else None
+        )
+        return out
+
+    def reduce(self, x: Tensor, branch: Tensor) -> Tensor:
+        rules, size, importance = self.rules, self.before.on(x.device).size, self.importance
+        if importance is None:
+            self.after, self.slot = self.before, None
+            return x + branch
+        if not rules.spares_most_important:
+            x, size, self.slot = ops.prune_merge(
+                x, importance, self.k_p, self.k_m, size, prefix=rules.prefix, size_rule=rules.size_rule, residual=branch
+            )
+        else:  # in sorted order, as if the first token were a prefix
+            x, size, order = ops.sort_tokens(x + branch, importance, size, prefix=rules.prefix)
+            x, size, slot = ops.prune_merge(
+                x, keep_order(size, 1), self.k_p, self.k_m, size, prefix=1, size_rule=rules.size_rule
+            )
+            self.slot = torch.empty_like(slot).scatter_(1, order, slot)
+        self.after = TokenState(size)
+        return x
+
+
+def keep_order(size: Tensor, prefix: int) -> Tensor:
+    """An importance (B, N-P) for tokens, with sizes (B, N), that are in order already and shall stay so."""
+    images, tokens = size.shape
+    return torch.arange(tokens - prefix, 0, -1, dtype=size.dtype, device=size.device).expand(images, -1)
+
+
+class DropPlan(Plan):
+    """Kept numbers of the blocks of one stage, for so many tokens at its input."""
+
+    def __init__(self, rules: TokenRules, tokens: int, numbers: KeptNumbers, fewest: int) -> None:
+        self.rules, self.tokens, self.numbers, self.fewest = rules, tokens, numbers, fewest
+
+    def steps(self, tokens: int, training: bool) -> Sequence[Step]:
+        numbers = self.numbers
+        if tokens != self.tokens:  # images of another size keep the rates
+            numbers = scale_kept_numbers(numbers, self.tokens, tokens, self.rules.prefix, self.fewest)
+        return [DropTokens(self.rules, k_p, k_m) for k_p, k_m in numbers]

@@ -1,0 +1,182 @@
+"""How a compressed model runs: one loop over its blocks, each of which calls a :class:`Step`.
+
+Compression changes the classes of a model and its blocks and nothing inside them: parameters and state_dict stay as
+they are. A model's :class:`Plan` makes the steps of one forward pass, one for each block; the block computes attention
+and reduces its tokens through its step. Steps that drop tokens are in ``compression/dropping.py``, those of the rate
+search, which mask them, in ``rate_search/masking.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..errors import InputTypeError, InputValueError
+
+Observer = Callable[[Tensor, Tensor], None]
+"""Called with a block's tokens (B, K, C) and the position among them (B, N) of each token that entered the first block,
+-1 once pruned."""
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """What belongs to the tokens beside their features."""
+
+    size: Tensor | None = None
+    """How many tokens each one stands for (B, N); None: one."""
+    mask: Tensor | None = None
+    """In the rate search 1 for tokens that are there and 0 for the others (B, N); None: all are there."""
+
+    def on(self, device: torch.device) -> TokenState:
+        """The same on the tokens' device, where a model is spread over several."""
+        if self.size is None or self.size.device == device:
+            return self
+        return TokenState(self.size.to(device), None if self.mask is None else self.mask.to(device))
+
+
+class Step(ABC):
+    """What one block does with its tokens in one forward pass. The block calls ``attend``, then ``reduce``.
+
+    A pass through the block that is repeated (activation checkpointing) finds ``before`` as it was.
+    """
+
+    before: TokenState
+    """Set before the block is called."""
+    after: TokenState
+    """Set by ``reduce``."""
+    slot: Tensor | None
+    """Set by ``reduce``: where each of the block's tokens (B, N) is now; -1: nowhere; None: none moved."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention (B, H, N, D), for q, k, v of that shape."""
+
+    @abstractmethod
+    def reduce(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Add the attention branch to the tokens, both (B, N, C), and reduce them to (B, K, C)."""
+
+
+class Plan(ABC):
+    """What a compressed model, or stage of one, does with its tokens."""
+
+    masks_in_training: ClassVar[bool] = False
+    """Whether in training mode tokens are masked instead of dropped."""
+
+    @abstractmethod
+    def steps(self, tokens: int, training: bool) -> Sequence[Step]:
+        """The steps of one forward pass of ``tokens`` tokens, prefix included: one for each block, made anew."""
+
+    def release(self) -> None:  # noqa: B027  most have nothing to undo
+        """Called when the plan is replaced or removed: undo what it changed beside the model's classes."""
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    steps: Sequence[Step],
+    *,
+    checkpointing: bool = False,
+    observe: Observer | None = None,
+) -> tuple[Tensor, TokenState]:
+    """Tokens (B, N, C) through the blocks.
+
+    Args:
+        blocks: compressed blocks in order; of a model that was cut short, fewer than there are steps.
+        x: tokens, the prefix first.
+        steps: as :meth:`Plan.steps` makes them.
+        checkpointing: recompute each block in the backward pass instead of storing its activations.
+        observe: called after each block.
+
+    Returns:
+        the tokens that are left, (B, K, C), and their state.
+    """
+    state = TokenState()
+    slot = None if observe is None else torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    for block, step in zip(blocks, steps, strict=False):
+        step.before = state
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, step, use_reentrant=False)
+        else:
+            x = block(x, step)
+        state = step.after
+        if observe is not None and slot is not None:
+            slot = slot if step.slot is None else ops.compose_slots(slot, step.slot)
+            observe(x, slot)
+    return x, state
+
+
+def packed_attention(attn: Any, x: Tensor, step: Step | None) -> Tensor:
+    """What timm's attention modules with one qkv layer do before their projection: (B, N, C) to (B, N, H*D).
+
+    Raises:
+        InputTypeError: there is no step: the module was not called by a compressed model.
+        InputValueError: training with dropout on the attention map, which is never built here.
+    """
+    if step is None:
+        raise InputTypeError(NO_STEP)
+    if attn.training and attn.attn_drop.p > 0:
+        raise InputValueError(f"attention dropout ({attn.attn_drop.p}) cannot be trained with compression: set it to 0")
+    batch, tokens, _ = x.shape
+    qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    q = getattr(attn, "q_norm", _same)(q)
+    k = getattr(attn, "k_norm", _same)(k)
+    # under autocast, norms give float32
+    out = step.attend(q.to(v.dtype), k.to(v.dtype), v, attn.scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+NO_STEP = (
+    "a compressed model's blocks are called by the model, which tells each how many tokens to keep: call the model or "
+    "its forward_features, not model.blocks; or restore() it first"
+)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+# --- classes
+
+
+class CompressedModule:
+    """Mixin of the compressed classes of models, blocks and attention: another forward, all else as it was."""
+
+    _mixin: ClassVar[type[CompressedModule]]
+    _original: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # the class is made at run time: pickle and deepcopy need to be told how
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        return (_new_compressed, (self._mixin, self._original), *reduced[2:])
+
+
+@functools.cache
+def compressed_class(mixin: type[CompressedModule], original: type[nn.Module]) -> type[nn.Module]:
+    """``original`` with the forward of ``mixin``."""
+    members = {"__module__": mixin.__module__, "__doc__": mixin.__doc__, "_mixin": mixin, "_original": original}
+    return type(f"Compressed{original.__name__}", (mixin, original), members)
+
+
+def _new_compressed(mixin: type[CompressedModule], original: type[nn.Module]) -> nn.Module:
+    cls = compressed_class(mixin, original)  # type: ignore[arg-type]
+    return cls.__new__(cls)
+
+
+def original_class(module: Any) -> type[Any]:
+    """The module's class before compression."""
+    return module._original if isinstance(module, CompressedModule) else type(module)
+
+
+def has_forward_of(module: Any, *classes: type[nn.Module]) -> bool:
+    """Whether the module computes what one of the classes computes, rather than an override of its own."""
+    return any(original_class(module).forward is cls.forward for cls in classes)

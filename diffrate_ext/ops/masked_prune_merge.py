@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputValueError
+from ..reference import wide_dtype
+from ._checks import (
+    check_choice,
+    check_importance,
+    check_like,
+    check_prefix,
+    check_shape,
+    check_tensor,
+    check_wide_vector,
+    constant,
+)
+
+
+class MaskedTokens(NamedTuple):
+    """What :func:`masked_prune_merge` returns."""
+
+    x: Tensor
+    mask: Tensor
+    size: Tensor
+    order: Tensor
+    dst: Tensor
+
+
+def masked_prune_merge(
+    x: Tensor,
+    mask: Tensor,
+    importance: Tensor,
+    size: Tensor | None,
+    prune_prob: Tensor,
+    merge_prob: Tensor,
+    kept_p: Tensor,
+    kept_m: Tensor,
+    *,
+    prefix: int = 1,
+    size_rule: Literal["cosine", "sum"] = "cosine",
+) -> MaskedTokens:
+    """:func:`prune_merge` in the search step: all tokens stay, and a mask says which are alive (paper, section 3.3).
+
+    Tokens are sorted by importance. Of the ``last`` tokens that are alive, pruning masks those at positions from
+    ``kept_p``; merging takes those at positions from ``kept_m`` as sources, gives each destination (positions
+    ``P .. kept_m-1``) the mean over itself and its sources, and masks the sources. A number that is not below what is
+    alive does nothing.
+
+    Args:
+        x: features (B, N, C); any strides.
+        mask: (B, N), 1 for tokens that are alive, the same number in every image, 0 for the others.
+        importance: (B, N-P) of the patches. Not differentiable.
+        size: token sizes (B, N); None stands for ones.
+        prune_prob, merge_prob: keep probabilities (N,) of :func:`compression_rate`. They are where the gradient of the
+            mask goes, at every position; values are not used.
+        kept_p, kept_m: 0-d, as :func:`compression_rate` gives them; other numbers count as the nearest whole ones.
+            Constants here: their gradient is in the FLOPs. On CUDA they are read on the device: numbers that make no
+            sense are not refused but raised until they do.
+        prefix: P.
+        size_rule: a source counts ``"cosine"``, its size times the cosine but at least 1 (the paper), or ``"sum"``, its
+            size.
+
+    Returns:
+        x (B, N, C), mask (B, N) and size (B, N) in sorted order; order (B, N) int64, the input position of each sorted
+        position; and dst (B, N) int64, the sorted position that each sorted token was merged into, or its own.
+        Gradients reach x, mask, prune_prob and merge_prob; order, matching and sizes are constants.
+    """
+    check_tensor("x", x, 3, "(B, N, C)")
+    images, tokens = x.shape[:2]
+    prefix = check_prefix(prefix, tokens)
+    check_choice("size_rule", size_rule, ("cosine", "sum"))
+    importance = check_importance(importance, x, prefix)
+    mask = check_wide_vector("mask", mask, x, "x", (images, tokens))
+    if size is not None:
+        size = constant(check_wide_vector("size", size, x, "x", (images, tokens)))
+    prune_prob = _check_rate("prune_prob", prune_prob, x, (tokens,), "(N,)")
+    merge_prob = _check_rate("merge_prob", merge_prob, x, (tokens,), "(N,)")
+    kept_p = _check_rate("kept_p", kept_p, x, (), "0-d").detach()
+    kept_m = _check_rate("kept_m", kept_m, x, (), "0-d").detach()
+    if images and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_kept(mask, kept_p, kept_m, prefix)
+    arguments = (x, mask, importance, size, prune_prob, merge_prob, kept_p, kept_m, prefix, size_rule)
+    return MaskedTokens(*torch.ops.diffrate.masked_prune_merge(*arguments))
+
+
+def _check_rate(name: str, value: Tensor, x: Tensor, shape: tuple[int, ...], meaning: str) -> Tensor:
+    check_tensor(name, value, len(shape), meaning)
+    check_shape(name, value, shape, meaning)
+    check_like(name, value, "x", x, dtype=False)
+    return value.to(wide_dtype(x))
+
+
+def _check_kept(mask: Tensor, kept_p: Tensor, kept_m: Tensor, prefix: int) -> None:
+    """Looked at on the CPU only, elsewhere looking would stop the stream."""
+    alive, pruned, merged = (float(number) for number in (mask.detach()[0].sum(), kept_p, kept_m))
+    if not 0 <= alive <= mask.shape[1]:
+        raise InputValueError(f"mask must lie in 0 .. 1, but its first row adds up to {alive}")
+    if not pruned >= prefix:
+        raise InputValueError(f"kept_p must be at least the prefix, {prefix}, got {pruned:g}")
+    if not (merged >= min(alive, pruned) or merged >= prefix + 1):
+        raise InputValueError(
+            f"kept_m must be at least {prefix + 1} (the prefix and one token to merge into), got {merged:g}"
+        )
+
+
+@torch.library.register_fake("diffrate::masked_prune_merge")
+def _(
+    x: Tensor,
+    mask: Tensor,
+    importance: Tensor,
+    size: Tensor | None,
+    prune_prob: Tensor,
+    merge_prob: Tensor,
+    kept_p: Tensor,
+    kept_m: Tensor,
+    prefix: int = 1,
+    size_rule: str = "cosine",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape, wide = x.shape[:2], wide_dtype(x)
+    positions = (x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=torch.int64))
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide), *positions
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    mask, prune_prob, merge_prob, kept_p, kept_m, ctx.prefix = inputs[1], *inputs[4:9]
+    _, _, size, order, dst = output
+    ctx.mark_non_differentiable(size, order, dst)
+    ctx.save_for_backward(mask, prune_prob, merge_prob, kept_p, kept_m, order, dst)
+
+
+def _backward(ctx: Any, grad_x: Tensor, grad_mask: Tensor, *_: Tensor) -> tuple:
+    mask, prune_prob, merge_prob, kept_p, kept_m, order, dst = ctx.saved_tensors
+    position = torch.arange(order.shape[1], device=order.device)
+    # a destination's gradient goes to all that merged into it; a source stays in place besides
+    stays = torch.where(dst == position, -1, position.expand_as(dst))
+    unsorted = torch.empty_like(order)
+    gradient = torch.ops.diffrate.merge_reduce_backward(grad_x, unsorted.scatter(1, order, dst), None)
+    gradient = gradient + torch.ops.diffrate.merge_reduce_backward(grad_x, unsorted.scatter(1, order, stays), None)
+
+    alive = mask.gather(1, order)
+    last, middle, kept = _positions(alive.detach(), kept_p, kept_m, ctx.prefix)
+
+    def shown(first: Tensor, end: Tensor, probability: Tensor, acts: Tensor) -> Tensor:
+        """0 at positions first .. end-1, 1 elsewhere; like the probability when it is differentiated once more."""
+        hard = ((position < first) | (position >= end)).to(alive.dtype)
+        return hard + acts * (probability - probability.detach())
+
+    prunes, merges = (middle < last).to(alive.dtype), (kept < middle).to(alive.dtype)
+    by_pruning = shown(middle, last, prune_prob, prunes)
+    by_merging = shown(kept, middle, merge_prob, merges)
+    sorted_mask = grad_mask * by_pruning * by_merging
+    to_prune = (grad_mask * alive * by_merging).sum(0) * prunes
+    to_merge = (grad_mask * alive * by_pruning).sum(0) * merges
+    grad_of_mask = torch.empty_like(sorted_mask).scatter(1, order, sorted_mask)
+    return gradient, grad_of_mask, None, None, to_prune, to_merge, *[None] * 4
+
+
+def _positions(alive: Tensor, kept_p: Tensor, kept_m: Tensor, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The positions ``last``, ``middle`` and ``kept`` of csrc/common/kept_numbers.h, by the same rule.
+
+    Tokens before ``kept`` stay, those up to ``middle`` merge into them, those up to ``last`` are pruned.
+    """
+
+    def nearest(number: Tensor) -> Tensor:  # halves go up
+        return (number.nan_to_num(nan=0.0) + 0.5).floor().clamp(0, alive.shape[1])
+
+    last = nearest(alive[:1].sum())  # of the first image, as of every other
+    middle = torch.minimum(nearest(kept_p), last).clamp_min(prefix)
+    kept = torch.minimum(nearest(kept_m), middle)
+    return last, middle, torch.maximum(kept, middle.clamp_max(prefix + 1))
+
+
+torch.library.register_autograd("diffrate::masked_prune_merge", _backward, setup_context=_setup_context)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference import TINY, wide_dtype
+from . import _attention
+from ._attention import check_class_token, check_queries, check_values, empty_heads, fits_cuda_kernels
+from ._autograd import refuse_gradient
+from ._checks import check_choice
+from .class_attention import class_attention
+from .received_attention import received_attention
+
+
+def proportional_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    prefix: int = 1,
+    importance_from: Literal["class", "received"] | None = "class",
+) -> tuple[Tensor, Tensor | None]:
+    """Attention in which a token counts as often as it has tokens merged in, and the importance that follows from it.
+
+    ``softmax(scale * q k^T + log size) v``. On CUDA, in half precision and without gradients, one kernel gives both.
+    Elsewhere it is torch's fused attention with a bias on the keys, and the importance by its own kernel: on the CPU
+    nothing faster was found. No N x N map exists.
+
+    Args:
+        q, k, v: (B, H, N, D); any strides.
+        size: token sizes (B, N); None stands for ones.
+        scale: of the logits, by default ``D ** -0.5``.
+        prefix: P.
+        importance_from: ``"class"``, the class token's attention, ``"received"``, the mean over queries, or None where
+            no importance is needed.
+
+    Returns:
+        out (B, H, N, D) over (B, N, H, D) memory, so that the transpose before the projection is free, and importance
+        (B, N-P) float32, or None. Gradients reach q, k and v; sizes and importance are constants.
+    """
+    check_choice("importance_from", importance_from, ("class", "received", None))
+    size, scale, prefix = check_queries(q, k, size, scale, prefix)
+    check_values(v, q)
+    if importance_from == "class":
+        check_class_token(prefix)
+    if _has_kernel(q, k, v):
+        arguments = (q, k, v, size, scale, prefix, importance_from or "none")
+        out, importance = torch.ops.diffrate.proportional_attention(*arguments)
+        return out, None if importance_from is None else importance
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=_key_bias(size, q), scale=scale)
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as it mostly is: a copy only if torch followed q's layout
+    if importance_from is None:
+        return out, None
+    measure = class_attention if importance_from == "class" else received_attention
+    return out, measure(q, k, size, scale=scale, prefix=prefix)
+
+
+def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    differentiates = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return (
+        q.device.type == _attention.CUDA
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and fits_cuda_kernels(q)
+        and not differentiates
+    )
+
+
+def _key_bias(size: Tensor | None, q: Tensor) -> Tensor | None:
+    """log(size) as an additive mask (B, 1, 1, N) for fused attention."""
+    if size is None:
+        return None
+    bias = size.clamp_min(TINY).log()[:, None, None, :]
+    # on the CPU a float32 bias beside half-precision queries is as fast, and keeps its digits
+    return bias if q.device.type == "cpu" else bias.to(q.dtype)
+
+
+@torch.library.register_fake("diffrate::proportional_attention")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float, prefix: int = 1, importance_from: str = "class"
+) -> tuple[Tensor, Tensor]:
+    patches = 0 if importance_from == "none" else q.shape[2] - prefix
+    return empty_heads(q), q.new_empty((q.shape[0], patches), dtype=wide_dtype(q))
+
+
+refuse_gradient(
+    "proportional_attention",
+    "torch.ops.diffrate.proportional_attention has no gradient; diffrate_ext.ops.proportional_attention has",
+)

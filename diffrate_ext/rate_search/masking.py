@@ -1,0 +1,82 @@
+"""The search step in a block: nothing is dropped, tokens are masked (DiffRate, section 3.4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..compression.dropping import keep_order
+from ..models.adapter import TokenRules
+from ..models.compressed import Step, TokenState
+
+
+@dataclass(frozen=True)
+class BlockRates:
+    """What one block keeps now, differentiable: numbers (0-d) and keep probabilities of the sorted positions (N)."""
+
+    prune_prob: Tensor
+    merge_prob: Tensor
+    kept_p: Tensor
+    kept_m: Tensor
+
+
+class MaskTokens(Step):
+    """One block's tokens masked as its rates say; a block without rates leaves all as they are."""
+
+    importance: Tensor | None
+
+    def __init__(self, rules: TokenRules, rates: BlockRates | None) -> None:
+        self.rules, self.rates = rules, rates
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        rules, state = self.rules, self.before.on(q.device)
+        if state.mask is not None:
+            out, self.importance = ops.masked_attention(
+                q,
+                k,
+                v,
+                state.mask,
+                state.size,
+                scale=scale,
+                prefix=rules.prefix,
+                importance_from=rules.importance_from,
+            )
+            return out
+        # nothing is masked yet: fused attention computes the same
+        importance_from = None if self.rates is None else rules.importance_from
+        out, self.importance = ops.proportional_attention(
+            q, k, v, state.size, scale=scale, prefix=rules.prefix, importance_from=importance_from
+        )
+        return out
+
+    def reduce(self, x: Tensor, branch: Tensor) -> Tensor:
+        x = x + branch
+        rules, rates, state, importance = self.rules, self.rates, self.before.on(x.device), self.importance
+        if rates is None or importance is None:
+            self.after, self.slot = self.before, None
+            return x
+        prefix, size, mask, order = rules.prefix, state.size, state.mask, None
+        if rules.spares_most_important:  # in sorted order, as if the first token were a prefix
+            x, size, order = ops.sort_tokens(x, importance, size, prefix=prefix)
+            mask = None if mask is None else mask.gather(1, order)
+            prefix, importance = 1, keep_order(size, 1)
+        if mask is None:
+            mask = torch.ones(x.shape[:2], dtype=importance.dtype, device=x.device)
+        x, mask, size, sorted_order, dst = ops.masked_prune_merge(
+            x,
+            mask,
+            importance,
+            size,
+            rates.prune_prob,
+            rates.merge_prob,
+            rates.kept_p,
+            rates.kept_m,
+            prefix=prefix,
+            size_rule=rules.size_rule,
+        )
+        self.after = TokenState(size, mask)
+        self.slot = torch.empty_like(dst).scatter_(1, sorted_order if order is None else order, dst)
+        return x

@@ -1,0 +1,336 @@
+"""Compression rates that the loss's gradient reaches (DiffRate, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..compression.dropping import DropPlan
+from ..compression.flops import flops
+from ..compression.patching import install_plans, without_plans
+from ..errors import DivergedError, InputTypeError, InputValueError
+from ..models import Stage, adapter_for
+from ..models.compressed import Plan, Step
+from ..reference import rate_candidates
+from ..schedule import Schedule
+from .masking import BlockRates, MaskTokens
+
+START_WIDTH = 0.05
+"""Of the patches: the standard deviation of a distribution to search from."""
+FLOPS_SCALE = 106.0 / 5
+"""Makes the relative FLOPs loss equal to the paper's absolute one on DeiT-S (4.6 GFLOPs), squared."""
+
+
+class RateSearch(nn.Module):
+    """A model with differentiable compression rates.
+
+    The model changes in place, as by :func:`diffrate_ext.compress`: in training mode its forward is the search step, in
+    which tokens are masked instead of dropped and the gradient of the loss reaches the rates; in evaluation mode it
+    compresses at the current rates. ``diffrate_ext.restore(model)`` undoes it. For DistributedDataParallel wrap the
+    RateSearch itself: only what is trained is reduced.
+
+    Each block that the paper compresses has a proxy for pruning and one for merging: logits over how many patches it
+    may keep, ``n_patches - granularity * k`` while positive. The first block has none, nor has the last block of a
+    model that pools over patches.
+
+    Args:
+        model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, uncompressed or compressed.
+        granularity: the step between candidates, in patches.
+        train_weights: train the model's weights too. By default they are frozen, and no gradient of theirs is computed.
+
+    Attributes:
+        model: the model.
+        prune_logits: (compressible blocks, candidates); None in a family that is only merged.
+        merge_logits: (compressible blocks, candidates).
+        n_patches, granularity, prefix: as above; the model's prefix tokens.
+
+    Raises:
+        InputTypeError: the model's family is not supported.
+        InputValueError: a part of the model is not supported, or no block of it can be compressed.
+    """
+
+    prune_logits: nn.Parameter | None
+
+    def __init__(self, model: nn.Module, granularity: int = 1, train_weights: bool = False) -> None:
+        super().__init__()
+        if isinstance(granularity, bool) or not isinstance(granularity, int):
+            raise InputTypeError(f"granularity must be an int, got {type(granularity).__name__}")
+        if granularity < 1:
+            raise InputValueError(f"granularity must be at least 1, got {granularity}")
+        self._adapter = adapter = adapter_for(model)
+        stages = adapter.stages
+        with_rates = [index for index, stage in enumerate(stages) if any(stage.compressible)]
+        if not with_rates:
+            raise InputValueError("the model has no block to compress: the first one never is")
+        (self._stage_index,) = with_rates  # in a hierarchical model, the paper compresses one stage
+        stage = stages[self._stage_index]
+        self._has_rates = stage.compressible
+        self.granularity = granularity
+        self.prefix = adapter.rules.prefix
+        self.n_patches = stage.tokens - self.prefix
+        shape = (sum(stage.compressible), len(rate_candidates(self.n_patches, granularity)))
+        device = next(model.parameters()).device
+        self.merge_logits = nn.Parameter(torch.zeros(shape, device=device))
+        self.prune_logits = nn.Parameter(torch.zeros(shape, device=device)) if adapter.prunes else None
+        install_plans(adapter, [_SearchPlan(self, index) for index in range(len(stages))])
+        self.model = model
+        self._frozen = [] if train_weights else [p for p in model.parameters() if p.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images to logits: the search step in training mode, the compressed model otherwise."""
+        return self.model(images)
+
+    def gflops(self) -> Tensor:
+        """Multiply-accumulates of one image at the current rates in units of 1e9, 0-d, differentiable.
+
+        A block passes on ``min(N, kept_p, kept_m)`` tokens; the gradient goes to both kept numbers alike, and none to
+        N, not even in a block without rates (section 3.4 of the paper).
+        """
+        kept = self._kept()[0].double()  # sums of squares of token numbers need more digits than float32 has
+        numbers: list[list[Any]] = []
+        for index, stage in enumerate(self._adapter.stages):
+            left: Any = stage.tokens
+            numbers.append([])
+            for row in self._rows(index, stage, kept):
+                if isinstance(left, Tensor):
+                    left = left.detach()
+                if row is not None:
+                    left = row.detach().amin().clamp(max=left) + (row - row.detach()).sum()
+                numbers[-1].append(left)
+        return (self._adapter.cost.total(numbers) / 1e9).to(self.merge_logits.dtype)
+
+    def flops_loss(
+        self, target_gflops: float, *, weight: float = 5.0, kind: Literal["relative", "absolute"] = "relative"
+    ) -> Tensor:
+        """The term of the loss that draws the rates to a target, 0-d.
+
+        Args:
+            target_gflops: multiply-accumulates of one image, in units of 1e9.
+            weight: lambda in section 4.1 of the paper.
+            kind: "relative", ``106 * weight/5 * ((FLOPs - target) / uncompressed FLOPs)^2``, pulls alike on models of
+                every size; "absolute" is the paper's ``weight * (GFLOPs - target)^2``. They are equal on DeiT-S.
+        """
+        return flops_loss(self.gflops(), target_gflops, flops(self.model) / 1e9, weight, kind)
+
+    def schedule(self) -> Schedule:
+        """The schedule that the rates stand for now.
+
+        Raises:
+            DivergedError: the logits hold NaN or infinity.
+        """
+        kept = self._kept()[0].detach().cpu()
+        _check_finite(kept)
+        kept = kept.round().long()
+        after_pruning: list[int] = []
+        after_merging: list[int] = []
+        stages = self._adapter.stages
+        for index, stage in enumerate(stages):
+            left = stage.tokens
+            for row in self._rows(index, stage, kept):
+                pruned, merged = (left, left) if row is None else (int(row[0]), int(row[-1]))
+                after_pruning.append(min(left, pruned))
+                left = min(left, pruned, merged)
+                after_merging.append(left)
+        return Schedule(
+            after_pruning if self._adapter.prunes else None,
+            after_merging,
+            prefix=self.prefix,
+            grid=stages[0].grid,
+            model=self._adapter.name,
+            stages=[len(stage.blocks) for stage in stages] if len(stages) > 1 else None,
+        )
+
+    def reachable_gflops(self) -> tuple[float, float]:
+        """The least and the most that any rates can lead to."""
+        stages = self._adapter.stages
+        stage, candidates = stages[self._stage_index], rate_candidates(self.n_patches, self.granularity)
+        fewest = max(stage.fewest, candidates[-1] + self.prefix)
+
+        def gflops_at(kept: int) -> float:
+            """If every block that has rates keeps so many tokens."""
+            numbers = []
+            for index, stage in enumerate(stages):
+                left, row = stage.tokens, list[int]()
+                for here in self._rates_of(index, stage):
+                    left = min(left, kept) if here else left
+                    row.append(left)
+                numbers.append(row)
+            return self._adapter.cost.total(numbers) / 1e9
+
+        return gflops_at(fewest), gflops_at(stage.tokens)
+
+    @torch.no_grad()
+    def set_schedule(self, schedule: Schedule) -> None:
+        """Make the rates stand for a schedule, or nearly so: a place to search from.
+
+        Each distribution becomes a bell around the number that is wanted, of a width from which a search can move on:
+        narrow, so that its gradient speaks of the tokens nearby, but not so narrow that it has none.
+
+        Raises:
+            InputValueError: the schedule does not fit the model.
+        """
+        numbers = self._adapter.kept_numbers(schedule)[self._stage_index]
+        wanted = [number for number, here in zip(numbers, self._has_rates, strict=True) if here]
+        candidates = torch.tensor(rate_candidates(self.n_patches, self.granularity), dtype=torch.float64)
+        width = max(self.n_patches * START_WIDTH, self.granularity)
+        for column, logits in zip((0, 1) if self._adapter.prunes else (1,), self._proxies(), strict=True):
+            # half a token less: a kept number is a ceiling
+            means = torch.tensor([number[column] - self.prefix - 0.5 for number in wanted], dtype=torch.float64)
+            # at the ends of the range a bell is cut off: its centre lies further out than the mean that is wanted
+            low, high = torch.full_like(means, -self.n_patches), torch.full_like(means, 2.0 * self.n_patches)
+            for _ in range(60):
+                centre = (low + high) / 2
+                bell = -((candidates - centre[:, None]) ** 2) / (2 * width**2)
+                above = (bell.softmax(-1) * candidates).sum(-1) > means
+                low, high = torch.where(above, low, centre), torch.where(above, centre, high)
+            logits.copy_(bell - bell.amax(-1, keepdim=True))
+
+    @torch.no_grad()
+    def project(self, gflops: float) -> None:
+        """Shift the rates so that :meth:`schedule` takes so many GFLOPs, as nearly as whole tokens allow.
+
+        Every distribution over candidates is tilted by the same factor per patch, ``p_k ~ exp(logit_k + tilt * c_k)``:
+        where the search was sure, little moves.
+
+        Raises:
+            InputValueError: no rates lead there.
+            DivergedError: the logits hold NaN or infinity.
+        """
+        check_reachable(self, gflops)
+        proxies = self._proxies()
+        found = [logits.clone() for logits in proxies]
+        candidates = torch.tensor(rate_candidates(self.n_patches, self.granularity), device=proxies[0].device)
+        offset = (candidates / self.n_patches).to(proxies[0].dtype)  # rising tilt: more tokens
+
+        def error(tilt: float) -> float:
+            for logits, start in zip(proxies, found, strict=True):
+                logits.copy_(start + tilt * offset)
+            return flops(self.model, self.schedule()) / 1e9 - gflops
+
+        below, above = -1.0, 1.0
+        while error(below) > 0 and below > -1e8:
+            below *= 2
+        while error(above) < 0 and above < 1e8:
+            above *= 2
+        for _ in range(60):
+            middle = (below + above) / 2
+            if error(middle) > 0:
+                above = middle
+            else:
+                below = middle
+        error(min((below, above), key=lambda tilt: abs(error(tilt))))
+
+    def uncompressed(self) -> AbstractContextManager[nn.Module]:
+        """The model as it was before the search, in evaluation mode, within a ``with`` block."""
+        return without_plans(self.model)
+
+    # --- inside
+
+    def _proxies(self) -> tuple[Tensor, ...]:
+        """The logits of pruning, if there are any, and of merging."""
+        return (self.merge_logits,) if self.prune_logits is None else (self.prune_logits, self.merge_logits)
+
+    def _kept(self) -> tuple[Tensor, Tensor]:
+        """Kept numbers (blocks, 1 or 2) and keep probabilities (blocks, 1 or 2, N): pruning, then merging."""
+        logits = torch.stack(self._proxies(), dim=1)
+        kept, keep_prob = ops.compression_rate(logits.flatten(0, 1), self.n_patches, self.granularity, self.prefix)
+        fewest = self._adapter.stages[self._stage_index].fewest  # one patch to merge into; CAFormer needs two
+        kept = kept + (fewest - kept).clamp_min(0).detach()  # a bound that stops no gradient
+        return kept.view(logits.shape[:2]), keep_prob.view(*logits.shape[:2], -1)
+
+    def _rates_of(self, index: int, stage: Stage) -> tuple[bool, ...]:
+        """Which blocks of a stage have rates. A model that was cut short since has fewer blocks than rates."""
+        if index != self._stage_index:
+            return (False,) * len(stage.blocks)
+        return self._has_rates[: len(stage.blocks)]
+
+    def _rows(self, index: int, stage: Stage, values: Tensor) -> list[Tensor | None]:
+        """One row of values for each block of a stage that has rates, None for the others."""
+        rows = iter(values.unbind())
+        return [next(rows) if here else None for here in self._rates_of(index, stage)]
+
+    def _drop_plan(self, index: int) -> DropPlan:
+        """The compression that the rates stand for now."""
+        adapter, stage = self._adapter, self._adapter.stages[index]
+        numbers = adapter.kept_numbers(self.schedule())[index]
+        return DropPlan(adapter.rules, stage.tokens, numbers, stage.fewest)
+
+    def _mask_steps(self, index: int) -> list[Step]:
+        """The search step at the current rates."""
+        rules, stage = self._adapter.rules, self._adapter.stages[index]
+        if index != self._stage_index:
+            return [MaskTokens(rules, None) for _ in stage.blocks]
+        kept, keep_prob = self._kept()
+        if kept.device.type == "cpu":  # elsewhere looking would stop the stream
+            _check_finite(kept)
+        steps: list[Step] = []
+        for row, prob in zip(self._rows(index, stage, kept), self._rows(index, stage, keep_prob), strict=True):
+            if row is None or prob is None:
+                steps.append(MaskTokens(rules, None))
+            elif self._adapter.prunes:
+                steps.append(MaskTokens(rules, BlockRates(prob[0], prob[1], row[0], row[1])))
+            else:  # pruning to all tokens prunes nothing
+                everything = row.new_full((), stage.tokens)
+                steps.append(MaskTokens(rules, BlockRates(torch.ones_like(prob[0]), prob[0], everything, row[0])))
+        return steps
+
+    def _release(self) -> None:
+        """Weights that the search froze train again."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+
+
+class _SearchPlan(Plan):
+    """What a stage does during the search: masks in training mode, compression at the current rates otherwise."""
+
+    masks_in_training = True
+
+    def __init__(self, rates: RateSearch, index: int) -> None:
+        self.rates, self.index = rates, index
+
+    def steps(self, tokens: int, training: bool) -> Sequence[Step]:
+        rates = self.rates
+        if not training:
+            return rates._drop_plan(self.index).steps(tokens, training)
+        own = rates._adapter.stages[self.index].tokens
+        if tokens != own:
+            raise InputValueError(
+                f"the search needs images of the model's own size and no patch dropout: {own} tokens, got {tokens}"
+            )
+        return rates._mask_steps(self.index)
+
+    def release(self) -> None:
+        self.rates._release()
+
+
+def flops_loss(
+    gflops: Tensor, target: float, uncompressed: float, weight: float, kind: Literal["relative", "absolute"]
+) -> Tensor:
+    """As :meth:`RateSearch.flops_loss`, of GFLOPs that are known."""
+    missing = gflops - target
+    if kind == "absolute":
+        return weight * missing.square()
+    return FLOPS_SCALE * weight * (missing / uncompressed).square()
+
+
+def check_reachable(rates: RateSearch, gflops: float) -> None:
+    """Raise InputValueError when no rates lead to so many GFLOPs, with the range that they lead to."""
+    least, most = rates.reachable_gflops()
+    if not least <= gflops <= most * (1 + 1e-9):
+        raise InputValueError(
+            f"{gflops:g} GFLOPs cannot be reached: the model takes {most:.4g} uncompressed, and {least:.4g} "
+            "with all the tokens removed that may be removed"
+        )
+
+
+def _check_finite(kept: Tensor) -> None:
+    if not kept.isfinite().all():
+        raise DivergedError("the search diverged: the logits of the rates hold NaN or infinity")
