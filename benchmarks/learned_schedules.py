@@ -19,10 +19,8 @@ from machine import describe
 from report import machine_line
 from torch import Tensor, nn
 
-from diffrate_ext import Schedule, embedded
+from diffrate_ext import Schedule, compressed_copy, embedded, flops, uniform_schedule
 from diffrate_ext.embedded_search import search_embedded
-from diffrate_ext.flops import flops
-from diffrate_ext.sharing import compressed_copy
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "scripts"))
@@ -55,7 +53,7 @@ def main() -> int:
     }
     for share in arguments.shares:
         gflops = share * flops(model) / 1e9
-        uniform = Schedule.uniform(model, gflops)
+        uniform = uniform_schedule(model, gflops)
         plain = Outcome(compressed_copy(model, uniform), images, labels)
         for seed in range(arguments.seeds):
             print(f"{share:.0%} of the FLOPs, seed {seed}", file=sys.stderr, flush=True)
@@ -102,7 +100,11 @@ class Outcome:
 
 
 def schedule_summary(schedule: Schedule, model: nn.Module) -> dict[str, Any]:
-    return {"gflops": schedule.gflops(model), "prune": schedule.prune, "merge": schedule.merge}
+    return {
+        "gflops": flops(model, schedule) / 1e9,
+        "after_pruning": schedule.after_pruning,
+        "after_merging": schedule.after_merging,
+    }
 
 
 def paired(ours: Tensor, theirs: Tensor) -> dict[str, float]:

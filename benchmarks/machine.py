@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
     description: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
+        "commit": commit(),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -38,6 +40,28 @@ def describe(device: torch.device) -> dict[str, Any]:
         description["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
         description["cuda"] = torch.version.cuda
     return description
+
+
+def gpu_line() -> str:
+    """Which GPU, when, and what it runs: for pages of results that are not measurements."""
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device")
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    return f"{torch.cuda.get_device_name()}, {today}, torch {torch.__version__}, commit {commit() or 'unknown'}"
+
+
+def commit() -> str | None:
+    """The checkout's commit, "+" where its sources were changed since; None where there is no git or no checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "csrc", "diffrate_ext", "benchmarks/*.py")
+        return git("rev-parse", "--short=7", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _cpu_name() -> str:
@@ -93,3 +117,7 @@ def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
 def cache_bytes(device: torch.device) -> int:
     """Size of the cache that repeated runs over the same inputs would measure instead of the memory; 0 on a CPU."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
+
+
+if __name__ == "__main__":
+    print(gpu_line())

@@ -22,10 +22,8 @@ from harness import COMPILED, GRAPH, PLAIN, captured, compiled, measure, peak_me
 from rival_model import EagerCompressed, compress_eager
 from torch import Tensor, nn
 
-from diffrate_ext import Schedule, reference
+from diffrate_ext import Schedule, compressed_copy, flops, reference
 from diffrate_ext.embedded import build_model
-from diffrate_ext.flops import flops
-from diffrate_ext.sharing import compressed_copy
 from diffrate_ext.timing import random_images
 
 UNCOMPRESSED = "uncompressed"

@@ -1,9 +1,13 @@
-"""Results as JSON, and Markdown pages made from it; ``python benchmarks/report.py`` makes those of results/ anew."""
+"""Results as JSON, and Markdown pages made from it.
+
+``python benchmarks/report.py [FOLDER]`` makes those of a folder, or of results/, anew.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 ON_A_GPU = {
     "cuda_test": "`gpu.sh test`: every operator against the reference, its gradients, under `torch.compile`; whole "
     "models against the authors' results",
-    "cuda_sanitize": "`gpu.sh sanitize`: no bad memory access and no race in any kernel, by compute-sanitizer",
+    "cuda_memcheck": "`gpu.sh sanitize`: no bad memory access in any kernel, by compute-sanitizer's memcheck",
+    "cuda_racecheck": "`gpu.sh sanitize`: no race in any kernel, by its racecheck",
+    "cuda_synccheck": "`gpu.sh sanitize`: no misused barrier in any kernel, by its synccheck",
     "cuda_ops_bfloat16": "`gpu.sh operators`: `prune_merge` in at most twice the time that its kept tokens take in and "
     "out of memory, and 10 times as fast as eager; `proportional_attention` in at most 1.10 of fused attention's time; "
     "`masked_attention` 3 times as fast as eager in a third of its memory; the bandwidth that the others reach",
@@ -24,14 +30,14 @@ ON_A_GPU = {
     "cuda_models": "`gpu.sh models`: DeiT-S in float32",
     "cuda_search": "`gpu.sh search`: the search step, and its capture in a CUDA graph",
 }
-"""What only a GPU can tell, by the page that will say it."""
+"""What only a GPU can tell, by the page that says it. Pages without a JSON file sum up in their first line."""
 
 
 class Results:
     """One JSON file of records, rewritten after each so that an interrupted run can go on where it stopped.
 
     What failed is listed beside the records. A resumed run tries it again, unless it is a ``restart`` of the same run.
-    It starts anew where the records are of other sources.
+    It starts anew where the records are of another commit.
     """
 
     def __init__(self, path: Path, machine: dict[str, Any], *, resume: bool, restart: bool = False) -> None:
@@ -39,7 +45,7 @@ class Results:
         self.content: dict[str, Any] = {"machine": machine, "records": [], "failures": []}
         if resume and path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-            if found["machine"].get("sources") == machine.get("sources"):
+            if found["machine"].get("commit") == machine.get("commit"):
                 self.content["records"] = found["records"]
                 self.content["failures"] = found.get("failures", []) if restart else []
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,11 +90,20 @@ def page(path: Path, content: dict[str, Any]) -> str:
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    build = f"diffrate_ext build: `{machine['diffrate_ext']}`"
     return (
-        f"{where}, {machine['date']}, load {machine['load_average']} at the start; torch {machine['torch']}, "
-        f"timm {machine['timm']}, Python {machine['python']}.\n\ndiffrate_ext build: `{machine['diffrate_ext']}`"
+        f"{where(machine)}, {machine['date']}, load {machine['load_average']} at the start; torch {machine['torch']}, "
+        f"timm {machine['timm']}, Python {machine['python']}{at_commit(machine)}.\n\n"
+        + "\n\n".join(part for part in (build, machine.get("remark")) if part)
     )
+
+
+def where(machine: Mapping[str, Any]) -> str:
+    return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+
+
+def at_commit(machine: Mapping[str, Any]) -> str:
+    return f", commit {machine['commit']}" if machine.get("commit") else ""
 
 
 def operators_table(records: Sequence[Record]) -> str:
@@ -220,15 +235,20 @@ def unavailable_list(records: Iterable[Record]) -> str:
 
 def index_page(directory: Path) -> str:
     """What was measured so far, on which machines."""
-    lines = ["# Measured results", "", "Written by `benchmarks/run.py`; what each column means: `../README.md`.", ""]
+    lines = ["# Measured results", "", "Written by `benchmarks/run.py` and `gpu.sh`; what each column means: `../README.md`.", ""]
     for path in sorted(directory.glob("*.json")):
-        machine = json.loads(path.read_text(encoding="utf-8"))["machine"]
-        where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-        lines.append(f"- [{path.stem}]({path.stem}.md): {where}, {machine['date']}, torch {machine['torch']}")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        machine, bars = content["machine"], [bar for record in content["records"] for bar in record.get("bars", ())]
+        when = f"{machine['date']}, torch {machine['torch']}{at_commit(machine)}"
+        reached = f"; {sum(bar['met'] for bar in bars)} of {len(bars)} bars and aims reached" if bars else ""
+        lines.append(f"- [{path.stem}]({path.stem}.md): {where(machine)}, {when}{reached}")
     if not any(directory.glob("cpu_*.json")):
         lines.append("- CPU: not measured yet.")
     there = {name for name in ON_A_GPU if (directory / f"{name}.md").exists()}
-    lines += [f"- [{name}]({name}.md)" for name in ("cuda_test", "cuda_sanitize") if name in there]
+    for name in ON_A_GPU:
+        if name in there and not (directory / f"{name}.json").exists():
+            summary, *_ = (directory / f"{name}.md").read_text(encoding="utf-8").splitlines()
+            lines.append(f"- [{name}]({name}.md): {summary}")
     if not there:
         lines += [
             "",
@@ -292,4 +312,4 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    rewrite(RESULTS)
+    rewrite(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)

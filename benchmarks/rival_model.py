@@ -44,13 +44,13 @@ class EagerCompressed(nn.Module):
         self.attention = attention
         self.prune_merge = prune_merge
         self.prefix: int = vit.num_prefix_tokens
-        self.steps = schedule.steps(vit.patch_embed.num_patches + self.prefix)
+        self.kept_numbers = schedule.kept_numbers(vit.patch_embed.num_patches + self.prefix)
 
     def forward(self, images: Tensor) -> Tensor:
         model: Any = self.model
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         size: Tensor | None = None
-        for block, (k_p, k_m) in zip(model.blocks, self.steps, strict=True):
+        for block, (k_p, k_m) in zip(model.blocks, self.kept_numbers, strict=True):
             attended, importance = self.attend(block.attn, block.norm1(x), size)
             x = x + block.drop_path1(block.ls1(attended))
             if k_m < x.shape[1]:

@@ -17,10 +17,10 @@ from torch import Tensor
 TINY = torch.finfo(torch.float32).tiny
 
 
-def _patch_importance(attn: Tensor, tokens: int, prefix: int, importance: str) -> Tensor:
+def _patch_importance(attn: Tensor, tokens: int, prefix: int, importance_from: str) -> Tensor:
     """Importance (B, N-P) in float32 from a map (B, H, N, N), class rows (B, H, N), or importance itself."""
     if attn.ndim == 4:
-        attn = attn[:, :, 0] if importance == "class" else attn.mean(2)
+        attn = attn[:, :, 0] if importance_from == "class" else attn.mean(2)
     if attn.ndim == 3:
         attn = attn.mean(1)
     if attn.dtype != torch.float64:
@@ -83,15 +83,15 @@ def prune_merge(
     size: Tensor | None = None,
     *,
     prefix: int = 1,
-    importance: str = "class",
-    features: str = "mean",
-    sizes: str = "cosine",
+    importance_from: str = "class",
+    mean_rule: str = "mean",
+    size_rule: str = "cosine",
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Argsort, gather the k_p tokens that stay or merge, normalise, bmm, max, scatter_reduce."""
     if residual is not None:
         x = x + residual
-    order = _descending_order(_patch_importance(attn, x.shape[1], prefix, importance), prefix)
+    order = _descending_order(_patch_importance(attn, x.shape[1], prefix, importance_from), prefix)
     x = _gather_rows(x, order[:, :k_p])
     size = _ones(x) if size is None else size.gather(1, order[:, :k_p])
     kept, kept_size = x[:, :k_m], size[:, :k_m]
@@ -104,14 +104,14 @@ def prune_merge(
     match = match + prefix
 
     rows = match.unsqueeze(-1).expand(-1, -1, x.shape[2])
-    if features == "mean":
+    if mean_rule == "mean":
         kept = kept.scatter_reduce(1, rows, x[:, k_m:], "mean")
     else:
         weight = size.clamp_min(TINY)
         weighted = x * weight.unsqueeze(-1)
         total = weight[:, :k_m].scatter_add(1, match, weight[:, k_m:])
         kept = (weighted[:, :k_m].scatter_add(1, rows, weighted[:, k_m:]) / total.unsqueeze(-1)).to(x.dtype)
-    gained = size[:, k_m:] * cosine if sizes == "cosine" else size[:, k_m:]
+    gained = size[:, k_m:] * cosine if size_rule == "cosine" else size[:, k_m:]
     return kept, kept_size.scatter_add(1, match, gained), _slots(order, match, k_p, k_m)
 
 
@@ -123,13 +123,13 @@ def prune_merge_tuned(
     size: Tensor | None = None,
     *,
     prefix: int = 1,
-    importance: str = "class",
-    features: str = "mean",
-    sizes: str = "cosine",
+    importance_from: str = "class",
+    mean_rule: str = "mean",
+    size_rule: str = "cosine",
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row-wise select and add, with the norms divided out of the similarities; works in place on its own output."""
-    order = _descending_order(_patch_importance(attn, x.shape[1], prefix, importance), prefix)
+    order = _descending_order(_patch_importance(attn, x.shape[1], prefix, importance_from), prefix)
     kept = _select_rows(x, order[:, :k_m])
     if residual is not None:
         kept += _select_rows(residual, order[:, :k_m])
@@ -147,10 +147,10 @@ def prune_merge_tuned(
     best, match = similarity.max(dim=-1)  # the source's own length does not change which destination is best
     match = match + prefix
     gained = source_size
-    if sizes == "cosine":
+    if size_rule == "cosine":
         gained = source_size * best / torch.linalg.vector_norm(sources, dim=-1, dtype=size.dtype).clamp_min_(1e-12)
 
-    if features == "mean":
+    if mean_rule == "mean":
         weight, source_weight = torch.ones_like(kept_size), torch.ones_like(source_size)
     else:
         weight, source_weight = kept_size.clamp_min(TINY), source_size.clamp_min(TINY)
@@ -206,11 +206,11 @@ def proportional_attention(
     *,
     scale: float | None = None,
     prefix: int = 1,
-    importance: str = "class",
+    importance_from: str = "class",
 ) -> tuple[Tensor, Tensor]:
     """Attention with an explicit map, from which the importance is read."""
     attn = _logits(q, k, size, scale).softmax(-1)
-    return attn @ v, _patch_importance(attn, k.shape[2], prefix, importance)
+    return attn @ v, _patch_importance(attn, k.shape[2], prefix, importance_from)
 
 
 def masked_attention(
@@ -222,7 +222,7 @@ def masked_attention(
     *,
     scale: float | None = None,
     prefix: int = 1,
-    importance: str = "class",
+    importance_from: str = "class",
 ) -> tuple[Tensor, Tensor]:
     """A softmax over what the masks let through, written out in float32: exponentials, their masked sum, a map."""
     epsilon, tokens, dtype = 1e-6, q.shape[2], v.dtype
@@ -234,11 +234,11 @@ def masked_attention(
     seen = exponentials * torch.where(own, 1, mask.to(q.dtype)[:, None, None])
     attn = (seen + epsilon / tokens) / (seen.sum(-1, keepdim=True) + epsilon)
     out, attn = (attn @ v).to(dtype), attn.detach()
-    if importance == "class":
-        return out, _patch_importance(attn[:, :, 0], tokens, prefix, importance)
+    if importance_from == "class":
+        return out, _patch_importance(attn[:, :, 0], tokens, prefix, importance_from)
     alive = mask.detach().to(attn.dtype)[:, None, :, None]
     received = (attn * alive).sum(2) / alive.sum(2).clamp_min(TINY)
-    return out, _patch_importance(received, tokens, prefix, importance)
+    return out, _patch_importance(received, tokens, prefix, importance_from)
 
 
 def compression_rate(logits: Tensor, n_patches: int, granularity: int = 1, prefix: int = 1) -> tuple[Tensor, Tensor]:
@@ -280,7 +280,7 @@ def masked_prune_merge(
     kept_m: Tensor,
     *,
     prefix: int = 1,
-    sizes: str = "cosine",
+    size_rule: str = "cosine",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Argsort, gathers of everything, bmm of what merges, and means by scatter_reduce."""
     order = _descending_order(_patch_importance(importance, x.shape[1], prefix, "class"), prefix)
@@ -297,7 +297,7 @@ def masked_prune_merge(
         cosine, match = similarity.max(dim=-1)
         dst[:, merged:middle] = match + prefix
         sources = size[:, merged:middle]
-        gained = (sources * cosine if sizes == "cosine" else sources).clamp_min(1)
+        gained = (sources * cosine if size_rule == "cosine" else sources).clamp_min(1)
         kept_size = size[:, :merged].clamp_min(1).scatter_add(1, match + prefix, gained.to(size.dtype))
         size = torch.cat([kept_size, gained.to(size.dtype), size[:, middle:]], dim=1)
         rows = (match + prefix).unsqueeze(-1).expand(-1, -1, x.shape[2])

@@ -53,8 +53,6 @@ def main(argv: list[str] | None = None) -> int:
     suffix = "" if dtype == torch.float32 else f"_{arguments.dtype}"
     start = time.monotonic()
     machine = describe(device)
-    if arguments.sources:
-        machine["sources"] = arguments.sources
 
     parts: dict[str, Callable[[], Iterable[Job]]] = {
         "ops": partial(operator_jobs, Settings(device, dtype, arguments.quick), arguments.operators),
@@ -123,9 +121,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, help="only these operators")
     parser.add_argument("--resume", action="store_true", help="keep the records of an interrupted run and go on")
-    parser.add_argument(
-        "--sources", help="a name for the sources measured: --resume keeps only what was measured of them"
-    )
     parser.add_argument("--restarted", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="folder for the results (default: benchmarks/results)")
     return parser.parse_args(argv)

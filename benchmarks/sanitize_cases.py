@@ -45,19 +45,17 @@ def cases(
 
     yield "sort_tokens", lambda: ops.sort_tokens(x, importance, size)
     yield "prune_merge", lambda: ops.prune_merge(x, importance, k_p, k_m, size, residual=residual)
-    weighted: dict[str, Any] = {"features": "weighted", "sizes": "sum"}
+    weighted: dict[str, Any] = {"mean_rule": "weighted", "size_rule": "sum"}
     yield "prune_merge, weighted", lambda: ops.prune_merge(x, rand(IMAGES, HEADS, tokens), k_p, k_m, size, **weighted)
     yield "merge_reduce", lambda: ops.merge_reduce(x, dst, k_m)
     yield "merge_reduce, weighted", lambda: ops.merge_reduce(x, dst, k_m, weights=size)
     yield "class_attention", lambda: ops.class_attention(q.detach(), k.detach(), size)
     yield "received_attention", lambda: ops.received_attention(q.detach(), k.detach(), size)
     for kind in ("class", "received"):
-        yield (
-            f"proportional_attention, {kind}",
-            partial(ops.proportional_attention, q, k, v, size, prefix=1, importance=kind),
-        )
-        masked = partial(ops.masked_attention, q, k, v, mask.clone().requires_grad_(), size, prefix=1, importance=kind)
-        yield f"masked_attention, {kind}", masked
+        options: dict[str, Any] = {"prefix": 1, "importance_from": kind}
+        yield f"proportional_attention, {kind}", partial(ops.proportional_attention, q, k, v, size, **options)
+        given = mask.clone().requires_grad_()
+        yield f"masked_attention, {kind}", partial(ops.masked_attention, q, k, v, given, size, **options)
     logits = torch.randn(3, tokens - 1, device=device, requires_grad=True)
     yield "compression_rate", lambda: ops.compression_rate(logits, tokens - 1)
     alive = mask.clone().requires_grad_()

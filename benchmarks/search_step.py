@@ -21,9 +21,9 @@ from harness import GRAPH, captured, measure, peak_memory
 from models import timm_model
 from torch import Tensor, nn
 
-from diffrate_ext import RateSearch, rates, reference
+from diffrate_ext import RateSearch, reference
 from diffrate_ext.embedded import build_model
-from diffrate_ext.models import base, masked
+from diffrate_ext.rate_search import masking, rates
 from diffrate_ext.timing import random_images
 
 RIVAL = "reference operators, with weight gradients"
@@ -63,11 +63,7 @@ def searches(device: torch.device, *, quick: bool) -> tuple[Search, ...]:
 @contextmanager
 def reference_operators() -> Iterator[None]:
     """The search step by the reference instead of the operators, while it lasts."""
-    with (
-        mock.patch.object(base, "ops", reference),
-        mock.patch.object(masked, "ops", reference),
-        mock.patch.object(rates, "ops", reference),
-    ):
+    with mock.patch.object(masking, "ops", reference), mock.patch.object(rates, "ops", reference):
         yield
 
 

@@ -13,10 +13,21 @@ _declared: torch.library.Library | None = None
 
 
 def make_importable() -> None:
+    """Declare torchvision's operators if, and only if, its import fails for want of them.
+
+    A torchvision that fits defines them itself: declared twice, they would end the process.
+    """
     global _declared
     if torch.version.cuda is not None or torch.version.hip is not None or _declared is not None:
         return
-    if hasattr(torch.ops.torchvision, "nms"):  # a torchvision that fits was imported already
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            return  # another fault, which whoever imports it is told
+    except Exception:
+        return  # not installed, or another fault
+    else:
         return
     _declared = torch.library.Library("torchvision", "FRAGMENT")
     _declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

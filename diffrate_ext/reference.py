@@ -257,7 +257,7 @@ def masked_prune_merge(
     mask = mask.to(size.dtype).gather(1, order)
     images, tokens = mask.shape
     position = torch.arange(tokens, device=x.device)
-    pruned, merged = math.floor(float(kept_p) + 0.5), math.floor(float(kept_m) + 0.5)
+    pruned, merged = (math.floor(float(kept.detach()) + 0.5) for kept in (kept_p, kept_m))
     last = int(mask[0].sum()) if images else tokens
 
     def straight_through(first: int, end: int, probability: Tensor) -> Tensor:

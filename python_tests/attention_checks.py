@@ -12,6 +12,7 @@ from strategies import AttentionCase
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffrate_ext import InputTypeError, InputValueError
 from diffrate_ext.reference import class_attention
 
 TINY = torch.finfo(torch.float32).tiny
@@ -19,12 +20,8 @@ Operator = Callable[..., Tensor]
 
 
 def check_accuracy(operator: Operator, reference: Operator, case: AttentionCase, device: torch.device) -> None:
-    q, k, _ = case.qkv()
-    size = case.size()
-    # the views' strides, too, are the same on the device
-    on_device = [tensor.to(device) for tensor in (q, k)]
-    out = operator(*on_device, None if size is None else size.to(device), scale=case.scale, prefix=case.prefix)
-    check_importance(out, reference, case)
+    q, k, _ = case.qkv(device)
+    check_importance(operator(q, k, case.size(device), scale=case.scale, prefix=case.prefix), reference, case)
 
 
 def check_importance(importance: Tensor, reference: Operator, case: AttentionCase) -> None:
@@ -45,7 +42,7 @@ def rounded_terms(case: AttentionCase, reference: Operator) -> Tensor:
     """What the roundings of logits do to importance, as a magnitude: p = exp(l - top) moves by p (|dl| + |d top|)."""
     q, k, _ = (tensor.double() for tensor in case.qkv())
     size = case.size()
-    logits = q @ k.transpose(-1, -2) * (case.head_dim**-0.5 if case.scale is None else case.scale)
+    logits = q @ k.transpose(-1, -2) * case.logit_scale
     if size is not None:
         logits = logits + size.double().clamp_min(TINY).log()[:, None, None]
     terms = logits.softmax(-1) * (1 + logits.abs() + logits.amax(-1, keepdim=True).abs())
@@ -96,27 +93,27 @@ def check_no_images(operator: Operator, device: torch.device) -> None:
 
 Q = torch.zeros(2, 3, 6, 4)
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"q": None}, TypeError, "q must be a tensor (B, H, N, D), got NoneType"),
-    ({"q": Q[0]}, ValueError, "q must be (B, H, N, D), got shape (3, 6, 4)"),
-    ({"q": Q.int(), "k": Q.int()}, TypeError, "q must be float32, float16, bfloat16 or float64, got torch.int32"),
-    ({"k": 0}, TypeError, "k must be a tensor (B, H, N, D), got int"),
-    ({"k": Q[:, :, :5]}, ValueError, "k must be the shape of q = (2, 3, 6, 4), got shape (2, 3, 5, 4)"),
-    ({"k": Q[0]}, ValueError, "k must be (B, H, N, D), got shape (3, 6, 4)"),
-    ({"k": Q.half()}, TypeError, "k is torch.float16 and q torch.float32: they must have one dtype"),
-    ({"k": Q.to("meta")}, ValueError, "k is on meta and q on cpu: they must be on one device"),
-    ({"q": Q[:, :0], "k": Q[:, :0]}, ValueError, "q must have at least one head, got shape (2, 0, 6, 4)"),
-    ({"q": Q[:, :, :0], "k": Q[:, :, :0]}, ValueError, "q must have at least one token, got shape (2, 3, 0, 4)"),
-    ({"q": Q[..., :0], "k": Q[..., :0]}, ValueError, "q must have at least one channel, got shape (2, 3, 6, 0)"),
-    ({"size": [1.0]}, TypeError, "size must be a tensor (B, N), got list"),
-    ({"size": torch.ones(2, 5)}, ValueError, "size must be (B, N) = (2, 6), got shape (2, 5)"),
-    ({"size": torch.ones(6)}, ValueError, "size must be (B, N), got shape (6,)"),
-    ({"size": torch.ones(2, 6).int()}, TypeError, "size must be float32"),
-    ({"size": torch.ones(2, 6, device="meta")}, ValueError, "size is on meta and q on cpu"),
-    ({"scale": "1"}, TypeError, "scale must be a number, got str"),
-    ({"scale": torch.ones(())}, TypeError, "scale must be a number, got Tensor"),
-    ({"prefix": 7}, ValueError, "prefix must be at most the number of tokens, 6, got 7"),
-    ({"prefix": -1}, ValueError, "prefix must be at least 0, got -1"),
-    ({"prefix": 1.5}, TypeError, "prefix must be an int, got float"),
+    ({"q": None}, InputTypeError, "q must be a tensor (B, H, N, D), got NoneType"),
+    ({"q": Q[0]}, InputValueError, "q must be (B, H, N, D), got shape (3, 6, 4)"),
+    ({"q": Q.int(), "k": Q.int()}, InputTypeError, "q must be float32, float16, bfloat16 or float64, got torch.int32"),
+    ({"k": 0}, InputTypeError, "k must be a tensor (B, H, N, D), got int"),
+    ({"k": Q[:, :, :5]}, InputValueError, "k must be the shape of q = (2, 3, 6, 4), got shape (2, 3, 5, 4)"),
+    ({"k": Q[0]}, InputValueError, "k must be (B, H, N, D), got shape (3, 6, 4)"),
+    ({"k": Q.half()}, InputTypeError, "k is torch.float16 and q torch.float32: they must have one dtype"),
+    ({"k": Q.to("meta")}, InputValueError, "k is on meta and q on cpu: they must be on one device"),
+    ({"q": Q[:, :0], "k": Q[:, :0]}, InputValueError, "q must have at least one head, got shape (2, 0, 6, 4)"),
+    ({"q": Q[:, :, :0], "k": Q[:, :, :0]}, InputValueError, "q must have at least one token, got shape (2, 3, 0, 4)"),
+    ({"q": Q[..., :0], "k": Q[..., :0]}, InputValueError, "q must have at least one channel, got shape (2, 3, 6, 0)"),
+    ({"size": [1.0]}, InputTypeError, "size must be a tensor (B, N), got list"),
+    ({"size": torch.ones(2, 5)}, InputValueError, "size must be (B, N) = (2, 6), got shape (2, 5)"),
+    ({"size": torch.ones(6)}, InputValueError, "size must be (B, N), got shape (6,)"),
+    ({"size": torch.ones(2, 6).int()}, InputTypeError, "size must be float32"),
+    ({"size": torch.ones(2, 6, device="meta")}, InputValueError, "size is on meta and q on cpu"),
+    ({"scale": "1"}, InputTypeError, "scale must be a number, got str"),
+    ({"scale": torch.ones(())}, InputTypeError, "scale must be a number, got Tensor"),
+    ({"prefix": 7}, InputValueError, "prefix must be at most the number of tokens, 6, got 7"),
+    ({"prefix": -1}, InputValueError, "prefix must be at least 0, got -1"),
+    ({"prefix": 1.5}, InputTypeError, "prefix must be an int, got float"),
 ]
 
 RAW_ERRORS: list[tuple] = [

@@ -10,10 +10,13 @@ from torch import Tensor
 
 
 def check_matches(case: TokenCase, sorted_x: Tensor, match: Tensor, k_m: int) -> None:
-    """Each source, at the sorted positions k_m .., is within rounding of its best destination, the first of equal ones.
+    """Each source, at the sorted positions k_m .., goes to a destination within rounding of its best.
+
+    Of destinations that are equal bit for bit it goes to the first. What is similar to nothing goes to the first of
+    all.
 
     Args:
-        sorted_x: features (B, N, C) in sorted order.
+        sorted_x: features (B, N, C) in sorted order, after any residual.
         match: destinations (B, sources).
     """
     if match.numel() == 0:
@@ -32,7 +35,14 @@ def check_matches(case: TokenCase, sorted_x: Tensor, match: Tensor, k_m: int) ->
     assert_same(
         "match of what is similar to nothing", match[nothing_similar], match[nothing_similar].mul(0) + case.prefix
     )
-    if case.features == "codebook":
-        # the first of all destinations that are the same direction
-        first = (table >= best[..., None] - rounding).int().argmax(2) + case.prefix
-        assert_same("match among equal destinations", match, first)
+    first = first_of_equals(sorted_x[:, case.prefix : k_m]).gather(1, match - case.prefix) + case.prefix
+    assert_same("match among destinations that are equal bit for bit", match, first)
+
+
+def first_of_equals(rows: Tensor) -> Tensor:
+    """The first position (B, K) in its image that holds the bits of each row, for rows (B, K, C)."""
+    positions = []
+    for image in rows.contiguous().view(torch.uint8).numpy():
+        first: dict[bytes, int] = {}
+        positions.append([first.setdefault(row.tobytes(), position) for position, row in enumerate(image)])
+    return torch.tensor(positions, dtype=torch.int64).view(rows.shape[:2])

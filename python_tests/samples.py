@@ -46,7 +46,7 @@ def _samples() -> list[Sample]:
         return ops.prune_merge(x, attn, 14, 9, size, residual=residual)
 
     def weighted(x: Tensor, attn: Tensor, size: Tensor) -> Any:
-        options: dict[str, Any] = {"importance": "received", "features": "weighted", "sizes": "sum"}
+        options: dict[str, Any] = {"importance_from": "received", "mean_rule": "weighted", "size_rule": "sum"}
         return ops.prune_merge(x, attn, 17, 9, size, prefix=0, **options)
 
     def masked_prune_merge(x: Tensor, mask: Tensor, p: Tensor, m: Tensor, importance: Tensor, *rest: Tensor) -> Any:
@@ -55,7 +55,7 @@ def _samples() -> list[Sample]:
 
     def masked_sum(x: Tensor, mask: Tensor, p: Tensor, m: Tensor, importance: Tensor, *rest: Tensor) -> Any:
         _, kept_p, kept_m = rest
-        return ops.masked_prune_merge(x, mask, importance, None, p, m, kept_p, kept_m, prefix=2, sizes="sum")
+        return ops.masked_prune_merge(x, mask, importance, None, p, m, kept_p, kept_m, prefix=2, size_rule="sum")
 
     def rated_tokens(images: int, kept_p: float, kept_m: float) -> tuple[Tensor, ...]:
         features = _tensor(images, 17, 8), _mask(images, 17), _positive(17), _positive(17)
@@ -129,7 +129,7 @@ def _samples() -> list[Sample]:
         ),
         Sample(
             "masked_attention, received and scaled",
-            lambda q, k, v, mask: ops.masked_attention(q, k, v, mask, scale=0.7, prefix=0, importance="received"),
+            lambda q, k, v, mask: ops.masked_attention(q, k, v, mask, scale=0.7, prefix=0, importance_from="received"),
             lambda images: (*(_tensor(images, 2, 17, 8, seed=s) for s in range(3)), _mask(images, 17)),
             4,
         ),

@@ -2,7 +2,8 @@
 
 A case is a small frozen description (its ``repr`` is what a failing test prints); its methods make the tensors from it,
 the same ones every time. One module for all operators, so that every operator meets every shape, dtype, layout and kind
-of value.
+of value. Values are drawn on the CPU and laid out on the device: copying a tensor to another device closes the gaps in
+its memory.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ PREFIXES = (1, 0, 2, 5)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TOKEN_LAYOUTS = ("contiguous", "transposed", "sliced", "every second channel", "batch second", "expanded batch")
 HEAD_LAYOUTS = ("contiguous", "packed qkv", "tokens before heads", "transposed", "expanded batch")
-FEATURES = ("normal", "codebook", "clustered", "zero rows", "NaN", "large", "tiny")
+FEATURES = ("normal", "codebook", "duplicates", "clustered", "zero rows", "NaN", "large", "tiny")
 IMPORTANCES = ("random", "ties", "equal", "signed zeros", "NaN", "all NaN", "infinite", "negative", "any bits")
 SIZES = (None, "ones", "random", "extreme")
 MASKS = ("random", "ones", "prefix only", "one image empty", "fractional")
 MOST_ELEMENTS = 150_000  # of x: large shapes are met, but not all extents are large at once
+CPU = torch.device("cpu")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -56,7 +58,10 @@ def lay_out_heads(tensors: Sequence[Tensor], layout: str) -> list[Tensor]:
     if layout == "contiguous":
         return [tensor.contiguous() for tensor in tensors]
     if layout == "packed qkv":
-        return list(torch.stack([tensor.transpose(1, 2) for tensor in tensors], 2).permute(2, 0, 3, 1, 4).unbind(0))
+        images, heads, tokens, channels = tensors[0].shape
+        packed = tensors[0].new_empty(images, tokens, len(tensors), heads, channels)
+        views = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        return [view.copy_(tensor) for view, tensor in zip(views, tensors, strict=True)]
     if layout == "tokens before heads":
         return [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors]
     if layout == "transposed":
@@ -67,10 +72,14 @@ def lay_out_heads(tensors: Sequence[Tensor], layout: str) -> list[Tensor]:
 def make_features(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, random: torch.Generator) -> Tensor:
     x = torch.randn(shape, generator=random, dtype=torch.float64)
     rows = shape[:2]
-    if kind == "codebook":  # rows that are equal up to a power of two: their cosines tie exactly
+    if kind == "codebook":  # rows that are equal up to a power of two: their cosines tie
         code = torch.randint(-2, 3, (3, shape[2]), generator=random).double()
         x = code[torch.randint(3, rows, generator=random)]
         x = x * 2.0 ** torch.randint(-1, 2, (*rows, 1), generator=random)
+    elif kind == "duplicates":  # three rows that many others are equal to, bit for bit
+        originals = torch.randn(3, shape[2], generator=random, dtype=torch.float64)
+        copies = originals[torch.randint(3, rows, generator=random)]
+        x = torch.where(torch.rand((*rows, 1), generator=random) < 0.6, copies, x)
     elif kind == "clustered":
         x = 0.05 * x + torch.randn(shape[2], generator=random, dtype=torch.float64)
     elif kind == "zero rows":
@@ -159,21 +168,33 @@ class TokenCase:
     def wide(self) -> torch.dtype:
         return wide(self.dtype)
 
-    def x(self, salt: int = 0) -> Tensor:
+    def x(self, device: torch.device = CPU, *, salt: int = 0) -> Tensor:
         shape = (self.images, self.tokens, self.channels)
-        return lay_out(make_features(self.features, shape, self.dtype, self._random(salt)), self.layout)
+        return lay_out(make_features(self.features, shape, self.dtype, self._random(salt)).to(device), self.layout)
 
-    def importance(self) -> Tensor:
+    def importance(self, device: torch.device = CPU) -> Tensor:
         columns = self.tokens if self.importance_of_prefix else self.tokens - self.prefix
-        # stored transposed: the last stride is not 1
         values = make_importance(self.importances, (self.images, columns), self.importance_dtype, self._random(1))
+        values = values.to(device)
+        # stored transposed: the last stride is not 1
         return values.t().contiguous().t() if self.seed % 2 else values
 
-    def size(self) -> Tensor | None:
-        return make_size(self.sizes, (self.images, self.tokens), self.wide, self._random(2))
+    def patch_importance(self, importance: Tensor) -> Tensor:
+        """What the operators read (B, N-P) of importance that comes as (B, N-P) or (B, N)."""
+        return importance[:, importance.shape[1] - (self.tokens - self.prefix) :].to(self.wide)
 
-    def gradient(self, tokens: int) -> Tensor:
-        return make_features("normal", (self.images, tokens, self.channels), self.dtype, self._random(3))
+    def size(self, device: torch.device = CPU) -> Tensor | None:
+        values = make_size(self.sizes, (self.images, self.tokens), self.wide, self._random(2))
+        return None if values is None else values.to(device)
+
+    def plain_size(self) -> Tensor:
+        """Ones where there is no size."""
+        values = self.size()
+        return torch.ones(self.images, self.tokens, dtype=self.wide) if values is None else values
+
+    def gradient(self, tokens: int, device: torch.device = CPU) -> Tensor:
+        shape = (self.images, tokens, self.channels)
+        return make_features("normal", shape, self.dtype, self._random(3)).to(device)
 
 
 seeds = st.integers(0, 999)
@@ -228,22 +249,28 @@ class AttentionCase:
     scale: float | None = None
     seed: int = 0
 
-    def qkv(self) -> list[Tensor]:
+    @property
+    def logit_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    def qkv(self, device: torch.device = CPU) -> list[Tensor]:
         random = torch.Generator().manual_seed(self.seed)
         shape = (self.images, self.heads, self.tokens, self.head_dim)
-        return lay_out_heads([torch.randn(shape, generator=random).to(self.dtype) for _ in range(3)], self.layout)
+        values = [torch.randn(shape, generator=random).to(self.dtype).to(device) for _ in range(3)]
+        return lay_out_heads(values, self.layout)
 
-    def size(self) -> Tensor | None:
+    def size(self, device: torch.device = CPU) -> Tensor | None:
         random = torch.Generator().manual_seed(self.seed + 1)
-        return make_size(self.sizes, (self.images, self.tokens), wide(self.dtype), random)
+        values = make_size(self.sizes, (self.images, self.tokens), wide(self.dtype), random)
+        return None if values is None else values.to(device)
 
-    def mask(self, kind: str) -> Tensor:
+    def mask(self, kind: str, device: torch.device = CPU) -> Tensor:
         random = torch.Generator().manual_seed(self.seed + 2)
-        return make_mask(kind, (self.images, self.tokens), self.prefix, wide(self.dtype), random)
+        return make_mask(kind, (self.images, self.tokens), self.prefix, wide(self.dtype), random).to(device)
 
-    def gradient(self) -> Tensor:
+    def gradient(self, device: torch.device = CPU) -> Tensor:
         shape = (self.images, self.heads, self.tokens, self.head_dim)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 3)).to(self.dtype)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 3)).to(self.dtype).to(device)
 
 
 @st.composite

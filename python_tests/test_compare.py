@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from compare import assert_as_accurate_as_eager, assert_same, assert_within, eager_error, rounding_noise
-from oracles import sorted_positions
+from match_checks import check_matches, first_of_equals
+from oracles import cosines, sorted_positions
+from strategies import DTYPES, FEATURES, TokenCase
 
 NAN, INF = float("nan"), float("inf")
 
@@ -121,3 +123,73 @@ def test_the_measured_errors_have_the_size_of_roundings() -> None:
 def test_the_sorting_oracle() -> None:
     importance = torch.tensor([[0.0, NAN, INF, -0.0, 2.0, -INF, 2.0, NAN]])
     assert sorted_positions(importance, 2).tolist() == [[0, 1, 4, 6, 8, 2, 5, 7, 3, 9]]
+
+
+# --- the check of matches: sources at positions 30 .., destinations before them
+
+
+def right_matches(case: TokenCase) -> torch.Tensor:
+    x = case.x()
+    best = cosines(x)[:, 30:, case.prefix : 30].nan_to_num(nan=-torch.inf).argmax(2)
+    return first_of_equals(x[:, case.prefix : 30]).gather(1, best) + case.prefix
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_right_matches_pass(features: str, dtype: torch.dtype) -> None:
+    case = TokenCase(2, 65, 8, 1, dtype, features=features)
+    check_matches(case, case.x(), right_matches(case), 30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", ["codebook", "duplicates"])
+def test_the_second_of_two_equal_destinations_is_found(features: str, dtype: torch.dtype) -> None:
+    case = TokenCase(2, 65, 8, 1, dtype, features=features)
+    x, match = case.x(), right_matches(case)
+    first, seconds = first_of_equals(x[:, 1:30]) + 1, 0
+    for image, source in torch.ones_like(match).nonzero().tolist():
+        equal = (first[image] == match[image, source]).nonzero().flatten() + 1
+        for second in equal[1:2].tolist():
+            wrong = match.clone()
+            wrong[image, source] = second
+            with pytest.raises(AssertionError, match="equal bit for bit: 1 of 70 values differ"):
+                check_matches(case, x, wrong, 30)
+            seconds += 1
+    assert seconds > 20
+
+
+def test_a_destination_that_is_less_similar_is_found() -> None:
+    case = TokenCase(2, 65, 8, 1, torch.float32)
+    wrong = right_matches(case)
+    wrong[1, 20] = 1 + int(cosines(case.x())[1, 50, 1:30].argmin())
+    with pytest.raises(AssertionError, match="a destination less similar by"):
+        check_matches(case, case.x(), wrong, 30)
+
+
+@pytest.mark.parametrize("position", [0, 30])
+def test_what_is_no_destination_is_found(position: int) -> None:
+    case = TokenCase(2, 65, 8, 1, torch.float32)
+    wrong = right_matches(case)
+    wrong[0, 3] = position
+    with pytest.raises(AssertionError):
+        check_matches(case, case.x(), wrong, 30)
+
+
+def test_equal_is_equal_bit_for_bit() -> None:
+    """Rounding is free to choose between rows that point the same way, and zeros of both signs differ."""
+    rows = [[9.0, 9], [1, 0], [1, -0.0], [2, 0], [1, 0], [1, -0.0], [2, 0]]
+    x = torch.tensor([[*rows, [3.0, 0.0]]])
+    assert first_of_equals(x).tolist() == [[0, 1, 2, 3, 1, 2, 3, 7]]
+    case = TokenCase(1, 8, 2, 1, torch.float32)
+    for destination in (1, 2, 3):
+        check_matches(case, x, torch.tensor([[destination]]), 7)
+        with pytest.raises(AssertionError, match=f"got {destination + 3}, expected {destination}"):
+            check_matches(case, x, torch.tensor([[destination + 3]]), 7)
+
+
+def test_what_is_similar_to_nothing_goes_to_the_first() -> None:
+    x = torch.tensor([[[9.0, 9], [1, 0], [0, 1], [NAN, 1]]])
+    case = TokenCase(1, 4, 2, 1, torch.float32)
+    check_matches(case, x, torch.tensor([[1]]), 3)
+    with pytest.raises(AssertionError, match="similar to nothing"):
+        check_matches(case, x, torch.tensor([[2]]), 3)

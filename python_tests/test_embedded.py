@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from diffrate_ext import embedded
+from diffrate_ext.compression.flops import flops
 from diffrate_ext.evaluation import evaluate
-from diffrate_ext.flops import flops
 
 
 @pytest.mark.parametrize(("split", "n"), [("search", 1000), ("test", 2000)])

@@ -101,3 +101,14 @@ def test_bad_input(batches, reference, error, message):
 def test_a_model_that_gives_no_logits():
     with pytest.raises(ValueError, match="logits"):
         evaluate(nn.Identity(), [images_of([0])])
+
+
+def test_modules_that_were_frozen_in_evaluation_mode_stay_so():
+    """As one trains with the statistics of some batch norms fixed."""
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Dropout(0.5)).train()
+    model[1].eval()
+    before = [module.training for module in model.modules()]
+    assert True in before
+    assert False in before
+    evaluate(model, [torch.randn(2, 1, 2, 2)])
+    assert [module.training for module in model.modules()] == before

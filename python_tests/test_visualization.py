@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from diffrate_ext import embedded
-from diffrate_ext.compression import compress, token_slots
-from diffrate_ext.schedule import Schedule
+from diffrate_ext.compression.compress import compress, token_slots
+from diffrate_ext.compression.flops import flops
+from diffrate_ext.compression.uniform import uniform_schedule
 from diffrate_ext.visualization import (
     CELL,
     PRUNED,
@@ -67,7 +71,7 @@ def test_a_pruned_group_frees_nothing_for_later_groups():
 def test_ids_of_a_real_compression_say_the_same_as_its_slots(images):
     torch.manual_seed(0)
     compressed = embedded.build_model().eval()
-    compress(compressed, Schedule.uniform(compressed, 0.2))
+    compress(compressed, uniform_schedule(compressed, 0.2))
     slots = torch.stack(token_slots(compressed, images))[:, 1, 1:].numpy()
     for after, ids in zip(slots, group_ids(slots), strict=True):
         assert ((after == -1) == (ids == PRUNED)).all()
@@ -141,11 +145,11 @@ def test_enlarge_keeps_square_pixels_of_small_pictures():
 
 
 def test_the_figure_names_blocks_tokens_and_costs(model, images):
-    weak, strong = Schedule.uniform(model, 0.3), Schedule.uniform(model, 0.2)
+    weak, strong = uniform_schedule(model, 0.3), uniform_schedule(model, 0.2)
     figure = visualize(model, images, strong, others=[weak, strong], blocks=[2, 12], titles=["boot", "shirt"])
     left, right = figure.subfigs
     assert [axes.get_title().split("\n")[0] for axes in left.axes[:3]] == ["input", "after block 2", "after block 12"]
-    kept = [merged for _, merged in strong.steps(197)]
+    kept = [merged for _, merged in strong.kept_numbers(197)]
     assert [axes.get_title().split("\n")[1] for axes in left.axes[:3]] == [
         "197 tokens",
         f"{kept[1]} tokens",
@@ -160,7 +164,7 @@ def test_the_figure_names_blocks_tokens_and_costs(model, images):
 
 
 def test_images_differ_before_and_after(model, images):
-    figure = visualize(model, images, Schedule.uniform(model, 0.2), blocks=[12])
+    figure = visualize(model, images, uniform_schedule(model, 0.2), blocks=[12])
     before, after = (axes.images[0].get_array() for axes in figure.subfigs[0].axes[:2])
     assert before.shape == after.shape == (14 * CELL, 14 * CELL, 3)
     assert (np.abs(before - after).max(-1) > 0.01).mean() > 0.5
@@ -182,7 +186,7 @@ def test_n_kept():
     ],
 )
 def test_bad_input(model, images, arguments, message):
-    arguments = {"images": images, "schedule": Schedule.uniform(model, 0.2), **arguments}
+    arguments = {"images": images, "schedule": uniform_schedule(model, 0.2), **arguments}
     with pytest.raises(ValueError, match=message):
         visualize(model, **arguments)
 
@@ -196,3 +200,24 @@ def test_check_output(tmp_path):
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(ValueError, match="folder"):
         check_output(tmp_path / "folder.png")
+
+
+def test_a_model_in_training_mode_is_drawn_without_dropout(images):
+    torch.manual_seed(0)
+    shape = {"img_size": 28, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 12, "num_heads": 2}
+    model = VisionTransformer(**shape, drop_path_rate=0.5, proj_drop_rate=0.5).train()
+    model.norm.eval()
+    modes = [module.training for module in model.modules()]
+    schedule = uniform_schedule(model, 0.6 * flops(model) / 1e9)
+    first, second = (visualize(model, images, schedule, blocks=[12]) for _ in range(2))
+    shown = [figure.subfigs[0].axes[1].images[0].get_array() for figure in (first, second)]
+    assert np.array_equal(*shown)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_schedule_for_another_model_is_refused_unless_told_otherwise(model, images):
+    mine = uniform_schedule(model, 0.2)
+    other = replace(mine, model="deit_tiny_patch16_224.fb_in1k")
+    with pytest.raises(ValueError, match=r"made for deit_tiny_patch16_224\.fb_in1k, and the model is vit_embedded"):
+        visualize(model, images, other)
+    visualize(model, images, other, any_model=True)

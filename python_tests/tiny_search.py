@@ -17,9 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diffrate_ext.searching import checkpoints
-from diffrate_ext.searching.loop import SearchResult, SearchSettings, run_search
-from diffrate_ext.searching.processes import joined
+from diffrate_ext.rate_search import checkpoints
+from diffrate_ext.rate_search.loop import SearchResult, search
+from diffrate_ext.rate_search.processes import joined
+from diffrate_ext.rate_search.settings import SearchSettings
 
 STEPS, CLASSES, IMAGES = 12, 5, 20
 
@@ -68,11 +69,11 @@ def search_once(folder: Path, *, resume: bool = False, **options: Any) -> Search
     target = 0.6 * _gflops(model)
     settings = SearchSettings(steps=STEPS, lr=0.2, seed=3)
     arguments: dict[str, Any] = {"output": folder, "resume": resume, "checkpoint_every": 3, **options}
-    return run_search(model, shuffled_loader(), target, settings, **arguments)
+    return search(model, shuffled_loader(), target, settings, **arguments)
 
 
 def _gflops(model: VisionTransformer) -> float:
-    from diffrate_ext.flops import flops
+    from diffrate_ext.compression.flops import flops
 
     return flops(model) / 1e9
 
@@ -132,7 +133,7 @@ def failing_on_one_rank() -> None:
                 raise ValueError("a broken loader on rank 1")
             yield from batches[1:]
 
-        run_search(tiny_model(), loader, 0.6 * _gflops(tiny_model()), SearchSettings(steps=50))
+        search(tiny_model(), loader, 0.6 * _gflops(tiny_model()), SearchSettings(steps=50))
 
 
 if __name__ == "__main__":

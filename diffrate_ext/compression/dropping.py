@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..models.adapter import TokenRules
-from ..models.compressed import Plan, Step, TokenState
+from ..models.compressed import NewStep, Plan, Step, TokenState
 from ..schedule import KeptNumbers, scale_kept_numbers
 
 
@@ -19,8 +20,8 @@ class DropTokens(Step):
     A block that removes nothing needs neither importance nor order: sorting alone changes no token.
     """
 
-    def __init__(self, rules: TokenRules, k_p: int, k_m: int) -> None:
-        self.rules, self.k_p, self.k_m = rules, k_p, k_m
+    def __init__(self, rules: TokenRules, k_p: int, k_m: int, before: TokenState) -> None:
+        self.rules, self.k_p, self.k_m, self.before = rules, k_p, k_m, before
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         rules, size = self.rules, self.before.on(q.device).size
@@ -61,8 +62,8 @@ class DropPlan(Plan):
     def __init__(self, rules: TokenRules, tokens: int, numbers: KeptNumbers, fewest: int) -> None:
         self.rules, self.tokens, self.numbers, self.fewest = rules, tokens, numbers, fewest
 
-    def steps(self, tokens: int, training: bool) -> Sequence[Step]:
+    def steps(self, tokens: int, training: bool) -> Sequence[NewStep]:
         numbers = self.numbers
         if tokens != self.tokens:  # images of another size keep the rates
             numbers = scale_kept_numbers(numbers, self.tokens, tokens, self.rules.prefix, self.fewest)
-        return [DropTokens(self.rules, k_p, k_m) for k_p, k_m in numbers]
+        return [partial(DropTokens, self.rules, k_p, k_m) for k_p, k_m in numbers]

@@ -77,7 +77,11 @@ def without_plans(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _refuse_own_forward(model: nn.Module, module: nn.Module, remedy: str) -> None:
-    if "forward" not in vars(module):
+    own = vars(module).get("forward")
+    if own is None:
+        return
+    if getattr(own, "__func__", None) is type(module).forward:  # what accelerate leaves when its hooks are removed
+        del module.forward
         return
     name = next((name for name, part in model.named_modules() if part is module), "") or "the model"
     raise InputValueError(

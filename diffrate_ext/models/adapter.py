@@ -36,7 +36,7 @@ class Stage:
     host: nn.Module
     """The module that runs the blocks: the model, or a stage of it."""
     blocks: tuple[nn.Module, ...]
-    """In order."""
+    """In order, without wrappers."""
     grid: tuple[int, int]
     """(rows, columns) of the patches, for the model's own image size."""
     tokens: int

@@ -11,8 +11,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,7 @@ Observer = Callable[[Tensor, Tensor], None]
 -1 once pruned."""
 
 
-@dataclass(frozen=True)
-class TokenState:
+class TokenState(NamedTuple):
     """What belongs to the tokens beside their features."""
 
     size: Tensor | None = None
@@ -43,13 +41,8 @@ class TokenState:
 
 
 class Step(ABC):
-    """What one block does with its tokens in one forward pass. The block calls ``attend``, then ``reduce``.
+    """What one block does with its tokens in one forward pass. The block calls ``attend``, then ``reduce``."""
 
-    A pass through the block that is repeated (activation checkpointing) finds ``before`` as it was.
-    """
-
-    before: TokenState
-    """Set before the block is called."""
     after: TokenState
     """Set by ``reduce``."""
     slot: Tensor | None
@@ -64,6 +57,10 @@ class Step(ABC):
         """Add the attention branch to the tokens, both (B, N, C), and reduce them to (B, K, C)."""
 
 
+NewStep = Callable[[TokenState], Step]
+"""Makes a block's step for the state that its tokens come in."""
+
+
 class Plan(ABC):
     """What a compressed model, or stage of one, does with its tokens."""
 
@@ -71,8 +68,8 @@ class Plan(ABC):
     """Whether in training mode tokens are masked instead of dropped."""
 
     @abstractmethod
-    def steps(self, tokens: int, training: bool) -> Sequence[Step]:
-        """The steps of one forward pass of ``tokens`` tokens, prefix included: one for each block, made anew."""
+    def steps(self, tokens: int, training: bool) -> Sequence[NewStep]:
+        """For each block, what it does in a forward pass of ``tokens`` tokens, prefix included."""
 
     def release(self) -> None:  # noqa: B027  most have nothing to undo
         """Called when the plan is replaced or removed: undo what it changed beside the model's classes."""
@@ -81,7 +78,7 @@ class Plan(ABC):
 def run_blocks(
     blocks: Iterable[nn.Module],
     x: Tensor,
-    steps: Sequence[Step],
+    steps: Sequence[NewStep],
     *,
     checkpointing: bool = False,
     observe: Observer | None = None,
@@ -91,7 +88,7 @@ def run_blocks(
     Args:
         blocks: compressed blocks in order; of a model that was cut short, fewer than there are steps.
         x: tokens, the prefix first.
-        steps: as :meth:`Plan.steps` makes them.
+        steps: of a :class:`Plan`.
         checkpointing: recompute each block in the backward pass instead of storing its activations.
         observe: called after each block.
 
@@ -100,17 +97,23 @@ def run_blocks(
     """
     state = TokenState()
     slot = None if observe is None else torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-    for block, step in zip(blocks, steps, strict=False):
-        step.before = state
+    for block, new_step in zip(blocks, steps, strict=False):
         if checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, step, use_reentrant=False)
+            x, state, moved = checkpoint(_run_block, block, x, new_step, state, use_reentrant=False)
         else:
-            x = block(x, step)
-        state = step.after
+            x, state, moved = _run_block(block, x, new_step, state)
         if observe is not None and slot is not None:
-            slot = slot if step.slot is None else ops.compose_slots(slot, step.slot)
+            slot = slot if moved is None else ops.compose_slots(slot, moved)
             observe(x, slot)
     return x, state
+
+
+def _run_block(
+    block: nn.Module, x: Tensor, new_step: NewStep, state: TokenState
+) -> tuple[Tensor, TokenState, Tensor | None]:
+    step = new_step(state)
+    x = block(x, step)
+    return x, step.after, step.slot
 
 
 def packed_attention(attn: Any, x: Tensor, step: Step | None) -> Tensor:
@@ -175,6 +178,15 @@ def _new_compressed(mixin: type[CompressedModule], original: type[nn.Module]) ->
 def original_class(module: Any) -> type[Any]:
     """The module's class before compression."""
     return module._original if isinstance(module, CompressedModule) else type(module)
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside torch's wrappers for activation checkpointing and compilation."""
+    for name in ("_checkpoint_wrapped_module", "_orig_mod"):
+        inner = getattr(module, name, None)
+        if inner is not None:
+            return unwrapped(inner)
+    return module
 
 
 def has_forward_of(module: Any, *classes: type[nn.Module]) -> bool:

@@ -26,6 +26,7 @@ from .compressed import (
     original_class,
     packed_attention,
     run_blocks,
+    unwrapped,
 )
 
 
@@ -87,7 +88,7 @@ class MetaFormerAdapter(Adapter):
         for stage in stages:
             if not has_forward_of(stage, MetaFormerStage):
                 raise InputValueError(f"the stage {original_class(stage).__name__} is not supported")
-            for block in stage.blocks:
+            for block in map(unwrapped, stage.blocks):
                 if not has_forward_of(block, MetaFormerBlock) or not has_forward_of(block.token_mixer, Attention):
                     raise InputValueError(
                         f"the block {type(block).__name__} with {type(block.token_mixer).__name__} is not supported"
@@ -112,7 +113,7 @@ class MetaFormerAdapter(Adapter):
         model: Any = self.model
         for stage, (rows, columns) in zip(model.stages, self._grids, strict=True):
             if not stage.use_nchw:
-                blocks = tuple(stage.blocks)
+                blocks = tuple(unwrapped(block) for block in stage.blocks)
                 first = not found  # the paper compresses the first attention stage, but for its first and last block
                 compressible = tuple(first and 0 < index < len(blocks) - 1 for index in range(len(blocks)))
                 found.append(Stage(stage, blocks, (rows, columns), rows * columns, compressible, fewest=2))
@@ -136,7 +137,7 @@ class MetaFormerAdapter(Adapter):
                     pairs=2 * block.token_mixer.attention_dim,
                     mlp=count_weights(block.mlp, nn.Linear),
                 )
-                for block in stage.blocks
+                for block in map(unwrapped, stage.blocks)
             )
             costs.append(StageCost(tokens, fixed, blocks))
             fixed = 0
@@ -150,7 +151,7 @@ class MetaFormerAdapter(Adapter):
         replaced: list[tuple[nn.Module, type[CompressedModule]]] = []
         for stage in self._attention_stages:
             replaced.append((stage, CompressedMetaFormerStage))
-            for block in stage.blocks:
+            for block in map(unwrapped, stage.blocks):
                 replaced += [(block, CompressedMetaFormerBlock), (block.token_mixer, CompressedMixer)]
         return replaced
 

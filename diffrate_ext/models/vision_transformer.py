@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..costs import BlockCost, ModelCost, StageCost
 from ..errors import InputTypeError, InputValueError
-from ..reference import TINY
+from ..reference import TINY, wide_dtype
 from ..schedule import Schedule
 from .adapter import Adapter, Stage, TokenRules, count_weights
 from .compressed import (
@@ -32,6 +32,7 @@ from .compressed import (
     original_class,
     packed_attention,
     run_blocks,
+    unwrapped,
 )
 
 _POOLS_CLASS_TOKEN = ("token", "")
@@ -232,7 +233,7 @@ class VisionTransformerAdapter(Adapter):
             )
         if not isinstance(model.blocks, nn.Sequential) or len(model.blocks) == 0:
             raise InputValueError("the model has no blocks to compress")
-        for index, block in enumerate(model.blocks):
+        for index, block in enumerate(self._blocks):
             if not has_forward_of(block, Block, ResPostBlock):
                 raise InputValueError(
                     f"blocks[{index}] is a {type(block).__name__}, which is not supported: tokens are compressed "
@@ -266,7 +267,7 @@ class VisionTransformerAdapter(Adapter):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        blocks, prefix = tuple(self.model.blocks), self.model.num_prefix_tokens
+        blocks, prefix = self._blocks, self.model.num_prefix_tokens
         rows, columns = self.model.patch_embed.grid_size
         # what the last block does reaches a class token no more, but it does reach a pool over patches
         end = len(blocks) if self.model.global_pool in _POOLS_CLASS_TOKEN else len(blocks) - 1
@@ -287,7 +288,7 @@ class VisionTransformerAdapter(Adapter):
                 pairs=2 * block.attn.num_heads * block.attn.head_dim,
                 mlp=count_weights(block.mlp, nn.Linear),
             )
-            for block in model.blocks
+            for block in stage.blocks
         )
         embedding = stage.tokens * model.patch_embed.proj.weight.numel()
         # a distilled model has a second head
@@ -300,9 +301,13 @@ class VisionTransformerAdapter(Adapter):
         return ModelCost((StageCost(stage.tokens, embedding, blocks),), head, per_token)
 
     @property
+    def _blocks(self) -> tuple[Any, ...]:
+        return tuple(unwrapped(block) for block in self.model.blocks)
+
+    @property
     def replacements(self) -> list[tuple[nn.Module, type[CompressedModule]]]:
         replaced: list[tuple[nn.Module, type[CompressedModule]]] = [(self.model, CompressedVisionTransformer)]
-        for block in self.model.blocks:
+        for block in self._blocks:
             mixin = CompressedBlock if has_forward_of(block, Block) else CompressedResPostBlock
             replaced += [(block, mixin), (block.attn, CompressedAttention)]  # type: ignore[list-item]
         return replaced
@@ -317,7 +322,8 @@ def _masked_attention_pool(pool: Any, x: Tensor, size: Tensor) -> Tensor:
     latent = pool.latent.expand(len(x), -1, -1)
     q = pool.q_norm(pool.q(latent).unflatten(2, (pool.num_heads, -1)).transpose(1, 2))
     k, v = pool.kv(x).unflatten(2, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    logits = (q @ pool.k_norm(k).transpose(-1, -2) * pool.scale).float()
+    logits = q @ pool.k_norm(k).transpose(-1, -2) * pool.scale
+    logits = logits.to(wide_dtype(logits))
     weights = (logits - logits.detach().amax(-1, keepdim=True)).exp() * size[:, None, None]
     weights = weights / weights.sum(-1, keepdim=True)
     x = pool.proj_drop(pool.proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)))

@@ -28,8 +28,8 @@ class MaskTokens(Step):
 
     importance: Tensor | None
 
-    def __init__(self, rules: TokenRules, rates: BlockRates | None) -> None:
-        self.rules, self.rates = rules, rates
+    def __init__(self, rules: TokenRules, rates: BlockRates | None, before: TokenState) -> None:
+        self.rules, self.rates, self.before = rules, rates, before
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         rules, state = self.rules, self.before.on(q.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from ..compression.flops import flops
 from ..compression.patching import install_plans, without_plans
 from ..errors import DivergedError, InputTypeError, InputValueError
 from ..models import Stage, adapter_for
-from ..models.compressed import Plan, Step
+from ..models.compressed import NewStep, Plan
 from ..reference import rate_candidates
 from ..schedule import Schedule
 from .masking import BlockRates, MaskTokens
@@ -262,23 +263,24 @@ class RateSearch(nn.Module):
         numbers = adapter.kept_numbers(self.schedule())[index]
         return DropPlan(adapter.rules, stage.tokens, numbers, stage.fewest)
 
-    def _mask_steps(self, index: int) -> list[Step]:
+    def _mask_steps(self, index: int) -> list[NewStep]:
         """The search step at the current rates."""
         rules, stage = self._adapter.rules, self._adapter.stages[index]
         if index != self._stage_index:
-            return [MaskTokens(rules, None) for _ in stage.blocks]
+            return [partial(MaskTokens, rules, None) for _ in stage.blocks]
         kept, keep_prob = self._kept()
         if kept.device.type == "cpu":  # elsewhere looking would stop the stream
             _check_finite(kept)
-        steps: list[Step] = []
+        steps: list[NewStep] = []
         for row, prob in zip(self._rows(index, stage, kept), self._rows(index, stage, keep_prob), strict=True):
             if row is None or prob is None:
-                steps.append(MaskTokens(rules, None))
+                steps.append(partial(MaskTokens, rules, None))
             elif self._adapter.prunes:
-                steps.append(MaskTokens(rules, BlockRates(prob[0], prob[1], row[0], row[1])))
+                steps.append(partial(MaskTokens, rules, BlockRates(prob[0], prob[1], row[0], row[1])))
             else:  # pruning to all tokens prunes nothing
                 everything = row.new_full((), stage.tokens)
-                steps.append(MaskTokens(rules, BlockRates(torch.ones_like(prob[0]), prob[0], everything, row[0])))
+                rates = BlockRates(torch.ones_like(prob[0]), prob[0], everything, row[0])
+                steps.append(partial(MaskTokens, rules, rates))
         return steps
 
     def _release(self) -> None:
@@ -296,7 +298,7 @@ class _SearchPlan(Plan):
     def __init__(self, rates: RateSearch, index: int) -> None:
         self.rates, self.index = rates, index
 
-    def steps(self, tokens: int, training: bool) -> Sequence[Step]:
+    def steps(self, tokens: int, training: bool) -> Sequence[NewStep]:
         rates = self.rates
         if not training:
             return rates._drop_plan(self.index).steps(tokens, training)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_cases import load_case
 
-from diffrate_ext.compression import compress, restore, token_slots
+from diffrate_ext.compression.compress import compress, restore, token_slots
 
 EVAL_CASES = ["deit_eval_a", "deit_eval_b", "mae_eval_a", "caformer_eval_a"]
 

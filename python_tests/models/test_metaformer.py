@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, Pooling, SepConv
-from torch import nn
+from timm.models.metaformer import LayerNorm2dNoBias, MetaFormer, Pooling
+from tiny_models import tiny_caformer
 
-from diffrate_ext.compression import compress, restore, token_slots
-from diffrate_ext.flops import flops
+from diffrate_ext.compression.compress import compress, restore, token_slots
+from diffrate_ext.compression.flops import flops
+from diffrate_ext.compression.uniform import uniform_schedule
 from diffrate_ext.schedule import Schedule
 
 NUMBERS = [16, 11, 7, 7, 4, 3]
@@ -17,22 +18,7 @@ SCHEDULE = Schedule(None, NUMBERS, prefix=0)
 
 
 def build(**changes: Any) -> MetaFormer:
-    torch.manual_seed(0)
-    model = MetaFormer(
-        **{
-            "num_classes": 7,
-            "depths": [1, 1, 4, 2],
-            "dims": [8, 16, 32, 64],
-            "token_mixers": [SepConv, SepConv, Attention, Attention],
-            "norm_layers": [LayerNorm2dNoBias] * 2 + [LayerNormNoBias] * 2,
-            **changes,
-        }
-    )
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
-    model.pretrained_cfg = {"input_size": (3, 64, 64)}
-    return model.eval()
+    return tiny_caformer(num_classes=7, **changes)
 
 
 def test_restore_gives_back_the_model_as_it_was() -> None:
@@ -76,6 +62,15 @@ def test_another_image_size_keeps_the_rates() -> None:
     assert [int(slot.max()) + 1 for slot in slots] == [64, 44, 28, 28, 16, 12]
 
 
+@pytest.mark.parametrize("side", [64, 48, 32, 16])
+def test_small_images_keep_as_many_tokens_as_a_block_needs(side: int) -> None:
+    """Down to one place in the last stage, which cannot merge with any other."""
+    model = compress(build(), Schedule(None, [16, 3, 2, 2, 4, 2], prefix=0, stages=(4, 2)))
+    assert model(torch.randn(2, 3, side, side)).shape == (2, 7)
+    for slot in token_slots(model, torch.randn(2, 3, side, side)):
+        assert int(slot.max()) + 1 >= min(slot.shape[1], 2)
+
+
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_batches_of_any_size(batch: int) -> None:
     assert compress(build(), SCHEDULE)(torch.randn(batch, 3, 64, 64)).shape == (batch, 7)
@@ -103,7 +98,7 @@ def test_intermediate_features_keep_their_shapes() -> None:
 
 def test_a_model_of_the_registry() -> None:
     model = timm.create_model("caformer_s18", num_classes=7).eval()
-    schedule = Schedule.uniform(model, 0.7 * flops(model) / 1e9)
+    schedule = uniform_schedule(model, 0.7 * flops(model) / 1e9)
     images = torch.randn(1, 3, 224, 224)
     before = model(images)
     after = compress(model, schedule)(images)

@@ -16,15 +16,18 @@ from timm.models.vision_transformer import (
     ResPostBlock,
     VisionTransformer,
 )
+from tiny_models import TINY, tiny_schedule, tiny_vit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffrate_ext.compression import compress, restore, token_slots
-from diffrate_ext.flops import flops
-from diffrate_ext.models import adapter_for
+from diffrate_ext.compression.compress import compress, restore, token_slots
+from diffrate_ext.compression.copies import compressed_copy
+from diffrate_ext.compression.flops import flops
+from diffrate_ext.compression.uniform import uniform_schedule
+from diffrate_ext.errors import InputValueError
+from diffrate_ext.models.compressed import Step
+from diffrate_ext.rate_search.rates import RateSearch
 from diffrate_ext.schedule import Schedule
-
-TINY: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
 
 
 class GatedAttention(Attention):
@@ -69,20 +72,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def build(variant: str = "plain", **changes: Any) -> VisionTransformer:
-    """A tiny model with weights of such a size that attention is far from uniform."""
-    torch.manual_seed(0)
-    model = VisionTransformer(**{**TINY, **VARIANTS[variant], **changes})
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2:
-            nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
-        elif name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+    return tiny_vit(**{**VARIANTS[variant], **changes})
 
 
 def schedule_for(model: VisionTransformer, *, prune: bool = True) -> Schedule:
-    p = model.num_prefix_tokens
-    return Schedule([p + n for n in (16, 14, 8, 8)] if prune else None, [p + n for n in (16, 10, 8, 5)], prefix=p)
+    schedule = tiny_schedule(model)
+    return schedule if prune else Schedule(None, schedule.after_merging, prefix=schedule.prefix)
 
 
 @pytest.fixture(params=VARIANTS)
@@ -90,16 +85,21 @@ def model(request: pytest.FixtureRequest) -> VisionTransformer:
     return build(request.param)
 
 
-def test_the_adapter_reads_a_block_as_timm_does(model: VisionTransformer) -> None:
-    adapter, block = adapter_for(model), model.blocks[1]
+class PlainStep(Step):
+    """Attention as timm computes it, and no token less."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    def reduce(self, x: Tensor, branch: Tensor) -> Tensor:
+        return x + branch
+
+
+def test_a_compressed_block_is_timms_around_its_step(model: VisionTransformer) -> None:
     x = torch.randn(2, 17, 16)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, None]:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale), None
-
-    shortcut, branch, importance = adapter.attention(block, x, attend)
-    assert importance is None
-    torch.testing.assert_close(adapter.mlp(block, shortcut + branch), block(x))
+    expected = model.blocks[1](x)
+    compress(model, schedule_for(model))
+    torch.testing.assert_close(model.blocks[1](x, PlainStep()), expected)
 
 
 def test_restore_gives_back_the_model_as_it_was(model: VisionTransformer) -> None:
@@ -151,7 +151,7 @@ def test_token_slots_follow_every_token(model: VisionTransformer) -> None:
     prefix, tokens = schedule.prefix, schedule.prefix + 16
     assert len(slots) == 4
     gone = torch.zeros(3, tokens, dtype=torch.bool)
-    for slot, (_, k_m) in zip(slots, schedule.steps(tokens), strict=True):
+    for slot, (_, k_m) in zip(slots, schedule.kept_numbers(tokens), strict=True):
         assert slot.shape == (3, tokens)
         assert slot.dtype == torch.int64
         assert torch.equal(slot[:, :prefix], torch.arange(prefix).expand(3, -1))
@@ -273,7 +273,7 @@ def test_a_distilled_model(training: bool) -> None:
 def test_models_of_the_registry(name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=56, depth=3, embed_dim=24, num_heads=2, num_classes=7).eval()
-    schedule = Schedule.uniform(model, 0.8 * flops(model) / 1e9)
+    schedule = uniform_schedule(model, 0.8 * flops(model) / 1e9)
     images = torch.randn(2, 3, 56, 56)
     before = model(images)
     after = compress(model, schedule)(images)
@@ -284,7 +284,7 @@ def test_models_of_the_registry(name: str) -> None:
 def test_parallel_blocks_of_the_registry_are_refused() -> None:
     model = timm.create_model("vit_small_patch16_18x2_224", depth=3, embed_dim=24, num_heads=2)
     with pytest.raises(ValueError, match=r"blocks\[0\] is a ParallelThingsBlock"):
-        Schedule.uniform(model, 0.1)
+        uniform_schedule(model, 0.1)
 
 
 class OwnBlock(Block):
@@ -341,6 +341,28 @@ def test_the_head_alone_needs_sizes_where_it_weighs_tokens() -> None:
             model.forward_head(tokens)
 
 
+def test_the_head_finds_the_sizes_of_the_features_it_is_given(model: VisionTransformer) -> None:
+    """As wrappers call timm's models: Hugging Face's, for one."""
+    images = torch.randn(2, 3, 16, 16)
+    compress(model, schedule_for(model))
+    features = model.forward_features(images)
+    torch.testing.assert_close(model.forward_head(features), model(images))
+    assert "_diffrate_size" not in vars(features.clone())
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])
+def test_a_head_that_pools_over_patches_needs_one(pool: str) -> None:
+    """A schedule that was right for a class token, and a head that came later."""
+    model, images = build(), torch.randn(2, 3, 16, 16)
+    compress(model, Schedule([17, 9, 9, 1], [17, 9, 9, 1]))
+    assert model(images).shape == (2, 5)
+    model.reset_classifier(10, global_pool=pool)
+    with pytest.raises(
+        InputValueError, match=rf"'{pool}' pools over patches, but the schedule leaves none: 1 tokens, 1"
+    ):
+        model(images)
+
+
 @pytest.mark.parametrize("variant", ["plain", "only registers"])
 def test_intermediate_features_are_back_on_their_grid(variant: str) -> None:
     model, images = build(variant), torch.randn(2, 3, 16, 16)
@@ -368,6 +390,34 @@ def test_intermediate_features_are_back_on_their_grid(variant: str) -> None:
     assert model.get_intermediate_layers(images, n=2)[0].shape == (2, 16, 16)
     with pytest.raises(ValueError, match="output_fmt must be"):
         model.forward_intermediates(images, output_fmt="NHWC")
+
+
+@pytest.mark.parametrize("searching", [False, True])
+def test_a_model_that_is_cut_short(searching: bool) -> None:
+    """Its blocks are in a new container, which is in training mode whatever the model is in."""
+    images = torch.randn(2, 3, 16, 16)
+    model = build("layer scale")
+    if searching:
+        rates = RateSearch(model).eval()
+        rates.set_schedule(schedule_for(model))
+        plain = compressed_copy(model, rates.schedule())
+    else:
+        compress(model, schedule_for(model))
+        plain = compressed_copy(model, schedule_for(model))
+    whole = plain.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+    early = model.forward_intermediates(images, indices=[0, 1], stop_early=True, intermediates_only=True)
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    assert model.blocks.training
+    assert len(model.blocks) == 2
+    cut = model.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+    for expected, one, other in zip(whole, early, cut, strict=True):
+        torch.testing.assert_close(one, expected)
+        torch.testing.assert_close(other, expected)
+    assert model(images).shape == (2, 11, 16)
+    if searching:
+        assert len(rates.schedule()) == 2
+        assert rates.gflops().item() == pytest.approx(flops(model, rates.schedule()) / 1e9)
+        rates.train()(images).sum().backward()
 
 
 class SquareRecorder(TorchDispatchMode):

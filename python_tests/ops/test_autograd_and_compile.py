@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffrate_ext import ops
+from diffrate_ext.ops import _attention
 
 _raw = torch.ops.diffrate
 
@@ -75,9 +76,9 @@ def opcheck_cases() -> list[Any]:
         cases[f"received_attention, {dtype}"] = (_raw.received_attention, (q, k, size, 0.5))
         cases[f"class_attention, bare, {dtype}"] = (_raw.class_attention, (q.contiguous(), k.contiguous(), None, 1.0))
         cases[f"received_attention, prefix, {dtype}"] = (_raw.received_attention, (q, k, None, -0.5, 1))
-        for importance in ("class", "received", "none"):
-            label = f"proportional_attention, {importance}, {dtype}"
-            cases[label] = (_raw.proportional_attention, (q, k, q, size, 0.5, 2, importance))
+        for importance_from in ("class", "received", "none"):
+            label = f"proportional_attention, {importance_from}, {dtype}"
+            cases[label] = (_raw.proportional_attention, (q, k, q, size, 0.5, 2, importance_from))
     for gradient in (False, True):
         for dtype in (torch.float32, torch.bfloat16, double):
             wide = double if dtype == double else torch.float32
@@ -122,7 +123,7 @@ def test_opcheck(device: torch.device, operator: Any, arguments: tuple) -> None:
             return argument
         return argument.detach().to(device).requires_grad_(argument.requires_grad)
 
-    if operator is _raw.proportional_attention and device.type != ops._cuda:
+    if operator is _raw.proportional_attention and device.type != _attention.CUDA:
         pytest.skip("torch's fused attention serves there")
     torch.library.opcheck(operator.default, tuple(move(argument) for argument in arguments))
 

@@ -12,7 +12,7 @@ from compare import assert_same
 from hypothesis import given
 from strategies import AttentionCase, attention_cases
 
-from diffrate_ext import ops, reference
+from diffrate_ext import InputValueError, ops, reference
 
 
 @given(case=attention_cases(least_prefix=1))
@@ -52,7 +52,7 @@ def test_no_patches(device: torch.device) -> None:
     ("changes", "error", "message"),
     [
         *attention_checks.ERRORS,
-        ({"prefix": 0}, ValueError, "prefix must be at least 1 (index 0 is the class token), got 0"),
+        ({"prefix": 0}, InputValueError, "prefix must be at least 1 (index 0 is the class token), got 0"),
     ],
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -12,7 +12,7 @@ from compare import assert_same
 from hypothesis import given
 from torch import Tensor
 
-from diffrate_ext import ops, reference
+from diffrate_ext import InputTypeError, InputValueError, ops, reference
 
 SLOT = torch.zeros(2, 6, dtype=torch.int64)
 
@@ -44,7 +44,7 @@ def test_two_compressions_are_one(device: torch.device) -> None:
     """Size-weighted means merge to the same whether in two steps or at once."""
     x = torch.randn(2, 33, 8, device=device)
     importance = torch.rand(2, 2, 33, device=device)
-    options: dict[str, Any] = {"features": "weighted", "sizes": "sum"}
+    options: dict[str, Any] = {"mean_rule": "weighted", "size_rule": "sum"}
     once, size, first = ops.prune_merge(x, importance[0], 30, 20, **options)
     twice, size, second = ops.prune_merge(once, importance[1, :, :20], 18, 9, size, **options)
     slot = ops.compose_slots(first, second)
@@ -56,13 +56,13 @@ def test_two_compressions_are_one(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "error", "message"),
     [
-        (None, SLOT, TypeError, "first must be a tensor (B, N), got NoneType"),
-        (SLOT, [0], TypeError, "second must be a tensor (B, N), got list"),
-        (SLOT.int(), SLOT, TypeError, "first must be int64, got torch.int32"),
-        (SLOT, SLOT.float(), TypeError, "second must be int64, got torch.float32"),
-        (SLOT[0], SLOT, ValueError, "first must be (B, N), got shape (6,)"),
-        (SLOT, SLOT[None], ValueError, "second must be (B, N), got shape (1, 2, 6)"),
-        (SLOT, SLOT[:1], ValueError, "first and second must have one batch size, got 2 and 1"),
+        (None, SLOT, InputTypeError, "first must be a tensor (B, N), got NoneType"),
+        (SLOT, [0], InputTypeError, "second must be a tensor (B, N), got list"),
+        (SLOT.int(), SLOT, InputTypeError, "first must be int64, got torch.int32"),
+        (SLOT, SLOT.float(), InputTypeError, "second must be int64, got torch.float32"),
+        (SLOT[0], SLOT, InputValueError, "first must be (B, N), got shape (6,)"),
+        (SLOT, SLOT[None], InputValueError, "second must be (B, N), got shape (1, 2, 6)"),
+        (SLOT, SLOT[:1], InputValueError, "first and second must have one batch size, got 2 and 1"),
     ],
 )
 def test_errors(first: Any, second: Any, error: type[Exception], message: str) -> None:
@@ -72,16 +72,16 @@ def test_errors(first: Any, second: Any, error: type[Exception], message: str) -
 
 @pytest.mark.parametrize("first", [6, 2**40])
 def test_slots_out_of_range_are_not_read(first: int) -> None:
-    with pytest.raises((ValueError, RuntimeError, IndexError)):
+    with pytest.raises(InputValueError):
         ops.compose_slots(SLOT + first, SLOT)
 
 
 def test_another_device() -> None:
-    with pytest.raises(ValueError, match="second is on meta and first on cpu"):
+    with pytest.raises(InputValueError, match="second is on meta and first on cpu"):
         ops.compose_slots(SLOT, SLOT.to("meta"))
 
 
 def test_positions_out_of_range() -> None:
     first, second = torch.tensor([[0, 1, 2]]), torch.tensor([[0, -1]])
-    with pytest.raises(ValueError, match=r"first must lie in -1 \.\. 1, got values from 0 to 2"):
+    with pytest.raises(InputValueError, match=r"first must lie in -1 \.\. 1, got values from 0 to 2"):
         ops.compose_slots(first, second)

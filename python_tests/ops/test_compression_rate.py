@@ -17,7 +17,7 @@ from hypothesis import given
 from strategies import seeds
 from torch import Tensor
 
-from diffrate_ext import ops, reference
+from diffrate_ext import InputTypeError, InputValueError, ops, reference
 
 LOGITS = ("normal", "equal", "far apart", "large", "all but one impossible", "some impossible", "steep")
 
@@ -266,23 +266,27 @@ GOOD: dict[str, Any] = {"logits": LOGITS_4, "n_patches": 8, "granularity": 2}
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"logits": None}, TypeError, "logits must be a tensor (L, K), got NoneType"),
-        ({"logits": LOGITS_4[0]}, ValueError, "logits must be (L, K), got shape (4,)"),
-        ({"logits": LOGITS_4.int()}, TypeError, "logits must be float32"),
-        ({"logits": LOGITS_4.half()}, TypeError, "logits must be float32 or float64, got torch.float16"),
+        ({"logits": None}, InputTypeError, "logits must be a tensor (L, K), got NoneType"),
+        ({"logits": LOGITS_4[0]}, InputValueError, "logits must be (L, K), got shape (4,)"),
+        ({"logits": LOGITS_4.int()}, InputTypeError, "logits must be float32"),
+        ({"logits": LOGITS_4.half()}, InputTypeError, "logits must be float32 or float64, got torch.float16"),
         (
             {"logits": LOGITS_4[:, :3]},
-            ValueError,
+            InputValueError,
             "each of the 4 candidates (n_patches 8, granularity 2), got shape (2",
         ),
-        ({"granularity": 3}, ValueError, "each of the 3 candidates (n_patches 8, granularity 3), got shape (2, 4)"),
-        ({"n_patches": 9}, ValueError, "each of the 5 candidates (n_patches 9, granularity 2), got shape (2, 4)"),
-        ({"n_patches": 0}, ValueError, "n_patches must be at least 1, got 0"),
-        ({"n_patches": 8.0}, TypeError, "n_patches must be an int, got float"),
-        ({"granularity": 0}, ValueError, "granularity must be at least 1, got 0"),
-        ({"granularity": True}, TypeError, "granularity must be an int, got bool"),
-        ({"prefix": -1}, ValueError, "prefix must be at least 0, got -1"),
-        ({"prefix": None}, TypeError, "prefix must be an int, got NoneType"),
+        (
+            {"granularity": 3},
+            InputValueError,
+            "each of the 3 candidates (n_patches 8, granularity 3), got shape",
+        ),
+        ({"n_patches": 9}, InputValueError, "each of the 5 candidates (n_patches 9, granularity 2), got shape (2, 4)"),
+        ({"n_patches": 0}, InputValueError, "n_patches must be at least 1, got 0"),
+        ({"n_patches": 8.0}, InputTypeError, "n_patches must be an int, got float"),
+        ({"granularity": 0}, InputValueError, "granularity must be at least 1, got 0"),
+        ({"granularity": True}, InputTypeError, "granularity must be an int, got bool"),
+        ({"prefix": -1}, InputValueError, "prefix must be at least 0, got -1"),
+        ({"prefix": None}, InputTypeError, "prefix must be an int, got NoneType"),
     ],
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -1,4 +1,4 @@
-"""masked_attention: values and gradients against the reference in float64, and that no attention map is ever kept."""
+"""masked_attention: values against the reference in float64, what masks mean, that no attention map is ever kept."""
 
 from __future__ import annotations
 
@@ -7,106 +7,33 @@ from collections.abc import Callable
 from typing import Any
 
 import attention_checks
-import hypothesis.strategies as st
 import pytest
 import torch
 from attention_checks import LargestTensor
 from compare import assert_as_accurate_as_eager, assert_same
-from hypothesis import given, settings
-from strategies import DTYPES, HEAD_LAYOUTS, MASKS, AttentionCase, attention_cases, wide
+from hypothesis import given
+from masked_attention_calls import TINY, Magnitudes, calls, reference_of
+from strategies import DTYPES, HEAD_LAYOUTS, AttentionCase, wide
 from torch import Tensor
 
-from diffrate_ext import ops, reference
-
-TINY = torch.finfo(torch.float32).tiny
-NAMES = ("q", "k", "v", "mask")
-
-
-@st.composite
-def calls(draw: st.DrawFn, most_tokens: int = 1025) -> tuple[AttentionCase, str, str]:
-    importance = draw(st.sampled_from(["class", "received"]))
-    case = draw(attention_cases(least_prefix=importance == "class", most_tokens=most_tokens))
-    return case, draw(st.sampled_from(MASKS)), importance
-
-
-def scale_of(case: AttentionCase) -> float:
-    return case.head_dim**-0.5 if case.scale is None else case.scale
-
-
-def reference_of(case: AttentionCase, importance: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {"scale": case.scale, "prefix": case.prefix, "importance": importance}
-        return reference.masked_attention(q, k, v, mask, size, **options)
-
-    return compute
-
-
-class Magnitudes:
-    """Magnitudes of all that is rounded on the way to a result, for the tolerance.
-
-    A logit is as uncertain as its terms are large; an uncertain logit moves its exponential by as much. Only results
-    are rounded to half precision.
-    """
-
-    def __init__(self, case: AttentionCase, q: Tensor, k: Tensor, mask: Tensor, size: Tensor | None) -> None:
-        self.case = case
-        self.q, self.k, mask = q.double().abs(), k.double().abs(), mask.double()[:, None, None]
-        logits = (q.double() @ k.double().transpose(-1, -2)) * scale_of(case)
-        terms = self.q @ self.k.transpose(-1, -2) * abs(scale_of(case))
-        if size is not None:
-            log_size = size.double().clamp_min(TINY).log()[:, None, None]
-            logits, terms = logits + log_size, terms + log_size.abs()
-        own = torch.eye(case.tokens, dtype=torch.float64)
-        seen = mask + (1 - mask) * own
-        e = (logits - logits.amax(-1, keepdim=True)).exp()
-        total = (e * seen).sum(-1, keepdim=True) + reference.MASKED_EPSILON
-        self.uncertainty = 1 + terms + terms.amax(-1, keepdim=True)
-        self.attn = (e * seen + reference.MASKED_EPSILON / case.tokens) / total
-        self.seen, self.shown = e * seen / total, e / total * (1 - own)
-        self.alive = mask.transpose(-1, -2)
-
-    def narrow(self, result: Tensor, terms: Tensor) -> Tensor:
-        """Of a result in the features' dtype, of which ``terms`` are rounded in the wide one."""
-        return result.abs() + terms * (torch.finfo(wide(self.case.dtype)).eps / torch.finfo(self.case.dtype).eps)
-
-    def out(self, v: Tensor) -> Tensor:
-        v = v.double().abs()
-        return self.narrow(self.attn @ v, self.attn * self.uncertainty @ v)
-
-    def importance(self, kind: str) -> Tensor:
-        terms = self.attn * self.uncertainty
-        if kind == "class":
-            return terms[:, :, 0].mean(1)[:, self.case.prefix :]
-        return (terms * self.alive).sum(2).div(self.alive.sum(2).clamp_min(TINY)).mean(1)[:, self.case.prefix :]
-
-    def gradients(self, v: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
-        v, gradient = v.double().abs(), gradient.double().abs()
-        change = gradient @ v.transpose(-1, -2)
-        change = change + (self.attn * change).sum(-1, keepdim=True)
-
-        def of_features(weights: Tensor, to_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            to_logits = to_logits * abs(scale_of(self.case))
-            return to_logits @ self.k, to_logits.transpose(-1, -2) @ self.q, weights.transpose(-1, -2) @ gradient
-
-        exact = of_features(self.attn, self.seen * change)
-        uncertain = of_features(self.attn * self.uncertainty, self.seen * change * self.uncertainty)
-        to_mask = (self.shown * change * self.uncertainty).sum((1, 2))
-        return (*(self.narrow(*pair) for pair in zip(exact, uncertain, strict=True)), to_mask)
+from diffrate_ext import InputTypeError, InputValueError, ops, reference
 
 
 @given(call=calls())
 def test_accuracy(device: torch.device, call: tuple[AttentionCase, str, str]) -> None:
-    case, mask_kind, importance_kind = call
+    case, mask_kind, importance_from = call
     q, k, v = case.qkv()
-    inputs = [q, k, v, case.mask(mask_kind), case.size()]
-    on_device = [None if tensor is None else tensor.to(device) for tensor in inputs]
+    mask, size = case.mask(mask_kind), case.size()
+    inputs = [q, k, v, mask, size]
     out, importance = ops.masked_attention(
-        *on_device,  # type: ignore[arg-type]
+        *case.qkv(device),
+        case.mask(mask_kind, device),
+        case.size(device),
         scale=case.scale,
         prefix=case.prefix,
-        importance=importance_kind,
+        importance_from=importance_from,
     )
-    compute, magnitudes = reference_of(case, importance_kind), Magnitudes(case, q, k, inputs[3], inputs[4])
+    compute, magnitudes = reference_of(case, importance_from), Magnitudes(case, q, k, mask, size)
     assert_as_accurate_as_eager(
         "out", out, lambda *args: compute(*args)[0], inputs, dtype=case.dtype, terms=magnitudes.out(v)
     )
@@ -118,132 +45,16 @@ def test_accuracy(device: torch.device, call: tuple[AttentionCase, str, str]) ->
         lambda *args: compute(*args)[1],
         inputs,
         dtype=wide(case.dtype),
-        terms=magnitudes.importance(importance_kind),
+        terms=magnitudes.importance(importance_from),
     )
-
-
-@settings(max_examples=25)
-@given(call=calls(most_tokens=257))
-def test_gradients(device: torch.device, call: tuple[AttentionCase, str, str]) -> None:
-    check_gradients(device, *call)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_at_the_sizes_of_a_model(device: torch.device, dtype: torch.dtype) -> None:
-    check_gradients(device, AttentionCase(1, 2, 577, 64, 1, dtype, "packed qkv", "random"), "random", "class")
-
-
-def check_gradients(device: torch.device, case: AttentionCase, mask_kind: str, importance_kind: str) -> None:
-    q, k, v = case.qkv()
-    mask, size, gradient = case.mask(mask_kind), case.size(), case.gradient()
-    leaves = [tensor.to(device).detach().requires_grad_() for tensor in (q, k, v, mask)]
-    assert [leaf.stride() for leaf in leaves[:3]] == [tensor.stride() for tensor in (q, k, v)]
-    out, importance = ops.masked_attention(
-        *leaves,
-        None if size is None else size.to(device),
-        scale=case.scale,
-        prefix=case.prefix,
-        importance=importance_kind,
-    )
-    assert not importance.requires_grad
-    grads = torch.autograd.grad(out, leaves, gradient.to(device))
-
-    compute_all = remembered(gradients_of_reference(case, importance_kind))
-    terms = Magnitudes(case, q, k, mask, size).gradients(v, gradient)
-    for index, name in enumerate(NAMES):
-
-        def compute(*inputs: Any, index: int = index) -> Tensor:
-            return compute_all(*inputs)[index]
-
-        assert_as_accurate_as_eager(
-            f"gradient of {name}",
-            grads[index],
-            compute,
-            [q, k, v, mask, size, gradient],
-            dtype=wide(case.dtype) if name == "mask" else case.dtype,
-            terms=terms[index],
-        )
-
-
-def gradients_of_reference(case: AttentionCase, importance: str) -> Callable[..., tuple[Tensor, ...]]:
-    def compute(*inputs: Any) -> tuple[Tensor, ...]:
-        *features, size, gradient = inputs
-        leaves = [tensor.detach().requires_grad_() for tensor in features]
-        out, _ = reference_of(case, importance)(*leaves, size)
-        return torch.autograd.grad(out, leaves, gradient)
-
-    return compute
-
-
-def remembered(compute: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """The comparisons of four gradients ask for the same ones, on the same few inputs."""
-    known: dict[tuple, tuple[Tensor, ...]] = {}
-
-    def call(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-        key = tuple(None if t is None else (t.dtype, t.double().nan_to_num(0, 1, -1).sum().item()) for t in inputs)
-        if key not in known:
-            known[key] = compute(*inputs)
-        return known[key]
-
-    return call
-
-
-def test_gradcheck(device: torch.device) -> None:
-    random = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 2, 2, 5, 3, generator=random, dtype=torch.float64).to(device)
-    mask = torch.tensor([[1, 1, 0, 1, 0], [1, 0.3, 0.8, 0, 1]], dtype=torch.float64, device=device)
-    size = (1 + torch.rand(2, 5, generator=random)).double().to(device)
-
-    def function(*inputs: Tensor) -> Tensor:
-        return ops.masked_attention(*inputs, size)[0]
-
-    assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in (q, k, v, mask)])
-
-
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
-def test_some_gradients_alone(device: torch.device, wanted: tuple[int, ...]) -> None:
-    case = AttentionCase(2, 2, 17, 8, 1, torch.float32, sizes="random")
-    inputs = [tensor.to(device) for tensor in (*case.qkv(), case.mask("random"))]
-    gradient, size = case.gradient().to(device), case.size()
-    assert size is not None
-    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-    every = torch.autograd.grad(ops.masked_attention(*leaves, size.to(device))[0], leaves, gradient)
-    leaves = [tensor.clone().requires_grad_(index in wanted) for index, tensor in enumerate(inputs)]
-    ops.masked_attention(*leaves, size.to(device))[0].backward(gradient)
-    for index, leaf in enumerate(leaves):
-        if index in wanted:
-            assert leaf.grad is not None
-            assert_same(f"gradient of {NAMES[index]}", leaf.grad, every[index])
-        else:
-            assert leaf.grad is None
-
-
-def test_size_is_a_constant(device: torch.device) -> None:
-    case = AttentionCase(2, 2, 6, 4, 1, torch.float32)
-    q, k, v = (tensor.to(device).requires_grad_() for tensor in case.qkv())
-    size = torch.full((2, 6), 2.0, device=device, requires_grad=True)
-    ops.masked_attention(q, k, v, torch.ones(2, 6, device=device), size)[0].sum().backward()
-    assert q.grad is not None
-    assert size.grad is None
-
-
-def test_a_second_backward_raises(device: torch.device) -> None:
-    """Rather than returning zeros for what it has no formula for."""
-    case = AttentionCase(1, 2, 5, 3, 1, torch.float64)
-    leaves = [tensor.to(device).requires_grad_() for tensor in (*case.qkv(), case.mask("fractional"))]
-    out, _ = ops.masked_attention(*leaves)
-    first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
-    for index in range(4):
-        with pytest.raises(RuntimeError):
-            torch.autograd.grad(first[index].square().sum(), leaves, retain_graph=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask_dtype", DTYPES)
 def test_masks_of_another_dtype(device: torch.device, dtype: torch.dtype, mask_dtype: torch.dtype) -> None:
     case = AttentionCase(2, 2, 17, 8, 1, dtype)
-    q, k, v = (tensor.to(device) for tensor in case.qkv())
-    mask = case.mask("random").to(device, mask_dtype).requires_grad_()
+    q, k, v = case.qkv(device)
+    mask = case.mask("random", device).to(mask_dtype).requires_grad_()
     out, importance = ops.masked_attention(q, k, v, mask)
     assert out.dtype == dtype
     assert importance.dtype == wide(dtype)
@@ -256,29 +67,30 @@ def test_masks_of_another_dtype(device: torch.device, dtype: torch.dtype, mask_d
 # --- what masks mean
 
 
-@pytest.mark.parametrize("importance", ["class", "received"])
-def test_nothing_masked_is_proportional_attention(device: torch.device, importance: str) -> None:
+@pytest.mark.parametrize("importance_from", ["class", "received"])
+def test_nothing_masked_is_proportional_attention(device: torch.device, importance_from: Any) -> None:
     case = AttentionCase(2, 3, 65, 16, 1, torch.float64, "packed qkv", "random")
-    q, k, v, size = (None if t is None else t.to(device) for t in (*case.qkv(), case.size()))
+    (q, k, v), size = case.qkv(device), case.size(device)
     ones = torch.ones(2, 65, dtype=torch.float64, device=device)
-    out, measured = ops.masked_attention(q, k, v, ones, size, importance=importance)  # type: ignore[arg-type]
-    expected, expected_importance = ops.proportional_attention(q, k, v, size, importance=importance)  # type: ignore[arg-type]
+    out, measured = ops.masked_attention(q, k, v, ones, size, importance_from=importance_from)
+    expected, expected_importance = ops.proportional_attention(q, k, v, size, importance_from=importance_from)
     bound = 1e-5  # of the epsilon, beside an exponential of at least 1
     torch.testing.assert_close(out, expected, atol=bound, rtol=0)
     torch.testing.assert_close(measured, expected_importance, atol=bound, rtol=0)
 
 
-@pytest.mark.parametrize("importance", ["class", "received"])
-def test_masked_tokens_are_as_if_dropped(device: torch.device, importance: str) -> None:
+@pytest.mark.parametrize("importance_from", ["class", "received"])
+def test_masked_tokens_are_as_if_dropped(device: torch.device, importance_from: Any) -> None:
     """What the search step promises: the others see, and are measured, as at inference, where masked ones are gone."""
     case = AttentionCase(2, 3, 33, 16, 1, torch.float64, sizes="random")
-    q, k, v, size = (tensor.to(device) for tensor in (*case.qkv(), case.size()) if tensor is not None)
+    (q, k, v), size = case.qkv(device), case.size(device)
+    assert size is not None
     alive = torch.arange(33) % 3 != 1
     alive[0] = True
     mask = alive.double().expand(2, -1).to(device)
-    out, measured = ops.masked_attention(q, k, v, mask, size, importance=importance)
+    out, measured = ops.masked_attention(q, k, v, mask, size, importance_from=importance_from)
     kept = [tensor[:, :, alive] for tensor in (q, k, v)]
-    expected, expected_importance = ops.proportional_attention(*kept, size[:, alive], importance=importance)  # type: ignore[arg-type]
+    expected, expected_importance = ops.proportional_attention(*kept, size[:, alive], importance_from=importance_from)
     bound = 1e-4  # the largest exponential may belong to a masked token, beside which the epsilon is larger
     torch.testing.assert_close(out[:, :, alive], expected, atol=bound, rtol=0)
     assert expected_importance is not None
@@ -302,7 +114,7 @@ def test_a_masked_token_sees_itself(device: torch.device) -> None:
 def test_the_own_mask_of_a_token_has_no_effect_on_it(device: torch.device) -> None:
     """... and so no gradient: a token sees itself whatever its mask."""
     case = AttentionCase(1, 2, 5, 3, 1, torch.float64)
-    q, k, v = (tensor.to(device) for tensor in case.qkv())
+    q, k, v = case.qkv(device)
     for token in range(5):
         mask = torch.zeros(1, 5, dtype=torch.float64, device=device, requires_grad=True)
         out, _ = ops.masked_attention(q, k, v, mask)
@@ -313,10 +125,10 @@ def test_the_own_mask_of_a_token_has_no_effect_on_it(device: torch.device) -> No
 
 def test_nobody_left_to_receive_from(device: torch.device) -> None:
     case = AttentionCase(2, 2, 6, 4, 0, torch.float32)
-    q, k, v = (tensor.to(device) for tensor in case.qkv())
+    q, k, v = case.qkv(device)
     mask = torch.ones(2, 6, device=device)
     mask[1] = 0
-    _, importance = ops.masked_attention(q, k, v, mask, prefix=0, importance="received")
+    _, importance = ops.masked_attention(q, k, v, mask, prefix=0, importance_from="received")
     assert_same("importance", importance[1], torch.zeros(6))
     torch.testing.assert_close(importance[0].sum().cpu(), torch.tensor(1.0))
 
@@ -339,7 +151,7 @@ def test_a_size_counts_as_so_many_tokens(device: torch.device) -> None:
 @pytest.mark.parametrize("small", [0.0, -0.0, -1.0, -torch.inf, TINY / 2])
 def test_a_size_without_a_logarithm_counts_as_the_smallest_float(device: torch.device, small: float) -> None:
     case = AttentionCase(2, 2, 17, 8, 1, torch.float32)
-    leaves = [tensor.to(device).requires_grad_() for tensor in (*case.qkv(), case.mask("random"))]
+    leaves = [tensor.requires_grad_() for tensor in (*case.qkv(device), case.mask("random", device))]
     results = []
     for value in (small, TINY):
         size = torch.ones(2, 17, device=device)
@@ -353,18 +165,18 @@ def test_a_size_without_a_logarithm_counts_as_the_smallest_float(device: torch.d
 
 def test_no_size_is_size_one(device: torch.device) -> None:
     case = AttentionCase(2, 2, 17, 8, 1, torch.float32)
-    inputs = [tensor.to(device) for tensor in (*case.qkv(), case.mask("random"))]
+    inputs = [*case.qkv(device), case.mask("random", device)]
     bare, with_ones = ops.masked_attention(*inputs), ops.masked_attention(*inputs, torch.ones(2, 17, device=device))
     for a, b in zip(bare, with_ones, strict=True):
         assert_same("result", a, b)
 
 
 @pytest.mark.parametrize("scale", [1e3, -1e3, 1e30])
-@pytest.mark.parametrize("importance", ["class", "received"])
-def test_large_logits(device: torch.device, scale: float, importance: str) -> None:
+@pytest.mark.parametrize("importance_from", ["class", "received"])
+def test_large_logits(device: torch.device, scale: float, importance_from: Any) -> None:
     case = AttentionCase(2, 3, 33, 16, 1, torch.float32)
-    leaves = [tensor.to(device).requires_grad_() for tensor in (*case.qkv(), case.mask("random"))]
-    out, measured = ops.masked_attention(*leaves, scale=scale, importance=importance)
+    leaves = [tensor.requires_grad_() for tensor in (*case.qkv(device), case.mask("random", device))]
+    out, measured = ops.masked_attention(*leaves, scale=scale, importance_from=importance_from)
     assert out.isfinite().all()
     assert ((measured >= 0) & (measured <= 1 + 1e-5)).all()
     for gradient in torch.autograd.grad(out.sum(), leaves[2:]):
@@ -373,8 +185,8 @@ def test_large_logits(device: torch.device, scale: float, importance: str) -> No
 
 def test_nan_stays_in_its_image(device: torch.device) -> None:
     case = AttentionCase(3, 2, 17, 8, 1, torch.float32)
-    q, k, v = (tensor.to(device) for tensor in case.qkv())
-    mask = case.mask("random").to(device)
+    q, k, v = case.qkv(device)
+    mask = case.mask("random", device)
     clean = ops.masked_attention(q, k, v, mask)
     q[1, :, 0, 3] = torch.nan
     out, importance = ops.masked_attention(q, k, v, mask)
@@ -385,11 +197,13 @@ def test_nan_stays_in_its_image(device: torch.device) -> None:
     assert_same("importance of other images", importance[[0, 2]], clean[1][[0, 2]])
 
 
-@pytest.mark.parametrize("importance", ["class", "received"])
-def test_no_images(device: torch.device, importance: str) -> None:
+@pytest.mark.parametrize("importance_from", ["class", "received"])
+def test_no_images(device: torch.device, importance_from: Any) -> None:
     q = torch.zeros(0, 2, 5, 4, device=device, requires_grad=True)
     mask = torch.ones(0, 5, device=device, requires_grad=True)
-    out, measured = ops.masked_attention(q, q, q, mask, torch.ones(0, 5, device=device), importance=importance)
+    out, measured = ops.masked_attention(
+        q, q, q, mask, torch.ones(0, 5, device=device), importance_from=importance_from
+    )
     assert out.shape == (0, 2, 5, 4)
     assert measured.shape == (0, 4)
     out.sum().backward()
@@ -409,19 +223,19 @@ def test_no_patches(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_out_is_ready_for_the_projection(device: torch.device, layout: str, dtype: torch.dtype) -> None:
     case = AttentionCase(2, 3, 65, 16, 1, dtype, layout, "random")
-    inputs = [tensor.to(device) for tensor in (*case.qkv(), case.mask("random"), case.size()) if tensor is not None]
-    assert ops.masked_attention(*inputs)[0].transpose(1, 2).is_contiguous()
+    out, _ = ops.masked_attention(*case.qkv(device), case.mask("random", device), case.size(device))
+    assert out.transpose(1, 2).is_contiguous()
 
 
 TOKENS = 601  # large beside what is legitimately there: H * N * D elements are a tenth of N * N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("importance", ["class", "received"])
-def test_no_attention_map_is_built_or_kept(dtype: torch.dtype, importance: str) -> None:
+@pytest.mark.parametrize("importance_from", ["class", "received"])
+def test_no_attention_map_is_built_or_kept(dtype: torch.dtype, importance_from: Any) -> None:
     case = AttentionCase(1, 2, TOKENS, 16, 1, dtype, "packed qkv", "random")
     leaves = [tensor.requires_grad_() for tensor in (*case.qkv(), case.mask("random"))]
-    largest, kept = train_and_watch(ops.masked_attention, leaves, case.size(), importance)
+    largest, kept = train_and_watch(ops.masked_attention, leaves, case.size(), importance_from)
     assert 0 < kept <= 2 * TOKENS * 16, f"{kept} elements of one tensor are kept for the backward"
     assert 0 < largest.elements < TOKENS * TOKENS / 2, f"{largest.operator} returned {largest.elements} elements"
 
@@ -434,7 +248,7 @@ def test_the_recorders_see_an_attention_map() -> None:
 
 
 def train_and_watch(
-    operator: Callable[..., Any], leaves: list[Tensor], size: Tensor | None, importance: str
+    operator: Callable[..., Any], leaves: list[Tensor], size: Tensor | None, importance_from: str
 ) -> tuple[LargestTensor, int]:
     """The largest tensor that was made forward or backward, and the elements of the largest kept in between."""
     kept = [0]
@@ -445,7 +259,7 @@ def train_and_watch(
 
     with LargestTensor() as largest:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out, _ = operator(*leaves, size, importance=importance)
+            out, _ = operator(*leaves, size, importance_from=importance_from)
         out.backward(torch.ones_like(out))
     return largest, max(kept)
 
@@ -460,19 +274,19 @@ MASK = torch.ones(2, 6)
     ("changes", "error", "message"),
     [
         *attention_checks.ERRORS,
-        ({"v": None}, TypeError, "v must be a tensor (B, H, N, D), got NoneType"),
-        ({"v": Q[..., :3]}, ValueError, "v must be the shape of q = (2, 3, 6, 4), got shape (2, 3, 6, 3)"),
-        ({"v": Q.half()}, TypeError, "v is torch.float16 and q torch.float32"),
-        ({"v": Q.to("meta")}, ValueError, "v is on meta and q on cpu"),
-        ({"mask": None}, TypeError, "mask must be a tensor (B, N), got NoneType"),
-        ({"mask": MASK[0]}, ValueError, "mask must be (B, N), got shape (6,)"),
-        ({"mask": MASK[:, :5]}, ValueError, "mask must be (B, N) = (2, 6), got shape (2, 5)"),
-        ({"mask": MASK[:1]}, ValueError, "mask must be (B, N) = (2, 6), got shape (1, 6)"),
-        ({"mask": MASK.bool()}, TypeError, "mask must be float32, float16, bfloat16 or float64, got torch.bool"),
-        ({"mask": MASK.to("meta")}, ValueError, "mask is on meta and q on cpu"),
-        ({"importance": "cls"}, ValueError, "importance must be one of 'class', 'received', got 'cls'"),
-        ({"importance": None}, ValueError, "importance must be one of 'class', 'received', got None"),
-        ({"prefix": 0}, ValueError, "prefix must be at least 1 (index 0 is the class token), got 0"),
+        ({"v": None}, InputTypeError, "v must be a tensor (B, H, N, D), got NoneType"),
+        ({"v": Q[..., :3]}, InputValueError, "v must be the shape of q = (2, 3, 6, 4), got shape (2, 3, 6, 3)"),
+        ({"v": Q.half()}, InputTypeError, "v is torch.float16 and q torch.float32"),
+        ({"v": Q.to("meta")}, InputValueError, "v is on meta and q on cpu"),
+        ({"mask": None}, InputTypeError, "mask must be a tensor (B, N), got NoneType"),
+        ({"mask": MASK[0]}, InputValueError, "mask must be (B, N), got shape (6,)"),
+        ({"mask": MASK[:, :5]}, InputValueError, "mask must be (B, N) = (2, 6), got shape (2, 5)"),
+        ({"mask": MASK[:1]}, InputValueError, "mask must be (B, N) = (2, 6), got shape (1, 6)"),
+        ({"mask": MASK.bool()}, InputTypeError, "mask must be float32, float16, bfloat16 or float64, got torch.bool"),
+        ({"mask": MASK.to("meta")}, InputValueError, "mask is on meta and q on cpu"),
+        ({"importance_from": "cls"}, InputValueError, "importance_from must be one of 'class', 'received', got 'cls'"),
+        ({"importance_from": None}, InputValueError, "importance_from must be one of 'class', 'received', got None"),
+        ({"prefix": 0}, InputValueError, "prefix must be at least 1 (index 0 is the class token), got 0"),
     ],
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -503,7 +317,7 @@ RAW: dict[str, Any] = {"q": Q, "k": Q, "v": Q, "mask": MASK, "size": None, "scal
         {"size": MASK.double()},
         {"prefix": -1},
         {"prefix": 7},
-        {"importance": "cls"},
+        {"importance_from": "cls"},
         {"grad": Q[:1]},
         {"grad": Q.half()},
         {"grad": Q[..., :3]},
@@ -513,6 +327,6 @@ def test_the_operators_check_for_themselves(changes: dict[str, Any]) -> None:
     if "grad" not in changes:
         with pytest.raises(RuntimeError, match="diffrate: "):
             torch.ops.diffrate.masked_attention(**{**RAW, **changes})
-    if "prefix" not in changes and "importance" not in changes:
+    if "prefix" not in changes and "importance_from" not in changes:
         with pytest.raises(RuntimeError, match="diffrate: "):
             torch.ops.diffrate.masked_attention_backward(**{**RAW, "grad": Q, **changes})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import hypothesis.strategies as st
@@ -10,39 +11,46 @@ import pytest
 import torch
 from compare import assert_as_accurate_as_eager, assert_same
 from hypothesis import given
-from strategies import TokenCase, make_size, token_cases
+from strategies import CPU, TokenCase, make_size, token_cases
 from torch import Tensor
 
-from diffrate_ext import ops, reference
+from diffrate_ext import InputTypeError, InputValueError, ops, reference
 
 
-def destinations(case: TokenCase, kept: int, layout: str) -> Tensor:
-    random = torch.Generator().manual_seed(case.seed)
-    dst = torch.randint(-1, kept, (case.images, case.tokens), generator=random)
-    if layout == "transposed":
-        return dst.t().contiguous().t()
-    return dst[:1].expand_as(dst) if layout == "expanded" else dst
+@dataclass(frozen=True)
+class Reduction:
+    """Tokens, their number of destinations, and how these lie in memory."""
 
+    case: TokenCase
+    kept: int
+    layout: str
 
-def positive_weights(case: TokenCase, kind: str | None) -> Tensor | None:
-    """Weights without cancelling; what cancels has a test of its own."""
-    weights = make_size(kind, (case.images, case.tokens), case.wide, torch.Generator().manual_seed(case.seed + 1))
-    return None if weights is None else weights.abs()
+    def dst(self, device: torch.device = CPU) -> Tensor:
+        random = torch.Generator().manual_seed(self.case.seed)
+        dst = torch.randint(-1, self.kept, (self.case.images, self.case.tokens), generator=random).to(device)
+        if self.layout == "transposed":
+            return dst.t().contiguous().t()
+        return dst[:1].expand_as(dst) if self.layout == "expanded" else dst
+
+    def weights(self, device: torch.device = CPU) -> Tensor | None:
+        """Weights without cancelling; what cancels has a test of its own."""
+        random = torch.Generator().manual_seed(self.case.seed + 1)
+        weights = make_size(self.case.sizes, (self.case.images, self.case.tokens), self.case.wide, random)
+        return None if weights is None else weights.abs().to(device)
 
 
 @st.composite
-def reductions(draw: st.DrawFn) -> tuple[TokenCase, int, Tensor, Tensor | None]:
+def reductions(draw: st.DrawFn) -> Reduction:
     case = draw(token_cases(features=["normal", "clustered", "zero rows", "large", "NaN"]))
     kept = draw(st.one_of(st.sampled_from([0, 1, case.tokens]), st.integers(0, 2 * case.tokens)))
-    dst = destinations(case, kept, draw(st.sampled_from(["contiguous", "transposed", "expanded"])))
-    return case, kept, dst, positive_weights(case, case.sizes)
+    return Reduction(case, kept, draw(st.sampled_from(["contiguous", "transposed", "expanded"])))
 
 
 @given(reduction=reductions())
-def test_results(device: torch.device, reduction: tuple[TokenCase, int, Tensor, Tensor | None]) -> None:
-    case, kept, dst, weights = reduction
-    x = case.x()
-    out = ops.merge_reduce(x.to(device), dst.to(device), kept, weights=None if weights is None else weights.to(device))
+def test_results(device: torch.device, reduction: Reduction) -> None:
+    case, kept = reduction.case, reduction.kept
+    x, dst, weights = case.x(), reduction.dst(), reduction.weights()
+    out = ops.merge_reduce(case.x(device), reduction.dst(device), kept, weights=reduction.weights(device))
     assert out.is_contiguous()
 
     def compute(x: Tensor, weights: Tensor | None) -> Tensor:
@@ -56,12 +64,12 @@ def test_results(device: torch.device, reduction: tuple[TokenCase, int, Tensor, 
 
 
 @given(reduction=reductions())
-def test_gradient(device: torch.device, reduction: tuple[TokenCase, int, Tensor, Tensor | None]) -> None:
-    case, kept, dst, weights = reduction
-    x = case.x().to(device).requires_grad_()
-    on_device = None if weights is None else weights.to(device)
-    gradient = case.gradient(kept)
-    ops.merge_reduce(x, dst.to(device), kept, weights=on_device).backward(gradient.to(device))
+def test_gradient(device: torch.device, reduction: Reduction) -> None:
+    case, kept = reduction.case, reduction.kept
+    dst, weights, gradient = reduction.dst(), reduction.weights(), case.gradient(kept)
+    x = case.x(device).requires_grad_()
+    out = ops.merge_reduce(x, reduction.dst(device), kept, weights=reduction.weights(device))
+    out.backward(gradient.to(device))
 
     def compute(gradient: Tensor, weights: Tensor | None) -> Tensor:
         start = torch.zeros(case.images, case.tokens, case.channels, dtype=gradient.dtype, requires_grad=True)
@@ -117,13 +125,13 @@ WILD = torch.tensor([[0, 5, -2, 3, 2**40, -(2**63), 2**63 - 1, 2]])
 def test_destinations_out_of_range_are_refused() -> None:
     x = torch.randn(1, 8, 3)
     with pytest.raises(
-        ValueError,
+        InputValueError,
         match=r"dst must lie in -1 \.\. 3, got values from -9223372036854775808 to 9223372036854775807",
     ):
         ops.merge_reduce(x, WILD, 4)
-    with pytest.raises(ValueError, match=r"dst must lie in -1 \.\. 3, got values from 0 to 4"):
+    with pytest.raises(InputValueError, match=r"dst must lie in -1 \.\. 3, got values from 0 to 4"):
         ops.merge_reduce(x, torch.arange(8)[None] // 2 + (torch.arange(8)[None] == 7), 4)
-    with pytest.raises(ValueError, match="got values from -2 to 0"):
+    with pytest.raises(InputValueError, match="got values from -2 to 0"):
         ops.merge_reduce(x, torch.zeros(1, 8, dtype=torch.int64) - 2 * (torch.arange(8) == 3), 4)
 
 
@@ -147,22 +155,22 @@ X, DST = torch.zeros(2, 6, 3), torch.zeros(2, 6, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": None}, TypeError, "x must be a tensor (B, N, C), got NoneType"),
-        ({"x": X[0]}, ValueError, "x must be (B, N, C), got shape (6, 3)"),
-        ({"x": X.long()}, TypeError, "x must be float32, float16, bfloat16 or float64, got torch.int64"),
-        ({"dst": [0]}, TypeError, "dst must be a tensor (B, N), got list"),
-        ({"dst": DST.int()}, TypeError, "dst must be int64, got torch.int32"),
-        ({"dst": DST.float()}, TypeError, "dst must be int64, got torch.float32"),
-        ({"dst": DST[:, :5]}, ValueError, "dst must be (B, N) = (2, 6), got shape (2, 5)"),
-        ({"dst": DST[:1]}, ValueError, "dst must be (B, N) = (2, 6), got shape (1, 6)"),
-        ({"dst": DST.to("meta")}, ValueError, "dst is on meta and x on cpu"),
-        ({"kept": -1}, ValueError, "kept must be at least 0, got -1"),
-        ({"kept": 2.0}, TypeError, "kept must be an int, got float"),
-        ({"weights": 1.0}, TypeError, "weights must be a tensor (B, N), got float"),
-        ({"weights": torch.ones(2, 5)}, ValueError, "weights must be (B, N) = (2, 6), got shape (2, 5)"),
-        ({"weights": torch.ones(2, 6).int()}, TypeError, "weights must be float32"),
-        ({"weights": torch.ones(2, 6, device="meta")}, ValueError, "weights is on meta and x on cpu"),
-        ({"weights": torch.ones(2, 6, requires_grad=True)}, ValueError, "weights must not require a gradient"),
+        ({"x": None}, InputTypeError, "x must be a tensor (B, N, C), got NoneType"),
+        ({"x": X[0]}, InputValueError, "x must be (B, N, C), got shape (6, 3)"),
+        ({"x": X.long()}, InputTypeError, "x must be float32, float16, bfloat16 or float64, got torch.int64"),
+        ({"dst": [0]}, InputTypeError, "dst must be a tensor (B, N), got list"),
+        ({"dst": DST.int()}, InputTypeError, "dst must be int64, got torch.int32"),
+        ({"dst": DST.float()}, InputTypeError, "dst must be int64, got torch.float32"),
+        ({"dst": DST[:, :5]}, InputValueError, "dst must be (B, N) = (2, 6), got shape (2, 5)"),
+        ({"dst": DST[:1]}, InputValueError, "dst must be (B, N) = (2, 6), got shape (1, 6)"),
+        ({"dst": DST.to("meta")}, InputValueError, "dst is on meta and x on cpu"),
+        ({"kept": -1}, InputValueError, "kept must be at least 0, got -1"),
+        ({"kept": 2.0}, InputTypeError, "kept must be an int, got float"),
+        ({"weights": 1.0}, InputTypeError, "weights must be a tensor (B, N), got float"),
+        ({"weights": torch.ones(2, 5)}, InputValueError, "weights must be (B, N) = (2, 6), got shape (2, 5)"),
+        ({"weights": torch.ones(2, 6).int()}, InputTypeError, "weights must be float32"),
+        ({"weights": torch.ones(2, 6, device="meta")}, InputValueError, "weights is on meta and x on cpu"),
+        ({"weights": torch.ones(2, 6, requires_grad=True)}, InputValueError, "weights must not require a gradient"),
     ],
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import attention_checks
@@ -16,17 +17,14 @@ from hypothesis import strategies as st
 from strategies import AttentionCase, attention_cases
 from torch import Tensor
 
-from diffrate_ext import ops, reference
+from diffrate_ext import InputTypeError, InputValueError, ops, reference
+from diffrate_ext.ops import _attention
 
 TINY = torch.finfo(torch.float32).tiny
 
 
-def scale_of(case: AttentionCase) -> float:
-    return case.head_dim**-0.5 if case.scale is None else case.scale
-
-
 def attention_map(case: AttentionCase, q: Tensor, k: Tensor, size: Tensor | None) -> Tensor:
-    logits = q @ k.transpose(-1, -2) * scale_of(case)
+    logits = q @ k.transpose(-1, -2) * case.logit_scale
     return logits.softmax(-1) if size is None else (logits + log_size(size, q)).softmax(-1)
 
 
@@ -41,7 +39,7 @@ def attention(case: AttentionCase) -> Any:
         if q.dtype == torch.float64:
             return attention_map(case, q, k, size) @ v
         bias = None if size is None else log_size(size, q)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale_of(case))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=case.logit_scale)
 
     return compute
 
@@ -63,7 +61,7 @@ def gradient_terms(case: AttentionCase, inputs: list[Tensor | None]) -> tuple[Te
     attn = attention_map(case, q, k, size)
     q, k, v, gradient = q.abs(), k.abs(), v.abs(), gradient.abs()
     delta = (gradient * (attn @ v)).sum(-1, keepdim=True)
-    logits = attn * (gradient @ v.transpose(-1, -2) + delta) * abs(scale_of(case))
+    logits = attn * (gradient @ v.transpose(-1, -2) + delta) * abs(case.logit_scale)
     return logits @ k, logits.transpose(-1, -2) @ q, attn.transpose(-1, -2) @ gradient
 
 
@@ -71,10 +69,10 @@ def gradient_terms(case: AttentionCase, inputs: list[Tensor | None]) -> tuple[Te
 def test_accuracy(device: torch.device, case: AttentionCase) -> None:
     q, k, v = case.qkv()
     size = case.size()
-    on_device = [None if tensor is None else tensor.to(device) for tensor in (q, k, v, size)]
+    options: dict[str, Any] = {"scale": case.scale, "prefix": case.prefix}
     results = [
-        ops.proportional_attention(*on_device, scale=case.scale, prefix=case.prefix, importance=importance)  # type: ignore[arg-type]
-        for importance in ("class", "received", None)
+        ops.proportional_attention(*case.qkv(device), case.size(device), **options, importance_from=importance_from)
+        for importance_from in ("class", "received", None)
     ]
     assert results[2][1] is None
     for out, _ in results:
@@ -86,37 +84,36 @@ def test_accuracy(device: torch.device, case: AttentionCase) -> None:
 REFERENCES = {"class": reference.class_attention, "received": reference.received_attention}
 
 
-@pytest.mark.parametrize("importance", REFERENCES)
+@pytest.mark.parametrize("importance_from", REFERENCES)
 @given(case=attention_cases(least_prefix=1))
-def test_importance(device: torch.device, importance: str, case: AttentionCase) -> None:
+def test_importance(device: torch.device, importance_from: Any, case: AttentionCase) -> None:
     def measure(q: Tensor, k: Tensor, size: Tensor | None, **options: Any) -> Tensor:
-        measured = ops.proportional_attention(q, k, k, size, importance=importance, **options)[1]
+        measured = ops.proportional_attention(q, k, k, size, importance_from=importance_from, **options)[1]
         assert measured is not None
         return measured
 
-    attention_checks.check_accuracy(measure, REFERENCES[importance], case, device)
+    attention_checks.check_accuracy(measure, REFERENCES[importance_from], case, device)
 
 
 # --- the operator itself, where there is a kernel; half precision reaches it through ops, too
 
 
 def kernel_or_skip(device: torch.device) -> Any:
-    if device.type != ops._cuda:
+    if device.type != _attention.CUDA:
         pytest.skip("torch's fused attention serves there")
     return torch.ops.diffrate.proportional_attention
 
 
-@given(case=attention_cases(), importance=st.sampled_from(["class", "received", "none"]))
-def test_kernel_accuracy(device: torch.device, case: AttentionCase, importance: str) -> None:
+@given(case=attention_cases(), importance_from=st.sampled_from(["class", "received", "none"]))
+def test_kernel_accuracy(device: torch.device, case: AttentionCase, importance_from: str) -> None:
     operator = kernel_or_skip(device)
     q, k, v = case.qkv()
     size = case.size()
-    on_device = [None if tensor is None else tensor.to(device) for tensor in (q, k, v, size)]
-    out, measured = operator(*on_device, scale_of(case), case.prefix, importance)
-    if importance == "none":
+    out, measured = operator(*case.qkv(device), case.size(device), case.logit_scale, case.prefix, importance_from)
+    if importance_from == "none":
         assert measured.shape == (case.images, 0)
     else:
-        attention_checks.check_importance(measured, REFERENCES[importance], case)
+        attention_checks.check_importance(measured, REFERENCES[importance_from], case)
     terms = logit_terms(case, q, k, size) @ v.double().abs()
     terms = out.double().cpu().abs() + terms * (
         torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps / torch.finfo(case.dtype).eps
@@ -128,7 +125,7 @@ def test_kernel_accuracy(device: torch.device, case: AttentionCase, importance: 
 def logit_terms(case: AttentionCase, q: Tensor, k: Tensor, size: Tensor | None) -> Tensor:
     """What the roundings of logits move the attention map by, as a magnitude."""
     q, k = q.double(), k.double()
-    uncertain = 1 + q.abs() @ k.abs().transpose(-1, -2) * abs(scale_of(case))
+    uncertain = 1 + q.abs() @ k.abs().transpose(-1, -2) * abs(case.logit_scale)
     if size is not None:
         uncertain = uncertain + log_size(size.double(), q).abs()
     attn = attention_map(case, q, k, None if size is None else size.double())
@@ -136,18 +133,18 @@ def logit_terms(case: AttentionCase, q: Tensor, k: Tensor, size: Tensor | None) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("importance", ["class", "received", None])
+@pytest.mark.parametrize("importance_from", ["class", "received", None])
 def test_half_precision_uses_the_kernel(
-    device: torch.device, dtype: torch.dtype, importance: Any, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, dtype: torch.dtype, importance_from: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel_or_skip(device)
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)
-    q, k, v = (tensor.to(device) for tensor in AttentionCase(2, 3, 17, 128, 1, dtype).qkv())
-    ops.proportional_attention(q, k, v, importance=importance)
+    q, k, v = AttentionCase(2, 3, 17, 128, 1, dtype).qkv(device)
+    ops.proportional_attention(q, k, v, importance_from=importance_from)
     wide = [torch.cat([tensor, tensor], -1) for tensor in (q, k, v)]
     for left_to_torch in ([q.clone().requires_grad_(), k, v], [q.float(), k.float(), v.float()], wide):
         with pytest.raises(TypeError, match="NoneType"):
-            ops.proportional_attention(*left_to_torch, importance=importance)
+            ops.proportional_attention(*left_to_torch, importance_from=importance_from)
 
 
 def test_the_kernel_refuses_a_gradient(device: torch.device) -> None:
@@ -158,17 +155,17 @@ def test_the_kernel_refuses_a_gradient(device: torch.device) -> None:
         operator(q, q, q, None, 1.0)[0].sum().backward()
 
 
-@pytest.mark.parametrize("importance", ["class", "received"])
-def test_kernel_with_special_values(device: torch.device, importance: str) -> None:
+@pytest.mark.parametrize("importance_from", ["class", "received"])
+def test_kernel_with_special_values(device: torch.device, importance_from: str) -> None:
     operator = kernel_or_skip(device)
-    q, k, v = (tensor.to(device) for tensor in AttentionCase(3, 2, 65, 16, 1, torch.float32).qkv())
-    clean, clean_importance = operator(q, k, v, None, 0.25, 1, importance)
+    q, k, v = AttentionCase(3, 2, 65, 16, 1, torch.float32).qkv(device)
+    clean, clean_importance = operator(q, k, v, None, 0.25, 1, importance_from)
     for scale in (1e3, -1e3, 1e30):
-        out, measured = operator(q, k, v, None, scale, 1, importance)
+        out, measured = operator(q, k, v, None, scale, 1, importance_from)
         assert out.isfinite().all()
         assert ((measured >= 0) & (measured <= 1 + 1e-5)).all()
     q[1, :, 0, 3] = torch.nan
-    out, measured = operator(q, k, v, None, 0.25, 1, importance)
+    out, measured = operator(q, k, v, None, 0.25, 1, importance_from)
     assert out[1, :, 0].isnan().all()
     assert measured[1].isnan().all()
     assert_same("other tokens", out[1, :, 1:], clean[1, :, 1:])
@@ -177,9 +174,9 @@ def test_kernel_with_special_values(device: torch.device, importance: str) -> No
     sizes = torch.ones(3, 65, device=device)
     for small in (0.0, -1.0, -torch.inf, TINY / 2):
         sizes[:, 5] = small
-        actual = operator(q, k, v, sizes, 0.25, 1, importance)
+        actual = operator(q, k, v, sizes, 0.25, 1, importance_from)
         sizes[:, 5] = TINY
-        for a, b in zip(actual, operator(q, k, v, sizes, 0.25, 1, importance), strict=True):
+        for a, b in zip(actual, operator(q, k, v, sizes, 0.25, 1, importance_from), strict=True):
             assert_same(f"size {small}", a, b)
 
 
@@ -188,10 +185,10 @@ def test_kernel_refuses_wide_heads(device: torch.device) -> None:
     q = torch.zeros(1, 1, 3, 129, device=device)
     with pytest.raises(RuntimeError, match="heads of at most 128 channels"):
         operator(q, q, q, None, 1.0)
-    with pytest.raises(ValueError, match=r"at most 128 channels per head on CUDA in torch\.float32"):
+    with pytest.raises(InputValueError, match=r"at most 128 channels per head on CUDA in torch\.float32"):
         ops.received_attention(q, q)
     q = q[..., :65].double()
-    with pytest.raises(ValueError, match=r"at most 64 channels per head on CUDA in torch\.float64"):
+    with pytest.raises(InputValueError, match=r"at most 64 channels per head on CUDA in torch\.float64"):
         ops.masked_attention(q, q, q, torch.ones(1, 3, device=device))
 
 
@@ -210,7 +207,7 @@ RAW: dict[str, Any] = {"q": attention_checks.Q, "k": attention_checks.Q, "v": at
         {"size": torch.ones(2, 6).double()},
         {"prefix": -1},
         {"prefix": 7},
-        {"importance": "cls"},
+        {"importance_from": "cls"},
     ],
 )
 def test_the_operator_checks_for_itself(device: torch.device, changes: dict[str, Any]) -> None:
@@ -241,25 +238,23 @@ def test_out_is_ready_for_the_projection(
     device: torch.device, layout: str, sizes: str | None, dtype: torch.dtype
 ) -> None:
     case = AttentionCase(2, 3, 65, 16, 1, dtype, layout, sizes)
-    tensors = [None if tensor is None else tensor.to(device) for tensor in (*case.qkv(), case.size())]
-    out, _ = ops.proportional_attention(*tensors)  # type: ignore[arg-type]
+    out, _ = ops.proportional_attention(*case.qkv(device), case.size(device))
     assert out.transpose(1, 2).is_contiguous()
 
 
 @settings(max_examples=20)
 @given(case=attention_cases(least_prefix=1))
 def test_gradients(device: torch.device, case: AttentionCase) -> None:
+    if case.layout == "expanded batch":  # leaves have memory of their own
+        case = replace(case, layout="packed qkv")
     q, k, v = case.qkv()
-    size = case.size()
-    gradient = torch.randn(v.shape, generator=torch.Generator().manual_seed(0)).to(case.dtype)
-    leaves = [tensor.contiguous().to(device).requires_grad_() for tensor in (q, k, v)]
-    out, importance = ops.proportional_attention(
-        *leaves, None if size is None else size.to(device), scale=case.scale, prefix=case.prefix
-    )
+    leaves = [tensor.requires_grad_() for tensor in case.qkv(device)]
+    assert [leaf.stride() for leaf in leaves] == [tensor.stride() for tensor in (q, k, v)]
+    out, importance = ops.proportional_attention(*leaves, case.size(device), scale=case.scale, prefix=case.prefix)
     assert importance is not None
     assert not importance.requires_grad
-    out.backward(gradient.to(device))
-    inputs = [q, k, v, size, gradient]
+    out.backward(case.gradient(device))
+    inputs = [q, k, v, case.size(), case.gradient()]
     terms = gradient_terms(case, inputs)
     for index, name in enumerate("qkv"):
 
@@ -303,13 +298,13 @@ TOKENS = 601  # large beside what is legitimately there: H * N * D elements are 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [None, "random"])
-@pytest.mark.parametrize("importance", ["class", "received", None])
-def test_no_attention_map_is_built(train: bool, dtype: torch.dtype, sizes: str | None, importance: Any) -> None:
+@pytest.mark.parametrize("importance_from", ["class", "received", None])
+def test_no_attention_map_is_built(train: bool, dtype: torch.dtype, sizes: str | None, importance_from: Any) -> None:
     case = AttentionCase(1, 2, TOKENS, 16, 1, dtype, "packed qkv", sizes)
     q, k, v = (tensor.requires_grad_(train) for tensor in case.qkv())
     size = case.size()
     with LargestTensor() as largest:
-        out, _ = ops.proportional_attention(q, k, v, size, importance=importance)
+        out, _ = ops.proportional_attention(q, k, v, size, importance_from=importance_from)
         if train:
             out.sum().backward()
     assert 0 < largest.elements < TOKENS * TOKENS / 2, f"{largest.operator} returned {largest.elements} elements"
@@ -337,13 +332,17 @@ Q = attention_checks.Q
     ("changes", "error", "message"),
     [
         *attention_checks.ERRORS,
-        ({"v": None}, TypeError, "v must be a tensor (B, H, N, D), got NoneType"),
-        ({"v": Q[0]}, ValueError, "v must be (B, H, N, D), got shape (3, 6, 4)"),
-        ({"v": Q[..., :3]}, ValueError, "v must be the shape of q = (2, 3, 6, 4), got shape (2, 3, 6, 3)"),
-        ({"v": Q.half()}, TypeError, "v is torch.float16 and q torch.float32"),
-        ({"v": Q.to("meta")}, ValueError, "v is on meta and q on cpu"),
-        ({"importance": "cls"}, ValueError, "importance must be one of 'class', 'received', None, got 'cls'"),
-        ({"prefix": 0}, ValueError, "prefix must be at least 1 (index 0 is the class token), got 0"),
+        ({"v": None}, InputTypeError, "v must be a tensor (B, H, N, D), got NoneType"),
+        ({"v": Q[0]}, InputValueError, "v must be (B, H, N, D), got shape (3, 6, 4)"),
+        ({"v": Q[..., :3]}, InputValueError, "v must be the shape of q = (2, 3, 6, 4), got shape (2, 3, 6, 3)"),
+        ({"v": Q.half()}, InputTypeError, "v is torch.float16 and q torch.float32"),
+        ({"v": Q.to("meta")}, InputValueError, "v is on meta and q on cpu"),
+        (
+            {"importance_from": "cls"},
+            InputValueError,
+            "importance_from must be one of 'class', 'received', None, got 'cls'",
+        ),
+        ({"prefix": 0}, InputValueError, "prefix must be at least 1 (index 0 is the class token), got 0"),
     ],
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -10,39 +10,38 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from compare import assert_as_accurate_as_eager, assert_same
-from hypothesis import given
+from hypothesis import example, given
 from match_checks import check_matches
 from oracles import sorted_positions
-from strategies import DTYPES, FEATURES, TokenCase, kept_numbers, make_importance, token_cases
+from strategies import CPU, DTYPES, FEATURES, TokenCase, kept_numbers, make_importance, token_cases
 from torch import Tensor
 
-from diffrate_ext import ops, reference
+from diffrate_ext import InputTypeError, InputValueError, ops, reference
 
 TINY = torch.finfo(torch.float32).tiny
+
+
+Call = tuple[TokenCase, int, int, dict[str, Any]]
 
 
 def to(device: torch.device, *tensors: Tensor | None) -> list[Any]:
     return [None if tensor is None else tensor.to(device) for tensor in tensors]
 
 
-def patches(case: TokenCase, importance: Tensor) -> Tensor:
-    return importance[:, importance.shape[1] - (case.tokens - case.prefix) :].to(case.wide)
-
-
 @st.composite
-def calls(draw: st.DrawFn) -> tuple[TokenCase, int, int, dict[str, Any]]:
+def calls(draw: st.DrawFn) -> Call:
     case = draw(token_cases())
     k_p, k_m = draw(kept_numbers(case.tokens, case.prefix))
     options = {
-        "features": draw(st.sampled_from(["mean", "weighted"])),
-        "sizes": draw(st.sampled_from(["cosine", "sum"])),
+        "mean_rule": draw(st.sampled_from(["mean", "weighted"])),
+        "size_rule": draw(st.sampled_from(["cosine", "sum"])),
         "residual": draw(st.sampled_from([None, "like x", "other layout"])),
     }
     return case, k_p, k_m, options
 
 
 def check_slots(case: TokenCase, x: Tensor, order: Tensor, slot: Tensor, k_p: int, k_m: int) -> None:
-    """Kept and pruned tokens exactly; each source within rounding of its best destination, the first of equal ones."""
+    """Kept and pruned tokens exactly; each source within rounding of its best destination, of equal ones the first."""
     position = torch.arange(case.tokens).expand_as(order)
     assert_same("slots of kept tokens", slot.gather(1, order[:, :k_m]), position[:, :k_m])
     assert_same("slots of pruned tokens", slot.gather(1, order[:, k_p:]), torch.full_like(order[:, k_p:], -1))
@@ -50,7 +49,7 @@ def check_slots(case: TokenCase, x: Tensor, order: Tensor, slot: Tensor, k_p: in
     check_matches(case, reference.gather_tokens(x, order), match, k_m)
 
 
-def expected_sizes(order: Tensor, slot: Tensor, k_p: int, k_m: int, sizes: str) -> Any:
+def expected_sizes(order: Tensor, slot: Tensor, k_p: int, k_m: int, size_rule: str) -> Any:
     """Sizes of the merged tokens, for x (after the residual) and size, given order and matching."""
 
     def compute(x: Tensor, size: Tensor) -> Tensor:
@@ -58,7 +57,7 @@ def expected_sizes(order: Tensor, slot: Tensor, k_p: int, k_m: int, sizes: str) 
         unit = torch.nn.functional.normalize(x.to(wide), dim=-1)
         size = size.to(wide)
         gained = size
-        if sizes == "cosine":
+        if size_rule == "cosine":
             holder = order.gather(1, slot.clamp_min(0))  # the input position of the token each one was merged into
             gained = size * (unit * reference.gather_tokens(unit, holder)).sum(-1)
         source = order[:, k_m:k_p]
@@ -68,30 +67,38 @@ def expected_sizes(order: Tensor, slot: Tensor, k_p: int, k_m: int, sizes: str) 
     return compute
 
 
+# With one channel every cosine is 1 or -1, and rounding decides among rows that are not equal bit for bit.
+ONE_CHANNEL = TokenCase(5, 65, 1, 1, torch.float32, features="codebook", importances="signed zeros", seed=7)
+
+
 @given(call=calls())
-def test_results(device: torch.device, call: tuple[TokenCase, int, int, dict[str, Any]]) -> None:
+@example(call=(ONE_CHANNEL, 8, 3, {"mean_rule": "mean", "size_rule": "cosine", "residual": "like x"}))
+def test_results(device: torch.device, call: Call) -> None:
     case, k_p, k_m, options = call
-    x, importance, size = case.x(), case.importance(), case.size()
-    residual = None
-    if options["residual"] is not None:
+    x, importance, sizes = case.x(), case.importance(), case.plain_size()
+
+    def residual_on(device: torch.device) -> Tensor | None:
+        if options["residual"] is None:
+            return None
         layout = case.layout if options["residual"] == "like x" else "sliced"
-        residual = replace(case, layout=layout).x(4)
-    x_device, importance_device, size_device, residual_device = to(device, x, importance, size, residual)
-    out, out_size, slot = ops.prune_merge(
-        x_device,
-        importance_device,
+        return replace(case, layout=layout).x(device, salt=4)
+
+    found = ops.prune_merge(
+        case.x(device),
+        case.importance(device),
         k_p,
         k_m,
-        size_device,
+        case.size(device),
         prefix=case.prefix,
-        features=options["features"],
-        sizes=options["sizes"],
-        residual=residual_device,
+        mean_rule=options["mean_rule"],
+        size_rule=options["size_rule"],
+        residual=residual_on(device),
     )
-    assert out.is_contiguous()
-    assert slot.is_contiguous()
-    out, out_size, slot = out.cpu(), out_size.cpu(), slot.cpu()
-    order = sorted_positions(patches(case, importance), case.prefix)
+    assert found.x.is_contiguous()
+    assert found.slot.is_contiguous()
+    out, out_size, slot = (tensor.cpu() for tensor in found)
+    order = sorted_positions(case.patch_importance(importance), case.prefix)
+    residual = residual_on(CPU)
     added = x if residual is None else x + residual
     check_slots(case, added, order, slot, k_p, k_m)
 
@@ -103,8 +110,7 @@ def test_results(device: torch.device, call: tuple[TokenCase, int, int, dict[str
     kept = reference.gather_tokens(added, order[:, :k_m])
     assert_same("tokens that nothing merged into", out[unmerged], kept[unmerged])
 
-    sizes = torch.ones(x.shape[:2], dtype=case.wide) if size is None else size
-    weights = sizes.clamp_min(TINY) if options["features"] == "weighted" else None
+    weights = sizes.clamp_min(TINY) if options["mean_rule"] == "weighted" else None
 
     def compute(added: Tensor, weights: Tensor | None) -> Tensor:
         return reference.merge_reduce(added, slot, k_m, weights=weights)
@@ -114,9 +120,17 @@ def test_results(device: torch.device, call: tuple[TokenCase, int, int, dict[str
     magnitude = torch.zeros(len(slot), k_m + 1, dtype=torch.float64).scatter_add(1, index, sizes.double().abs())[
         :, :k_m
     ]
-    compute_sizes = expected_sizes(order, slot, k_p, k_m, options["sizes"])
+    compute_sizes = expected_sizes(order, slot, k_p, k_m, options["size_rule"])
     units = torch.where(magnitude > 0, magnitude, 1)
     assert_as_accurate_as_eager("size", out_size, compute_sizes, [added, sizes], dtype=case.wide, per=units)
+
+
+def lay_out_attention(attn: Tensor, layout: str) -> Tensor:
+    if layout == "queries last":
+        return attn.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "heads last":
+        return attn.movedim(1, -1).contiguous().movedim(-1, 1)
+    return attn[:, :1].expand_as(attn) if layout == "expanded heads" else attn
 
 
 def dyadic_attention(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
@@ -149,39 +163,36 @@ def test_importance_from_attention(
     if kind == "class":
         prefix = max(prefix, 1)
     attn = dyadic_attention((2, heads, tokens) if kind == "rows" else (2, heads, tokens, tokens), seed, attention_dtype)
-    if layout == "queries last":
-        attn = attn.transpose(-1, -2).contiguous().transpose(-1, -2)
-    elif layout == "heads last":
-        attn = attn.movedim(1, -1).contiguous().movedim(-1, 1)
-    elif layout == "expanded heads":
-        attn = attn[:, :1].expand_as(attn)
-    summed = attn.double()
+    attn = lay_out_attention(attn.to(device), layout)
+    summed = attn.cpu().double()
     if kind != "rows":
         summed = summed[:, :, 0] if kind == "class" else summed.sum(2)
     order = sorted_positions(summed.sum(1)[:, prefix:], prefix)
 
     x = torch.randn(2, tokens, 8).to(dtype)
-    importance = "received" if kind == "received" else "class"
+    options: dict[str, Any] = {"prefix": prefix, "importance_from": "received" if kind == "received" else "class"}
     kept = max(prefix, 1)
-    out, _, slot = ops.prune_merge(x.to(device), attn.to(device), kept, kept, prefix=prefix, importance=importance)
+    out, _, slot = ops.prune_merge(x.to(device), attn, kept, kept, **options)
     expected = torch.full((2, tokens), -1)
     expected.scatter_(1, order[:, :kept], torch.arange(kept).expand(2, -1))
     assert_same("slot", slot, expected)
     assert_same("x", out, reference.gather_tokens(x, order[:, :kept]))
-    full = ops.prune_merge(x.to(device), attn.to(device), tokens, tokens, prefix=prefix, importance=importance)[2]
+    full = ops.prune_merge(x.to(device), attn, tokens, tokens, **options).slot
     assert_same("order", full.cpu().argsort(1), order)
 
 
-@pytest.mark.parametrize("features", ["mean", "weighted"])
-@pytest.mark.parametrize("sizes", ["cosine", "sum"])
+@pytest.mark.parametrize("mean_rule", ["mean", "weighted"])
+@pytest.mark.parametrize("size_rule", ["cosine", "sum"])
 @pytest.mark.parametrize(("tokens", "k_p", "k_m"), [(197, 168, 156), (197, 197, 99), (577, 500, 300)])
-def test_the_reference_agrees(device: torch.device, features: str, sizes: str, tokens: int, k_p: int, k_m: int) -> None:
+def test_the_reference_agrees(
+    device: torch.device, mean_rule: str, size_rule: str, tokens: int, k_p: int, k_m: int
+) -> None:
     """Everything at once, where no two cosines are near each other: float64 throughout."""
     random = torch.Generator().manual_seed(tokens)
     x, residual = torch.randn(2, 2, tokens, 48, generator=random, dtype=torch.float64)
     attn = torch.rand(2, 3, tokens, generator=random)
     size = 1 + torch.rand(2, tokens, generator=random, dtype=torch.float64)
-    options: dict[str, Any] = {"features": features, "sizes": sizes}
+    options: dict[str, Any] = {"mean_rule": mean_rule, "size_rule": size_rule}
     expected = reference.prune_merge(x, attn, k_p, k_m, size, residual=residual, **options)
     x, attn, size, residual = to(device, x, attn, size, residual)
     out, out_size, slot = ops.prune_merge(x, attn, k_p, k_m, size, residual=residual, **options)
@@ -196,7 +207,7 @@ def test_a_vit_layer(device: torch.device, dtype: torch.dtype) -> None:
     case = TokenCase(2, 197, 384, 1, dtype, features="clustered", sizes="random", importances="random")
     x, importance, size = case.x(), case.importance(), case.size()
     out, _, slot = ops.prune_merge(*to(device, x, importance), 168, 120, *to(device, size))
-    order = sorted_positions(patches(case, importance), 1)
+    order = sorted_positions(case.patch_importance(importance), 1)
     check_slots(case, x, order, slot.cpu(), 168, 120)
 
     def compute(x: Tensor) -> Tensor:
@@ -232,8 +243,9 @@ def test_opposite_tokens_make_negative_sizes(device: torch.device) -> None:
     assert slot.tolist() == [[0, 1, 1]]
     assert out_size.tolist() == [[1.0, -2.0]]
     assert out.tolist() == [[[1.0, 0.0], [0.0, 0.0]]]
-    assert ops.prune_merge(x, importance, 3, 2, size, sizes="sum")[1].tolist() == [[1.0, 4.0]]
-    assert ops.prune_merge(x, importance, 3, 2, size, features="weighted")[0].tolist() == [[[1.0, 0.0], [-0.5, 0.0]]]
+    assert ops.prune_merge(x, importance, 3, 2, size, size_rule="sum")[1].tolist() == [[1.0, 4.0]]
+    weighted = ops.prune_merge(x, importance, 3, 2, size, mean_rule="weighted").x
+    assert weighted.tolist() == [[[1.0, 0.0], [-0.5, 0.0]]]
 
 
 @pytest.mark.parametrize("size", [0.0, -5.0, -torch.inf])
@@ -241,7 +253,7 @@ def test_weights_below_the_smallest_float_count_as_that(device: torch.device, si
     x = torch.tensor([[[0.0], [1.0], [3.0]]], device=device)
     sizes = torch.tensor([[1.0, size, size]], device=device)
     importance = torch.tensor([[2.0, 1.0]], device=device)
-    out = ops.prune_merge(x, importance, 3, 2, sizes, features="weighted")[0]
+    out = ops.prune_merge(x, importance, 3, 2, sizes, mean_rule="weighted")[0]
     assert out.tolist() == [[[0.0], [2.0]]]
 
 
@@ -266,7 +278,7 @@ def test_any_features_give_valid_slots(device: torch.device, case: TokenCase, bi
     importance = case.importance()
     _, _, slot = ops.prune_merge(*to(device, x, importance), k_p, k_m, prefix=case.prefix)
     slot = slot.cpu()
-    order = sorted_positions(patches(case, importance), case.prefix)
+    order = sorted_positions(case.patch_importance(importance), case.prefix)
     position = torch.arange(case.tokens).expand_as(order)
     assert_same("slots of kept tokens", slot.gather(1, order[:, :k_m]), position[:, :k_m])
     assert_same("slots of pruned tokens", slot.gather(1, order[:, k_p:]), torch.full_like(order[:, k_p:], -1))
@@ -277,13 +289,13 @@ def test_any_features_give_valid_slots(device: torch.device, case: TokenCase, bi
 @pytest.mark.parametrize("where", ["source", "destination", "both"])
 def test_nan_features_are_similar_to_nothing(device: torch.device, where: str) -> None:
     x = torch.eye(6).repeat(1, 1, 1)
-    x[0, 4] = x[0, 2]  # this source is most similar to position 2
+    x[0, 4:, 1] = 0.25  # of both sources the most similar is position 1,
+    x[0, 4, 2] = 1.0  # but of this one position 2
     if where != "destination":
         x[0, 5, 0] = torch.nan
     if where != "source":
         x[0, 2, 3] = torch.nan
     out, size, slot = ops.prune_merge(x.to(device), torch.zeros(1, 5, device=device), 6, 4)
-    # in the "destination" case both sources are at a right angle to what is left, and take the first of those
     expected = {"source": [2, 1], "destination": [1, 1], "both": [1, 1]}[where]
     assert slot.tolist() == [[0, 1, 2, 3, *expected]]
     assert size.isnan().tolist() == [[False, where != "destination", False, False]]
@@ -303,20 +315,19 @@ def test_residual_of_another_dtype(device: torch.device, dtype: torch.dtype, res
 
 
 @given(call=calls())
-def test_gradient(device: torch.device, call: tuple[TokenCase, int, int, dict[str, Any]]) -> None:
+def test_gradient(device: torch.device, call: Call) -> None:
     case, k_p, k_m, options = call
     case = replace(case, features="normal")
-    x = case.x().to(device).requires_grad_()
-    residual = None if options["residual"] is None else case.x(4).to(device).requires_grad_()
-    importance, size = to(device, case.importance(), case.size())
+    x = case.x(device).requires_grad_()
+    residual = None if options["residual"] is None else case.x(device, salt=4).requires_grad_()
+    importance, size = case.importance(device), case.size(device)
     out, out_size, slot = ops.prune_merge(
-        x, importance, k_p, k_m, size, prefix=case.prefix, features=options["features"], residual=residual
+        x, importance, k_p, k_m, size, prefix=case.prefix, mean_rule=options["mean_rule"], residual=residual
     )
     assert not out_size.requires_grad
     gradient = case.gradient(k_m)
     out.backward(gradient.to(device))
-    sizes = torch.ones(x.shape[:2], dtype=case.wide) if size is None else size.cpu()
-    weights = sizes.clamp_min(TINY) if options["features"] == "weighted" else None
+    weights = case.plain_size().clamp_min(TINY) if options["mean_rule"] == "weighted" else None
     target = slot.cpu()
 
     def compute(gradient: Tensor, weights: Tensor | None) -> Tensor:
@@ -336,8 +347,8 @@ def test_gradient(device: torch.device, call: tuple[TokenCase, int, int, dict[st
         assert_same("gradient of residual", residual.grad, x.grad)
 
 
-@pytest.mark.parametrize("features", ["mean", "weighted"])
-def test_gradcheck(device: torch.device, features: str) -> None:
+@pytest.mark.parametrize("mean_rule", ["mean", "weighted"])
+def test_gradcheck(device: torch.device, mean_rule: Any) -> None:
     random = torch.Generator().manual_seed(3)
     x, residual = (
         torch.randn(2, 7, 3, dtype=torch.float64, generator=random).to(device).requires_grad_() for _ in range(2)
@@ -346,7 +357,7 @@ def test_gradcheck(device: torch.device, features: str) -> None:
     size = (1 + torch.rand(2, 7, generator=random)).double().to(device)
 
     def function(x: Tensor, residual: Tensor) -> Tensor:
-        return ops.prune_merge(x, importance, 6, 3, size, features=features, residual=residual)[0]
+        return ops.prune_merge(x, importance, 6, 3, size, mean_rule=mean_rule, residual=residual)[0]
 
     assert torch.autograd.gradcheck(function, [x, residual])
     assert torch.autograd.gradgradcheck(function, [x, residual])
@@ -379,47 +390,51 @@ GOOD: dict[str, Any] = {"x": X, "attn": torch.zeros(2, 5), "k_p": 5, "k_m": 3}
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": 3.0}, TypeError, "x must be a tensor (B, N, C), got float"),
-        ({"x": X[0]}, ValueError, "x must be (B, N, C), got shape (6, 3)"),
-        ({"x": X.int()}, TypeError, "x must be float32, float16, bfloat16 or float64, got torch.int32"),
-        ({"attn": None}, TypeError, "attn must be a tensor (B, H, N, N), its class rows (B, H, N)"),
-        ({"attn": torch.zeros(5)}, ValueError, "attn must be (B, H, N, N)"),
-        ({"attn": torch.zeros(2, 5).int()}, TypeError, "attn must be float32"),
-        ({"attn": torch.zeros(2, 4)}, ValueError, "(B, N-P) = (2, 5) or (B, N) = (2, 6), got shape (2, 4)"),
-        ({"attn": torch.zeros(3, 5)}, ValueError, "got shape (3, 5)"),
+        ({"x": 3.0}, InputTypeError, "x must be a tensor (B, N, C), got float"),
+        ({"x": X[0]}, InputValueError, "x must be (B, N, C), got shape (6, 3)"),
+        ({"x": X.int()}, InputTypeError, "x must be float32, float16, bfloat16 or float64, got torch.int32"),
+        ({"attn": None}, InputTypeError, "attn must be a tensor (B, H, N, N), its class rows (B, H, N)"),
+        ({"attn": torch.zeros(5)}, InputValueError, "attn must be (B, H, N, N)"),
+        ({"attn": torch.zeros(2, 5).int()}, InputTypeError, "attn must be float32"),
+        ({"attn": torch.zeros(2, 4)}, InputValueError, "(B, N-P) = (2, 5) or (B, N) = (2, 6), got shape (2, 4)"),
+        ({"attn": torch.zeros(3, 5)}, InputValueError, "got shape (3, 5)"),
         (
             {"attn": torch.zeros(2, 4, 5)},
-            ValueError,
+            InputValueError,
             "attn must be (B, H, N, N) or (B, H, N) = (2, 4, 6), got shape (2, 4, 5)",
         ),
-        ({"attn": torch.zeros(2, 4, 6, 5)}, ValueError, "= (2, 4, 6, 6), got shape (2, 4, 6, 5)"),
-        ({"attn": torch.zeros(2, 4, 1, 6)}, ValueError, "= (2, 4, 6, 6), got shape (2, 4, 1, 6)"),
-        ({"attn": torch.zeros(2, 0, 6)}, ValueError, "attn must have at least one head, got shape (2, 0, 6)"),
-        ({"attn": torch.zeros(2, 1, 6, 6), "prefix": 0}, ValueError, "importance='class' needs a class token"),
-        ({"attn": torch.zeros(2, 5, device="meta")}, ValueError, "on meta and x on cpu"),
-        ({"attn": torch.zeros(2, 1, 6, device="meta")}, ValueError, "attn is on meta and x on cpu"),
-        ({"k_p": 7}, ValueError, "k_p must be at most the number of tokens, 6, got 7"),
-        ({"k_p": 2}, ValueError, "k_m must be at most k_p, 2, got 3"),
-        ({"k_m": 1}, ValueError, "k_m must be at least 2 (the prefix and one token to merge into), got 1"),
-        ({"k_p": 0, "k_m": 0}, ValueError, "k_m must be at least 1 (the prefix), got 0"),
-        ({"k_m": -3}, ValueError, "k_m must be at least 2"),
-        ({"k_p": -1, "k_m": -1}, ValueError, "k_m must be at least 1"),
-        ({"k_p": 5.0}, TypeError, "k_p must be an int, got float"),
-        ({"k_m": True}, TypeError, "k_m must be an int, got bool"),
-        ({"k_m": torch.tensor(3)}, TypeError, "k_m must be an int, got Tensor"),
-        ({"size": torch.ones(2, 5)}, ValueError, "size must be (B, N) = (2, 6), got shape (2, 5)"),
-        ({"size": torch.ones(2, 6).long()}, TypeError, "size must be float32"),
-        ({"size": torch.ones(2, 6, device="meta")}, ValueError, "size is on meta and x on cpu"),
-        ({"prefix": 7}, ValueError, "prefix must be at most the number of tokens, 6, got 7"),
-        ({"prefix": -1}, ValueError, "prefix must be at least 0, got -1"),
-        ({"importance": "cls"}, ValueError, "importance must be one of 'class', 'received', got 'cls'"),
-        ({"features": None}, ValueError, "features must be one of 'mean', 'weighted', got None"),
-        ({"sizes": "max"}, ValueError, "sizes must be one of 'cosine', 'sum', got 'max'"),
-        ({"residual": 1}, TypeError, "residual must be a tensor (B, N, C), got int"),
-        ({"residual": X[:, :5]}, ValueError, "residual must be the shape of x = (2, 6, 3), got shape (2, 5, 3)"),
-        ({"residual": X[0]}, ValueError, "residual must be (B, N, C), got shape (6, 3)"),
-        ({"residual": X.int()}, TypeError, "residual must be float32"),
-        ({"residual": X.to("meta")}, ValueError, "residual is on meta and x on cpu"),
+        ({"attn": torch.zeros(2, 4, 6, 5)}, InputValueError, "= (2, 4, 6, 6), got shape (2, 4, 6, 5)"),
+        ({"attn": torch.zeros(2, 4, 1, 6)}, InputValueError, "= (2, 4, 6, 6), got shape (2, 4, 1, 6)"),
+        ({"attn": torch.zeros(2, 0, 6)}, InputValueError, "attn must have at least one head, got shape (2, 0, 6)"),
+        (
+            {"attn": torch.zeros(2, 1, 6, 6), "prefix": 0},
+            InputValueError,
+            "importance_from='class' needs a class token",
+        ),
+        ({"attn": torch.zeros(2, 5, device="meta")}, InputValueError, "on meta and x on cpu"),
+        ({"attn": torch.zeros(2, 1, 6, device="meta")}, InputValueError, "attn is on meta and x on cpu"),
+        ({"k_p": 7}, InputValueError, "k_p must be at most the number of tokens, 6, got 7"),
+        ({"k_p": 2}, InputValueError, "k_m must be at most k_p, 2, got 3"),
+        ({"k_m": 1}, InputValueError, "k_m must be at least 2 (the prefix and one token to merge into), got 1"),
+        ({"k_p": 0, "k_m": 0}, InputValueError, "k_m must be at least 1 (the prefix), got 0"),
+        ({"k_m": -3}, InputValueError, "k_m must be at least 2"),
+        ({"k_p": -1, "k_m": -1}, InputValueError, "k_m must be at least 1"),
+        ({"k_p": 5.0}, InputTypeError, "k_p must be an int, got float"),
+        ({"k_m": True}, InputTypeError, "k_m must be an int, got bool"),
+        ({"k_m": torch.tensor(3)}, InputTypeError, "k_m must be an int, got Tensor"),
+        ({"size": torch.ones(2, 5)}, InputValueError, "size must be (B, N) = (2, 6), got shape (2, 5)"),
+        ({"size": torch.ones(2, 6).long()}, InputTypeError, "size must be float32"),
+        ({"size": torch.ones(2, 6, device="meta")}, InputValueError, "size is on meta and x on cpu"),
+        ({"prefix": 7}, InputValueError, "prefix must be at most the number of tokens, 6, got 7"),
+        ({"prefix": -1}, InputValueError, "prefix must be at least 0, got -1"),
+        ({"importance_from": "cls"}, InputValueError, "importance_from must be one of 'class', 'received', got 'cls'"),
+        ({"mean_rule": None}, InputValueError, "mean_rule must be one of 'mean', 'weighted', got None"),
+        ({"size_rule": "max"}, InputValueError, "size_rule must be one of 'cosine', 'sum', got 'max'"),
+        ({"residual": 1}, InputTypeError, "residual must be a tensor (B, N, C), got int"),
+        ({"residual": X[:, :5]}, InputValueError, "residual must be the shape of x = (2, 6, 3), got shape (2, 5, 3)"),
+        ({"residual": X[0]}, InputValueError, "residual must be (B, N, C), got shape (6, 3)"),
+        ({"residual": X.int()}, InputTypeError, "residual must be float32"),
+        ({"residual": X.to("meta")}, InputValueError, "residual is on meta and x on cpu"),
     ],
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -450,9 +465,9 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
         {"size": torch.ones(2, 6).double()},
         {"prefix": -1},
         {"prefix": 7},
-        {"importance": "cls"},
-        {"features": "max"},
-        {"sizes": ""},
+        {"importance_from": "cls"},
+        {"mean_rule": "max"},
+        {"size_rule": ""},
         {"residual": X[:, :5]},
         {"residual": X.half()},
         {"residual": X[:1]},

@@ -14,7 +14,7 @@ from hypothesis import given
 from strategies import TokenCase, token_cases
 from torch import Tensor
 
-from diffrate_ext import ops
+from diffrate_ext import InputTypeError, InputValueError, ops
 
 
 @st.composite
@@ -36,7 +36,7 @@ def test_every_place(device: torch.device, restoration: tuple[TokenCase, Tensor,
     for image, slots in enumerate(slot.tolist()):
         for place, position in enumerate(slots):
             expected[image, place] = pruned if position < 0 else x[image, position]
-    out = ops.restore_tokens(x.to(device), slot.to(device), None if fill is None else fill.to(device))
+    out = ops.restore_tokens(case.x(device), slot.to(device), None if fill is None else fill.to(device))
     assert_same("x", out, expected)
 
 
@@ -44,7 +44,7 @@ def test_every_place(device: torch.device, restoration: tuple[TokenCase, Tensor,
 def test_gradients(device: torch.device, restoration: tuple[TokenCase, Tensor, Tensor | None]) -> None:
     """Of small integers, whose sums are exact in any order and dtype."""
     case, slot, fill = restoration
-    x = replace(case, features="normal").x().to(device).requires_grad_()
+    x = replace(case, features="normal").x(device).requires_grad_()
     fill = torch.zeros(case.channels, dtype=case.dtype) if fill is None else fill
     fill_leaf = fill.to(device).requires_grad_()
     gradient = torch.randint(-1, 2, (*slot.shape, case.channels)).to(case.dtype)
@@ -87,19 +87,19 @@ X, SLOT = torch.zeros(2, 4, 3), torch.zeros(2, 6, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": None}, TypeError, "x must be a tensor (B, K, C), got NoneType"),
-        ({"x": X[0]}, ValueError, "x must be (B, K, C), got shape (4, 3)"),
-        ({"x": X.long()}, TypeError, "x must be float32"),
-        ({"slot": 0}, TypeError, "slot must be a tensor (B, N), got int"),
-        ({"slot": SLOT.int()}, TypeError, "slot must be int64, got torch.int32"),
-        ({"slot": SLOT[0]}, ValueError, "slot must be (B, N), got shape (6,)"),
-        ({"slot": SLOT[:1]}, ValueError, "slot must have the batch size of x, 2, got 1"),
-        ({"slot": SLOT.to("meta")}, ValueError, "slot is on meta and x on cpu"),
-        ({"fill": 0.0}, TypeError, "fill must be a tensor (C,), got float"),
-        ({"fill": torch.zeros(2)}, ValueError, "fill must be (C,) = (3,), got shape (2,)"),
-        ({"fill": torch.zeros(1, 3)}, ValueError, "fill must be (C,), got shape (1, 3)"),
-        ({"fill": torch.zeros(3).half()}, TypeError, "fill is torch.float16 and x torch.float32"),
-        ({"fill": torch.zeros(3, device="meta")}, ValueError, "fill is on meta and x on cpu"),
+        ({"x": None}, InputTypeError, "x must be a tensor (B, K, C), got NoneType"),
+        ({"x": X[0]}, InputValueError, "x must be (B, K, C), got shape (4, 3)"),
+        ({"x": X.long()}, InputTypeError, "x must be float32"),
+        ({"slot": 0}, InputTypeError, "slot must be a tensor (B, N), got int"),
+        ({"slot": SLOT.int()}, InputTypeError, "slot must be int64, got torch.int32"),
+        ({"slot": SLOT[0]}, InputValueError, "slot must be (B, N), got shape (6,)"),
+        ({"slot": SLOT[:1]}, InputValueError, "slot must have the batch size of x, 2, got 1"),
+        ({"slot": SLOT.to("meta")}, InputValueError, "slot is on meta and x on cpu"),
+        ({"fill": 0.0}, InputTypeError, "fill must be a tensor (C,), got float"),
+        ({"fill": torch.zeros(2)}, InputValueError, "fill must be (C,) = (3,), got shape (2,)"),
+        ({"fill": torch.zeros(1, 3)}, InputValueError, "fill must be (C,), got shape (1, 3)"),
+        ({"fill": torch.zeros(3).half()}, InputTypeError, "fill is torch.float16 and x torch.float32"),
+        ({"fill": torch.zeros(3, device="meta")}, InputValueError, "fill is on meta and x on cpu"),
     ],
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -109,10 +109,10 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
 
 @pytest.mark.parametrize("position", [4, 2**40])
 def test_slots_out_of_range_are_not_read(position: int) -> None:
-    with pytest.raises((ValueError, RuntimeError, IndexError)):
+    with pytest.raises(InputValueError):
         ops.restore_tokens(X, SLOT + position)
 
 
 def test_positions_out_of_range() -> None:
-    with pytest.raises(ValueError, match=r"slot must lie in -1 \.\. 1, got values from -2 to 0"):
+    with pytest.raises(InputValueError, match=r"slot must lie in -1 \.\. 1, got values from -2 to 0"):
         ops.restore_tokens(torch.zeros(1, 2, 3), torch.tensor([[0, -2, -1]]))

@@ -13,37 +13,31 @@ from oracles import sorted_positions
 from strategies import TokenCase, token_cases
 from torch import Tensor
 
-from diffrate_ext import ops, reference
+from diffrate_ext import InputTypeError, InputValueError, ops, reference
 
 
 def gathered(x: Tensor, order: Tensor) -> Tensor:
     return torch.stack([rows[index] for rows, index in zip(x, order, strict=True)]) if len(x) else x
 
 
-def patches(case: TokenCase, importance: Tensor) -> Tensor:
-    """Importance (B, N-P) as the operator reads it."""
-    return importance[:, importance.shape[1] - (case.tokens - case.prefix) :].to(case.wide)
-
-
 @given(case=token_cases())
 def test_order_and_values(device: torch.device, case: TokenCase) -> None:
-    x, importance, size = case.x(), case.importance(), case.size()
-    order = sorted_positions(patches(case, importance), case.prefix)
-    on_device = None if size is None else size.to(device)
-    out, out_size, out_order = ops.sort_tokens(x.to(device), importance.to(device), on_device, prefix=case.prefix)
-    assert_same("order", out_order, order)
-    assert_same("x", out, gathered(x, order))
-    assert_same("size", out_size, torch.ones(x.shape[:2], dtype=case.wide) if size is None else gathered(size, order))
-    assert out.is_contiguous()
-    assert out_size.is_contiguous()
+    x, importance = case.x(), case.importance()
+    order = sorted_positions(case.patch_importance(importance), case.prefix)
+    found = ops.sort_tokens(case.x(device), case.importance(device), case.size(device), prefix=case.prefix)
+    assert_same("order", found.order, order)
+    assert_same("x", found.x, gathered(x, order))
+    assert_same("size", found.size, gathered(case.plain_size(), order))
+    assert found.x.is_contiguous()
+    assert found.size.is_contiguous()
 
 
 @given(case=token_cases())
 def test_the_reference_agrees(case: TokenCase) -> None:
     x, importance, size = case.x(), case.importance(), case.size()
-    expected = reference.sort_tokens(x, patches(case, importance), size, prefix=case.prefix)
+    expected = reference.sort_tokens(x, case.patch_importance(importance), size, prefix=case.prefix)
     actual = ops.sort_tokens(x, importance, size, prefix=case.prefix)
-    for name, a, b in zip(("x", "size", "order"), actual, expected, strict=True):
+    for name, a, b in zip(actual._fields, actual, expected, strict=True):
         assert_same(name, a, b)
 
 
@@ -68,10 +62,10 @@ def test_neighbouring_floats_are_told_apart(device: torch.device) -> None:
 
 @given(case=token_cases(features=["normal", "NaN"]))
 def test_gradient(device: torch.device, case: TokenCase) -> None:
-    x = case.x().to(device).requires_grad_()
-    out, size, order = ops.sort_tokens(x, case.importance().to(device), prefix=case.prefix)
+    x = case.x(device).requires_grad_()
+    out, size, order = ops.sort_tokens(x, case.importance(device), prefix=case.prefix)
     assert not size.requires_grad
-    gradient = case.gradient(case.tokens).to(device)
+    gradient = case.gradient(case.tokens, device)
     out.backward(gradient)
     assert x.grad is not None
     assert_same("gradient", gathered(x.grad.cpu(), order.cpu()), gradient)
@@ -102,37 +96,37 @@ GOOD: dict[str, Any] = {"x": X, "importance": torch.zeros(2, 4), "size": None, "
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": [1.0]}, TypeError, "x must be a tensor (B, N, C), got list"),
-        ({"x": X[0]}, ValueError, "x must be (B, N, C), got shape (5, 3)"),
-        ({"x": X.int()}, TypeError, "x must be float32, float16, bfloat16 or float64, got torch.int32"),
+        ({"x": [1.0]}, InputTypeError, "x must be a tensor (B, N, C), got list"),
+        ({"x": X[0]}, InputValueError, "x must be (B, N, C), got shape (5, 3)"),
+        ({"x": X.int()}, InputTypeError, "x must be float32, float16, bfloat16 or float64, got torch.int32"),
         (
             {"x": X.to(torch.complex64)},
-            TypeError,
+            InputTypeError,
             "x must be float32, float16, bfloat16 or float64, got torch.complex64",
         ),
-        ({"importance": None}, TypeError, "importance must be a tensor (B, N-P) or (B, N), got NoneType"),
+        ({"importance": None}, InputTypeError, "importance must be a tensor (B, N-P) or (B, N), got NoneType"),
         (
             {"importance": torch.zeros(2, 1, 5)},
-            ValueError,
+            InputValueError,
             "importance must be (B, N-P) or (B, N), got shape (2, 1, 5)",
         ),
         (
             {"importance": torch.zeros(2, 3)},
-            ValueError,
+            InputValueError,
             "importance must be (B, N-P) = (2, 4) or (B, N) = (2, 5), got shape (2, 3)",
         ),
-        ({"importance": torch.zeros(1, 4)}, ValueError, "got shape (1, 4)"),
-        ({"importance": torch.zeros(2, 4).long()}, TypeError, "importance must be float32"),
-        ({"importance": torch.zeros(2, 4, device="meta")}, ValueError, "importance is on meta and x on cpu"),
-        ({"size": 3}, TypeError, "size must be a tensor (B, N), got int"),
-        ({"size": torch.ones(2, 4)}, ValueError, "size must be (B, N) = (2, 5), got shape (2, 4)"),
-        ({"size": torch.ones(2, 5, 1)}, ValueError, "size must be (B, N), got shape (2, 5, 1)"),
-        ({"size": torch.ones(2, 5).bool()}, TypeError, "size must be float32"),
-        ({"size": torch.ones(2, 5, device="meta")}, ValueError, "size is on meta and x on cpu"),
-        ({"prefix": -1}, ValueError, "prefix must be at least 0, got -1"),
-        ({"prefix": 6}, ValueError, "prefix must be at most the number of tokens, 5, got 6"),
-        ({"prefix": 1.0}, TypeError, "prefix must be an int, got float"),
-        ({"prefix": True}, TypeError, "prefix must be an int, got bool"),
+        ({"importance": torch.zeros(1, 4)}, InputValueError, "got shape (1, 4)"),
+        ({"importance": torch.zeros(2, 4).long()}, InputTypeError, "importance must be float32"),
+        ({"importance": torch.zeros(2, 4, device="meta")}, InputValueError, "importance is on meta and x on cpu"),
+        ({"size": 3}, InputTypeError, "size must be a tensor (B, N), got int"),
+        ({"size": torch.ones(2, 4)}, InputValueError, "size must be (B, N) = (2, 5), got shape (2, 4)"),
+        ({"size": torch.ones(2, 5, 1)}, InputValueError, "size must be (B, N), got shape (2, 5, 1)"),
+        ({"size": torch.ones(2, 5).bool()}, InputTypeError, "size must be float32"),
+        ({"size": torch.ones(2, 5, device="meta")}, InputValueError, "size is on meta and x on cpu"),
+        ({"prefix": -1}, InputValueError, "prefix must be at least 0, got -1"),
+        ({"prefix": 6}, InputValueError, "prefix must be at most the number of tokens, 5, got 6"),
+        ({"prefix": 1.0}, InputTypeError, "prefix must be an int, got float"),
+        ({"prefix": True}, InputTypeError, "prefix must be an int, got bool"),
     ],
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:

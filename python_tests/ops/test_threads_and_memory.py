@@ -46,10 +46,10 @@ def check_threads(function: Any) -> None:
 def test_tokens(case: TokenCase, data: st.DataObject) -> None:
     x, importance, size = case.x(), case.importance(), case.size()
     k_p, k_m = data.draw(kept_numbers(case.tokens, case.prefix))
-    residual = data.draw(st.sampled_from([None, case.x(4)]))
+    residual = data.draw(st.sampled_from([None, case.x(salt=4)]))
     dst = torch.randint(-1, k_m, (case.images, case.tokens), generator=torch.Generator().manual_seed(case.seed))
     gradient = case.gradient(k_m)
-    options: dict[str, Any] = {"prefix": case.prefix, "features": data.draw(st.sampled_from(["mean", "weighted"]))}
+    options: dict[str, Any] = {"prefix": case.prefix, "mean_rule": data.draw(st.sampled_from(["mean", "weighted"]))}
     check_threads(lambda: ops.sort_tokens(x, importance, size, prefix=case.prefix))
     check_threads(lambda: ops.prune_merge(x, importance, k_p, k_m, size, residual=residual, **options))
     check_threads(lambda: ops.merge_reduce(x, dst, k_m, weights=size))
@@ -57,7 +57,7 @@ def test_tokens(case: TokenCase, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("images", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("features", ["codebook", "clustered"])
+@pytest.mark.parametrize("features", ["codebook", "duplicates", "clustered"])
 def test_many_parts(images: int, features: str) -> None:
     """Enough tokens that every thread has several blocks of them; ties across parts go to the lower position."""
     case = TokenCase(images, 400, 24, 1, torch.float32, features=features, importances="ties", seed=images)
@@ -78,8 +78,8 @@ def test_attention(case: AttentionCase) -> None:
 @settings(max_examples=15)
 @given(case=attention_cases(least_prefix=1, most_tokens=257), mask_kind=st.sampled_from(MASKS), data=st.data())
 def test_masked_attention(case: AttentionCase, mask_kind: str, data: st.DataObject) -> None:
-    importance = data.draw(st.sampled_from(["class", "received"]))
-    options: dict[str, Any] = {"scale": case.scale, "prefix": case.prefix, "importance": importance}
+    importance_from = data.draw(st.sampled_from(["class", "received"]))
+    options: dict[str, Any] = {"scale": case.scale, "prefix": case.prefix, "importance_from": importance_from}
     leaves = [tensor.detach().requires_grad_() for tensor in (*case.qkv(), case.mask(mask_kind))]
     size, gradient = case.size(), case.gradient()
 
@@ -103,7 +103,7 @@ def test_masked_tokens(case: TokenCase, data: st.DataObject) -> None:
     importance = importance + mask
     kept = [torch.tensor(number, dtype=case.wide) for number in (kept_p, kept_m)]
     size, gradient = case.size(), case.gradient(case.tokens)
-    options: dict[str, Any] = {"prefix": case.prefix, "sizes": data.draw(st.sampled_from(["cosine", "sum"]))}
+    options: dict[str, Any] = {"prefix": case.prefix, "size_rule": data.draw(st.sampled_from(["cosine", "sum"]))}
 
     def train() -> tuple[Tensor, ...]:
         results = ops.masked_prune_merge(x, mask, importance, size, prob, prob, *kept, **options)

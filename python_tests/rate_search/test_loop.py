@@ -14,13 +14,15 @@ from tiny_search import CLASSES, tiny_batches, tiny_model
 from torch.utils.data import DataLoader, TensorDataset
 
 import diffrate_ext
-from diffrate_ext.flops import flops
-from diffrate_ext.models.base import CompressedModule
-from diffrate_ext.rates import RateSearch
+from diffrate_ext.compression.flops import flops
+from diffrate_ext.compression.uniform import uniform_schedule
+from diffrate_ext.models.compressed import CompressedModule
+from diffrate_ext.rate_search import checkpoints
+from diffrate_ext.rate_search.history import MOST_RECORDS, SearchHistory
+from diffrate_ext.rate_search.loop import search
+from diffrate_ext.rate_search.rates import RateSearch
+from diffrate_ext.rate_search.settings import LR_CAP, SearchSettings
 from diffrate_ext.schedule import Schedule
-from diffrate_ext.searching import checkpoints
-from diffrate_ext.searching.history import MOST_RECORDS, SearchHistory
-from diffrate_ext.searching.loop import LR_CAP, SearchSettings, run_search, search
 
 
 def gflops_of(model, share: float) -> float:
@@ -33,7 +35,7 @@ def plain_model(**changes):
 
 
 def quick(model, loader, share: float = 0.6, *, settings=None, **options):
-    return run_search(
+    return search(
         model, loader, gflops_of(model, share), settings or SearchSettings(steps=3, lr=0.3, start="zeros"), **options
     )
 
@@ -47,9 +49,9 @@ def test_the_target_is_met(share, pool):
     )
     images = torch.randn(2, 1, 28, 28)
     settings = SearchSettings(steps=4, lr=0.5)
-    result = run_search(model, [(images, torch.tensor([0, 3]))], gflops_of(model, share), settings)
-    assert result.schedule.gflops(model) == pytest.approx(gflops_of(model, share), rel=0.01)
-    assert result.gflops == result.schedule.gflops(model)
+    result = search(model, [(images, torch.tensor([0, 3]))], gflops_of(model, share), settings)
+    assert flops(model, result.schedule) / 1e9 == pytest.approx(gflops_of(model, share), rel=0.01)
+    assert result.gflops == flops(model, result.schedule) / 1e9
 
 
 def test_the_search_itself_nears_the_target():
@@ -69,7 +71,7 @@ def test_the_model_is_left_as_it_is(training, compressed, fails):
     model = tiny_model().train(training)
     model.head.requires_grad_(False)
     if compressed:
-        diffrate_ext.compress(model, Schedule(prune=[65, 60, 50, 40], merge=[65, 55, 45, 35]))
+        diffrate_ext.compress(model, Schedule(after_pruning=[65, 60, 50, 40], after_merging=[65, 55, 45, 35]))
     before = copy.deepcopy(model)
     images = tiny_batches()[0][0]
     if fails:
@@ -100,6 +102,14 @@ def tiny_model_without_seeding():
         return tiny_model()
 
 
+def test_no_gpu_is_reseeded_but_the_models_own(monkeypatch):
+    """``torch.manual_seed`` and ``torch.cuda.manual_seed_all`` reach all GPUs, whose generators nobody saved."""
+    model = plain_model()
+    for module, name in ((torch, "manual_seed"), (torch.cuda, "manual_seed_all")):
+        monkeypatch.setattr(module, name, lambda seed, name=name: pytest.fail(f"{name} was called"))
+    quick(model, tiny_batches())
+
+
 def test_the_same_twice():
     loader = DataLoader(
         TensorDataset(*(torch.cat(parts) for parts in zip(*tiny_batches(), strict=True))), 4, shuffle=True
@@ -125,7 +135,7 @@ def test_first_record():
     assert record.accuracy == (logits.argmax(1) == batch[1]).float().mean().item()
     assert record.gflops == pytest.approx(rates.gflops().item(), rel=1e-6)
     schedule = rates.schedule()
-    assert (record.prune, record.merge) == (schedule.prune, schedule.merge)
+    assert (record.after_pruning, record.after_merging) == (schedule.after_pruning, schedule.after_merging)
     assert record.lr == pytest.approx(0.3)
 
 
@@ -323,6 +333,15 @@ def test_bad_loaders(loader, error, message, tmp_path):
         quick(plain_model(), loader, output=tmp_path / "search")
 
 
+def test_the_schedule_is_evaluated_where_there_are_images_for_it():
+    model, validation = plain_model(), tiny_batches(2, seed=9)
+    assert quick(model, tiny_batches()).evaluation is None
+    result = quick(model, tiny_batches(), validation=validation)
+    compressed = diffrate_ext.compressed_copy(model, result.schedule)
+    assert result.evaluation == diffrate_ext.evaluate(compressed, validation, reference=model)
+    assert result.evaluation.n == 8
+
+
 def test_report_is_called_after_every_step():
     records = []
     quick(plain_model(), tiny_batches(), settings=SearchSettings(steps=5, lr=0.1), report=records.append)
@@ -346,8 +365,8 @@ def test_a_target_out_of_reach(share, tmp_path):
 
 def test_the_whole_model_as_target():
     model = plain_model()
-    schedule = search(model, tiny_batches(), gflops_of(model, 1), SearchSettings(steps=2, lr=0.1))
-    assert set(schedule.merge) == {65}
+    result = search(model, tiny_batches(), gflops_of(model, 1), SearchSettings(steps=2, lr=0.1))
+    assert set(result.schedule.after_merging) == {65}
 
 
 def test_an_unsupported_model():
@@ -380,6 +399,13 @@ def test_divergence_keeps_the_state_before(part, tmp_path, monkeypatch):
     assert all(logits.isfinite().all() for logits in state["logits"].values())
 
 
+def test_what_diverges_at_once_leaves_nothing_and_says_nothing_else(tmp_path):
+    images, labels = tiny_batches()[0]
+    with pytest.raises(diffrate_ext.DivergedError, match=r"step 0: .*do the images or the weights hold NaN\?$"):
+        quick(plain_model(), [(images * math.nan, labels)], output=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- files
 
 
@@ -394,7 +420,7 @@ def test_files(tmp_path):
     assert history["target_gflops"] == gflops_of(model, 0.6)
     assert history["tokens"] == [65] * 4
     assert [record["step"] for record in history["records"]] == [0, 1, 2]
-    assert history["records"][1]["merge"] == list(result.history.records[1].merge)
+    assert history["records"][1]["after_merging"] == list(result.history.records[1].after_merging)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -444,11 +470,11 @@ def test_wrong_checkpoint_intervals(every):
 
 def test_starts_at_the_uniform_schedule():
     model = plain_model()
-    uniform = Schedule.uniform(model, gflops_of(model, 0.8))
+    uniform = uniform_schedule(model, gflops_of(model, 0.8))
     record = quick(model, tiny_batches(), 0.8, settings=SearchSettings(steps=3, lr=0.3)).history.records[0]
-    assert (record.prune, record.merge) == (uniform.prune, uniform.merge)
+    assert (record.after_pruning, record.after_merging) == (uniform.after_pruning, uniform.after_merging)
     zeros = quick(model, tiny_batches(), 0.8).history.records[0]
-    assert len(set(zeros.merge[1:])) == 1
+    assert len(set(zeros.after_merging[1:])) == 1
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(3, 0.9), (100, 0.9625), (3750, 0.999), (100_000, 0.999)])

@@ -11,9 +11,10 @@ import pytest
 import torch
 from tiny_search import STEPS, search_once, shuffled_loader, tiny_model
 
-from diffrate_ext.flops import flops
+from diffrate_ext.compression.flops import flops
+from diffrate_ext.rate_search.loop import search
+from diffrate_ext.rate_search.settings import SearchSettings
 from diffrate_ext.schedule import Schedule
-from diffrate_ext.searching.loop import SearchSettings, run_search
 
 SCRIPT = Path(__file__).parents[1] / "tiny_search.py"
 
@@ -65,9 +66,7 @@ def test_killed_and_resumed(when, steps_kept, unbroken, tmp_path):
 def test_the_random_numbers_matter(unbroken, tmp_path):
     """What the other tests rely on: another order, noise or dropout leads elsewhere."""
     model = tiny_model()
-    run_search(
-        model, shuffled_loader(), 0.6 * flops(model) / 1e9, SearchSettings(STEPS, lr=0.2, seed=4), output=tmp_path
-    )
+    search(model, shuffled_loader(), 0.6 * flops(model) / 1e9, SearchSettings(STEPS, lr=0.2, seed=4), output=tmp_path)
     found, wanted = logits_in(tmp_path), logits_in(unbroken)
     assert all((found[name] - wanted[name]).abs().max() > 1e-3 for name in wanted)
 
@@ -110,7 +109,7 @@ def test_a_failing_loader_loses_nothing(tmp_path):
             yield batch
 
     with pytest.raises(ValueError, match="a corrupt picture"):
-        run_search(model, failing, 0.6 * flops(model) / 1e9, SearchSettings(STEPS), output=tmp_path)
+        search(model, failing, 0.6 * flops(model) / 1e9, SearchSettings(STEPS), output=tmp_path)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 4
 
 
@@ -135,7 +134,7 @@ def test_a_search_is_not_overwritten(unbroken):
 
 
 @pytest.mark.parametrize(
-    ("model", "share", "settings", "facts", "difference"),
+    ("model", "share", "settings", "fingerprint", "difference"),
     [
         ({}, 0.6, {"lr": 0.1}, None, "lr: 0.2 then, 0.1 now"),
         ({}, 0.6, {"steps": 20}, None, "steps: 12 then, 20 now"),
@@ -145,11 +144,11 @@ def test_a_search_is_not_overwritten(unbroken):
         ({}, 0.6, {}, {"images": "others"}, "images: None then, 'others' now"),
     ],
 )
-def test_another_search_is_not_continued(model, share, settings, facts, difference, unbroken):
+def test_another_search_is_not_continued(model, share, settings, fingerprint, difference, unbroken):
     model = tiny_model(**model)
     settings = SearchSettings(**{"steps": STEPS, "lr": 0.2, "seed": 3, **settings})
     with pytest.raises(ValueError, match="was started differently") as error:
-        run_search(model, [], share * flops(model) / 1e9, settings, output=unbroken, resume=True, facts=facts)
+        search(model, [], share * flops(model) / 1e9, settings, output=unbroken, resume=True, fingerprint=fingerprint)
     assert difference in str(error.value)
 
 

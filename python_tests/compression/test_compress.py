@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from diffrate_ext.compression import compress, restore, token_slots
+from diffrate_ext.compression.compress import compress, restore, token_slots
 from diffrate_ext.schedule import Schedule
 
 TINY: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -86,8 +86,9 @@ def test_weights_go_both_ways(case: tuple[nn.Module, Schedule, Tensor]) -> None:
 def test_compressing_again_replaces_the_schedule(case: tuple[nn.Module, Schedule, Tensor]) -> None:
     model, schedule, images = case
     plain, once = model(images), compress(copy.deepcopy(model), schedule)(images)
-    first = schedule.merge[0]
-    compress(model, Schedule(schedule.prune, [first, *[n - 1 for n in schedule.merge[1:]]], prefix=schedule.prefix))
+    first = schedule.after_merging[0]
+    fewer = [first, *[n - 1 for n in schedule.after_merging[1:]]]
+    compress(model, Schedule(schedule.after_pruning, fewer, prefix=schedule.prefix))
     assert not torch.equal(model(images), once)
     assert torch.equal(compress(model, schedule)(images), once)
     assert torch.equal(restore(model)(images), plain)
@@ -97,7 +98,7 @@ def test_a_schedule_that_does_not_fit_leaves_the_model_as_it_was(case: tuple[nn.
     model, schedule, images = case
     logits = compress(model, schedule)(images)
     with pytest.raises(ValueError, match="blocks, the model"):
-        compress(model, Schedule(None, [*schedule.merge, 2], prefix=schedule.prefix))
+        compress(model, Schedule(None, [*schedule.after_merging, 2], prefix=schedule.prefix))
     assert torch.equal(model(images), logits)
 
 

@@ -6,28 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, SepConv
-from timm.models.vision_transformer import VisionTransformer
+from tiny_models import tiny_caformer, tiny_vit
 from torch import Tensor, nn
 
 from diffrate_ext import RateSearch
 from diffrate_ext.models import adapter_for
-from diffrate_ext.models.masked import BlockRates, TokenState
-
-TINY: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
-
-
-def caformer() -> MetaFormer:
-    model = MetaFormer(
-        num_classes=5,
-        depths=(1, 1, 3, 1),
-        dims=(8, 16, 32, 64),
-        token_mixers=[SepConv, SepConv, Attention, Attention],
-        norm_layers=[LayerNorm2dNoBias] * 2 + [LayerNormNoBias] * 2,
-    )
-    model.pretrained_cfg = {"input_size": (3, 64, 64)}  # type: ignore[assignment]
-    return model
-
+from diffrate_ext.models.compressed import TokenState
+from diffrate_ext.rate_search.masking import BlockRates, MaskTokens
 
 TOKENS, ALIVE, MERGED = 20, 17, 9
 
@@ -39,9 +24,9 @@ def test_a_block_masks_its_least_important_tokens(kind: str) -> None:
         "registers": {"reg_tokens": 3},
         "no class token": {"class_token": False, "global_pool": "avg"},
     }
-    model = caformer() if kind == "CAFormer" else VisionTransformer(**{**TINY, **options.get(kind, {})})
-    compressor = adapter_for(model).compressor(model)
-    prefix, pruned = compressor.prefix, TOKENS if kind == "CAFormer" else 14
+    model = tiny_caformer() if kind == "CAFormer" else tiny_vit(**options.get(kind, {}))
+    rules = adapter_for(model).rules
+    prefix, pruned = rules.prefix, TOKENS if kind == "CAFormer" else 14
 
     random = torch.Generator().manual_seed(0)
     x = torch.randn(2, TOKENS, 6, generator=random, dtype=torch.float64)
@@ -56,7 +41,11 @@ def test_a_block_masks_its_least_important_tokens(kind: str) -> None:
         torch.tensor(float(pruned), dtype=torch.float64),
         torch.tensor(float(MERGED), dtype=torch.float64),
     )
-    out, state, slot = compressor.reduce_masked(x, importance, TokenState(mask, size), rates)
+    step = MaskTokens(rules, rates, TokenState(size, mask))
+    step.importance = importance  # as attention would give it
+    out = step.reduce(0.25 * x, 0.75 * x)
+    state, slot = step.after, step.slot
+    assert slot is not None
     assert state.mask is not None
     assert state.size is not None
     assert state.mask.tolist() == [[1.0] * MERGED + [0.0] * (TOKENS - MERGED)] * 2
@@ -87,8 +76,7 @@ def test_a_block_masks_its_least_important_tokens(kind: str) -> None:
 
 def head(**changes: Any) -> tuple[Any, Tensor, Tensor]:
     """A search's model, tokens, and sizes that a gradient reaches, some of them zero."""
-    torch.manual_seed(0)
-    model = VisionTransformer(**{**TINY, "class_token": False, **changes}).double().eval()
+    model = tiny_vit(**{"class_token": False, **changes}).double()
     nn.init.normal_(model.head.weight)  # type: ignore[arg-type]
     RateSearch(model)
     size = 1 + torch.rand(2, 16, dtype=torch.float64)

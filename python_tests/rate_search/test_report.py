@@ -10,10 +10,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
+from diffrate_ext.rate_search.history import SearchHistory, StepRecord
+from diffrate_ext.rate_search.plot import draw_search
+from diffrate_ext.rate_search.report import LINES, all_reports, progress_report, tensorboard_report
 from diffrate_ext.schedule import Schedule
-from diffrate_ext.searching.history import SearchHistory, StepRecord
-from diffrate_ext.searching.plot import draw_search
-from diffrate_ext.searching.report import LINES, all_reports, progress_report, tensorboard_report
 
 
 def record(step: int, *, prune: bool = True) -> StepRecord:
@@ -24,8 +24,8 @@ def record(step: int, *, prune: bool = True) -> StepRecord:
         accuracy=0.25,
         gflops=3.0,
         lr=0.1,
-        prune=(65, 60 - step // 4, 50 - step // 4) if prune else None,
-        merge=(65, 55 - step // 4, 45 - step // 4),
+        after_pruning=(65, 60 - step // 4, 50 - step // 4) if prune else None,
+        after_merging=(65, 55 - step // 4, 45 - step // 4),
     )
 
 
@@ -139,7 +139,8 @@ def test_a_picture_of_one_step():
 
 def test_a_family_with_stages():
     """Where the grid changes, the tokens before the first block of a stage are the stage's, not those left before."""
-    found = SearchHistory(2.0, 4.0, 1, (64, 64, 16, 16), (replace(record(0, prune=False), merge=(64, 40, 16, 16)),))
+    only = replace(record(0, prune=False), after_merging=(64, 40, 16, 16))
+    found = SearchHistory(2.0, 4.0, 1, (64, 64, 16, 16), (only,))
     figure = draw_search(found, Schedule(None, [64, 40, 16, 16], prefix=0), 3.0)
     merged = next(axis for axis in figure.axes if axis.get_title() == "merged by each block")
     assert merged.images[0].get_array()[:, 0].tolist() == [0, 24, 0, 0]

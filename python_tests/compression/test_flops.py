@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffrate_ext.flops import flops
+from diffrate_ext.compression.flops import flops
 from diffrate_ext.schedule import Schedule
 
 
@@ -31,7 +31,7 @@ def test_published_schedules_cost_what_the_paper_says(name: str, gflops: float, 
     mean_pool = {"global_pool": "avg"} if name.endswith(".mae") else {}
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=1000, **mean_pool)
-    assert round(Schedule.published(name, gflops).gflops(model), 3) == counted
+    assert round(flops(model, Schedule.published(name, gflops)) / 1e9, 3) == counted
 
 
 @pytest.mark.parametrize("name", ["deit_eval_a", "deit_eval_b", "mae_eval_a", "caformer_eval_a"])
@@ -103,6 +103,7 @@ def test_a_schedule_for_another_model_is_refused() -> None:
         (Schedule([17] * 2, [17] * 2), "has 2 blocks, the model 3"),
         (Schedule([17] * 3, [17] * 3, prefix=2), "has 2 prefix tokens, the model 1"),
         (Schedule([17] * 3, [17] * 3, grid=(2, 8)), r"grid of \(2, 8\) patches, the model has \(4, 4\)"),
+        (Schedule([17] * 3, [17] * 3, stages=(2, 1)), r"stages of \[2, 1\] blocks, the model has \[3\]"),
         (Schedule([197] * 3, [17] * 3), "keeps 197 tokens in a block, the model has only 17"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from two_processes import torchrun
 
 from diffrate_ext.cli.main import main
 from diffrate_ext.schedule import Schedule
@@ -29,15 +27,6 @@ def folder(tmp_path_factory):
             folder / f"{i}.png"
         )
     return folder
-
-
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    # python -m looks in the working directory first, where a checkout has no compiled library
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, timeout=300, cwd=Path(__file__).parent
-    )
 
 
 def test_two_processes_find_what_one_finds(folder, tmp_path):

@@ -1,0 +1,49 @@
+"""The schedule by a simple rule."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from diffrate_ext.compression.flops import flops
+from diffrate_ext.compression.uniform import uniform_schedule
+
+
+@pytest.mark.parametrize("share", [0.5, 0.65, 0.9, 1.0])
+def test_uniform_removes_the_same_number_everywhere_and_meets_the_target(share: float) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("deit_small_patch16_224")
+    target = share * flops(model) / 1e9
+    schedule = uniform_schedule(model, target)
+    assert flops(model, schedule) / 1e9 == pytest.approx(target, rel=0.01)
+    assert schedule.grid == (14, 14)
+    assert schedule.model == "deit_small_patch16_224.fb_in1k"
+    steps = schedule.kept_numbers(197)
+    assert steps[0] == (197, 197)
+    removed = [before[1] - after[1] for before, after in pairwise(steps)]
+    removed = removed[:-1] if steps[-1][1] == 2 else removed  # there may be fewer to remove in the last block
+    assert max(removed) - min(removed) <= 1
+    for (_, before), (k_p, k_m) in pairwise(steps):
+        assert abs((before - k_p) - (k_p - k_m)) <= 1
+
+
+def test_uniform_only_merges_the_inner_blocks_of_a_caformer() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("caformer_s36")
+    schedule = uniform_schedule(model, 6.0)
+    assert flops(model, schedule) / 1e9 == pytest.approx(6.0, rel=0.01)
+    assert schedule.after_pruning is None
+    assert schedule.after_merging[0] == 196
+    assert schedule.after_merging[17] == schedule.after_merging[16] < 196
+    assert schedule.after_merging[18:] == (49, 49, 49)
+
+
+@pytest.mark.parametrize("gflops", [0, 0.0001, 99, float("nan")])
+def test_uniform_refuses_what_cannot_be_reached(gflops: float) -> None:
+    model = VisionTransformer(img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=5)
+    with pytest.raises(ValueError, match=r"GFLOPs cannot be reached: the model takes .* uncompressed"):
+        uniform_schedule(model, gflops)
