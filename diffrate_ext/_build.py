@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .errors import InputValueError
+from diffrate_ext.errors import InputValueError
 
 _CAPABILITIES = ("plain", "avx2", "avx512")
 if (_wanted := os.environ.get("DIFFRATE_CPU_CAPABILITY")) and _wanted not in _CAPABILITIES:

@@ -35,12 +35,12 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         residual = torch.randn(2, 65, channels, generator=random).to(dtype)
         importance = torch.randint(9, (2, 3, 65), generator=random) / 8
         size = 1 + torch.rand(2, 65, generator=random, dtype=torch.float64)
-        results[f"sort_tokens {dtype} {channels}"] = ops.sort_tokens(x, importance[:, 0], size)
+        results[f"sort_tokens {dtype} {channels}"] = tuple(ops.sort_tokens(x, importance[:, 0], size))
         # one channel: all cosines are 1 or -1, up to rounding
         if channels > 1:
-            for features in ("mean", "weighted"):
-                results[f"prune_merge {features} {dtype} {channels}"] = ops.prune_merge(
-                    x, importance, 60, 40, size, features=features, residual=residual
+            for mean_rule in ("mean", "weighted"):
+                results[f"prune_merge {mean_rule} {dtype} {channels}"] = tuple(
+                    ops.prune_merge(x, importance, 60, 40, size, mean_rule=mean_rule, residual=residual)
                 )
         dst = torch.randint(-1, 20, (2, 65), generator=random)
         results[f"merge_reduce {dtype} {channels}"] = [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
 
-from diffrate_ext import embedded
-from diffrate_ext.schedule import Schedule
+from diffrate_ext import InputValueError, embedded, flops, uniform_schedule
 from diffrate_ext.timing import Comparison, benchmark, interleaved, random_images
 
 
@@ -19,7 +20,7 @@ def model():
 
 @pytest.fixture
 def schedule(model):
-    return Schedule.uniform(model, 0.2)
+    return uniform_schedule(model, 0.2)
 
 
 def test_interleaved_runs_every_call_once_a_round_each_time_starting_with_another():
@@ -54,13 +55,13 @@ def test_results_are_medians_and_the_speed_up_the_median_of_the_ratios(model, sc
     assert result.rounds == 5
     assert result.images_per_second == 4.0
     assert result.uncompressed_images_per_second == 1.6
-    assert result.gflops == schedule.gflops(model)
+    assert result.gflops == flops(model, schedule) / 1e9
     assert result.flops_ratio == pytest.approx(0.351 / 0.2, rel=0.01)
     assert result.realised_gain == pytest.approx(2.0 / result.flops_ratio)
 
 
 def test_results_before_any_round(model, schedule):
-    with pytest.raises(ValueError, match="nothing was timed"):
+    with pytest.raises(InputValueError, match="nothing was timed"):
         Comparison(model, [schedule], torch.zeros(1, 1, 28, 28)).results()
 
 
@@ -82,7 +83,7 @@ def test_the_compressed_model_is_timed_compressed_and_the_other_is_not(model, sc
     for m in comparison.models:
         m.norm.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
     list(comparison.run(1))
-    kept = schedule.steps(197)[-1][1]
+    kept = schedule.kept_numbers(197)[-1][1]
     assert sorted(set(tokens)) == [kept, 197]
 
 
@@ -105,5 +106,16 @@ def test_random_images_have_the_size_the_model_was_made_for():
     ],
 )
 def test_bad_input(model, schedule, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputValueError, match=message):
         benchmark(model, schedule, **arguments)
+
+
+def test_a_schedule_for_another_model_is_refused():
+    model = timm.create_model("test_vit")
+    name = f"test_vit.{model.pretrained_cfg['tag']}"
+    schedule = replace(uniform_schedule(model, 0.9 * flops(model) / 1e9), model="deit_small_patch16_224.fb_in1k")
+    images = torch.randn(1, 3, 160, 160)
+    with pytest.raises(InputValueError, match=f"made for deit_small_patch16_224.fb_in1k, and the model is {name}"):
+        benchmark(model, schedule, images=images, rounds=1, warmup=0)
+    for accepted, options in ((schedule, {"any_model": True}), (replace(schedule, model=name), {})):
+        assert benchmark(model, accepted, images=images, rounds=1, warmup=0, **options).rounds == 1

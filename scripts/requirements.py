@@ -1,12 +1,12 @@
-"""Prints requirements that pyproject.toml lists: ``python scripts/requirements.py [dependencies] [EXTRA ...]``."""
+"""Prints what an installed diffrate_ext requires: ``python scripts/requirements.py [dependencies] [EXTRA ...]``."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from importlib.metadata import requires
 
-import tomllib
-
-project = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]
-for name in sys.argv[1:]:
-    print(*(project["dependencies"] if name == "dependencies" else project["optional-dependencies"][name]), sep="\n")
+for line in requires("diffrate_ext") or []:
+    requirement, _, marker = (part.strip() for part in line.partition(";"))
+    extra = marker.removeprefix("extra ==").strip(" \"'") if marker else "dependencies"
+    if extra in sys.argv[1:]:
+        print(requirement)

@@ -35,7 +35,7 @@ class Stage:
 
     host: nn.Module
     """The module that runs the blocks: the model, or a stage of it."""
-    blocks: tuple[nn.Module, ...]
+    blocks: tuple[Any, ...]
     """In order, without wrappers."""
     grid: tuple[int, int]
     """(rows, columns) of the patches, for the model's own image size."""
