@@ -80,7 +80,7 @@ class Run:
 
 
 def plan(device: torch.device, dtype: torch.dtype, *, quick: bool, compile_models: bool) -> list[Run]:
-    """What to run, the most important first on a GPU, whose time may end early."""
+    """What to run, on a GPU the most important first."""
     if device.type == "cuda" and not quick:
         return gpu_plan(dtype)
     cases = [(EMBEDDED, 1), (EMBEDDED, 16), (DEIT_S, 4)] if quick else list(product((DEIT_S, DEIT_B, VIT_L), (1, 16)))

@@ -235,7 +235,12 @@ def unavailable_list(records: Iterable[Record]) -> str:
 
 def index_page(directory: Path) -> str:
     """What was measured so far, on which machines."""
-    lines = ["# Measured results", "", "Written by `benchmarks/run.py` and `gpu.sh`; what each column means: `../README.md`.", ""]
+    lines = [
+        "# Measured results",
+        "",
+        "Written by `benchmarks/run.py` and `gpu.sh`; what each column means: `../README.md`.",
+        "",
+    ]
     for path in sorted(directory.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         machine, bars = content["machine"], [bar for record in content["records"] for bar in record.get("bars", ())]

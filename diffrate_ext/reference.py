@@ -74,12 +74,16 @@ def match_tokens(x: Tensor, k_p: int, k_m: int, prefix: int) -> tuple[Tensor, Te
     Sources are positions k_m .. k_p-1, destinations prefix .. k_m-1.
 
     Returns:
-        the destinations' positions and the cosines, both (B, k_p - k_m). Of equal cosines: the lower position.
+        the destinations' positions and the cosines, both (B, k_p - k_m). Of equal destinations: the lowest position.
     """
     unit = F.normalize(x.to(wide_dtype(x)), dim=-1)
     cosine = unit[:, k_m:k_p] @ unit[:, prefix:k_m].transpose(1, 2)
     # a NaN feature is similar to nothing
     best, index = cosine.nan_to_num(nan=-torch.inf).max(dim=-1)
+    # rounding may tell equal destinations apart
+    destinations = x[:, prefix:k_m]
+    chosen = gather_tokens(destinations, index)
+    index = (destinations[:, None] == chosen[:, :, None]).all(-1).int().argmax(-1)
     return index + prefix, torch.where(best.isinf(), torch.nan, best)
 
 
@@ -164,11 +168,13 @@ def proportional_attention(
     *,
     scale: float | None = None,
     prefix: int = 1,
-    importance_from: str = "class",
-) -> tuple[Tensor, Tensor]:
+    importance_from: str | None = "class",
+) -> tuple[Tensor, Tensor | None]:
     """Attention in which a token counts as often as it has tokens merged in, and the importance that follows."""
     attn = attention_map(q, k, size, scale)
     out = (attn @ v.to(attn.dtype)).to(v.dtype)
+    if importance_from is None:
+        return out, None
     return out, token_importance(attn.detach(), prefix, importance_from, attn.dtype)
 
 
@@ -257,8 +263,8 @@ def masked_prune_merge(
     mask = mask.to(size.dtype).gather(1, order)
     images, tokens = mask.shape
     position = torch.arange(tokens, device=x.device)
-    pruned, merged = (math.floor(float(kept.detach()) + 0.5) for kept in (kept_p, kept_m))
-    last = int(mask[0].sum()) if images else tokens
+    numbers = (kept_p, kept_m, mask[0].sum() if images else torch.tensor(tokens))
+    pruned, merged, last = (math.floor(float(number.detach()) + 0.5) for number in numbers)  # the nearest whole ones
 
     def straight_through(first: int, end: int, probability: Tensor) -> Tensor:
         """0 at positions first .. end-1, 1 elsewhere, with the gradient of the probability."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -76,7 +76,7 @@ class Plan(ABC):
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module],
+    blocks: Sequence[nn.Module],
     x: Tensor,
     steps: Sequence[NewStep],
     *,
@@ -94,7 +94,12 @@ def run_blocks(
 
     Returns:
         the tokens that are left, (B, K, C), and their state.
+
+    Raises:
+        InputValueError: there are more blocks than steps.
     """
+    if len(blocks) > len(steps):
+        raise InputValueError(f"the model has {len(blocks)} blocks, and was compressed with {len(steps)}: do it again")
     state = TokenState()
     slot = None if observe is None else torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
     for block, new_step in zip(blocks, steps, strict=False):

@@ -65,7 +65,9 @@ class CompressedMetaFormerStage(CompressedModule, MetaFormerStage):
 
         tokens = x.flatten(2).transpose(1, 2)
         steps = self._diffrate_plan.steps(tokens.shape[1], self.training)
-        tokens, _ = run_blocks(self.blocks, tokens, steps, checkpointing=self.grad_checkpointing, observe=remember)
+        tokens, _ = run_blocks(
+            list(self.blocks), tokens, steps, checkpointing=self.grad_checkpointing, observe=remember
+        )
         tokens = ops.restore_tokens(tokens, slots[-1])
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 

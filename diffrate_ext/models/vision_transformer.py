@@ -6,7 +6,6 @@ reduced between attention and MLP (method of DiffRate, section 3.1).
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 import torch
@@ -97,7 +96,7 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
     ) -> tuple[Tensor, Tensor]:
         """Tokens and sizes after the first ``depth`` blocks (all)."""
         steps = self._diffrate_plan.steps(x.shape[1], self.training)
-        blocks = islice(self.blocks, depth)
+        blocks = list(self.blocks)[:depth]
         x, state = run_blocks(blocks, x, steps, checkpointing=self.grad_checkpointing, observe=observe)
         if state.size is None:
             return x, torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)

@@ -95,14 +95,16 @@ def _check_rate(name: str, value: Tensor, x: Tensor, shape: tuple[int, ...], mea
 
 def _check_kept(mask: Tensor, kept_p: Tensor, kept_m: Tensor, prefix: int) -> None:
     """Looked at on the CPU only, elsewhere looking would stop the stream."""
-    alive, pruned, merged = (float(number) for number in (mask.detach()[0].sum(), kept_p, kept_m))
+    alive = float(mask.detach()[0].sum())
     if not 0 <= alive <= mask.shape[1]:
         raise InputValueError(f"mask must lie in 0 .. 1, but its first row adds up to {alive}")
-    if not pruned >= prefix:
-        raise InputValueError(f"kept_p must be at least the prefix, {prefix}, got {pruned:g}")
-    if not (merged >= min(alive, pruned) or merged >= prefix + 1):
+    numbers = torch.stack([mask.detach()[0].sum(), kept_p, kept_m])
+    last, pruned, merged = _nearest_whole(numbers, mask.shape[1]).tolist()
+    if pruned < prefix or kept_p.isnan():
+        raise InputValueError(f"kept_p must be at least the prefix, {prefix}, got {float(kept_p):g}")
+    if kept_m.isnan() or (merged < min(last, pruned) and merged < prefix + 1):
         raise InputValueError(
-            f"kept_m must be at least {prefix + 1} (the prefix and one token to merge into), got {merged:g}"
+            f"kept_m must be at least {prefix + 1} (the prefix and one token to merge into), got {float(kept_m):g}"
         )
 
 
@@ -163,14 +165,18 @@ def _positions(alive: Tensor, kept_p: Tensor, kept_m: Tensor, prefix: int) -> tu
 
     Tokens before ``kept`` stay, those up to ``middle`` merge into them, those up to ``last`` are pruned.
     """
-
-    def nearest(number: Tensor) -> Tensor:  # halves go up
-        return (number.nan_to_num(nan=0.0) + 0.5).floor().clamp(0, alive.shape[1])
-
-    last = nearest(alive[:1].sum())  # of the first image, as of every other
-    middle = torch.minimum(nearest(kept_p), last).clamp_min(prefix)
-    kept = torch.minimum(nearest(kept_m), middle)
+    # alive: of the first image, as of every other
+    last, pruned, merged = _nearest_whole(torch.stack([alive[:1].sum(), kept_p, kept_m]), alive.shape[1]).unbind()
+    middle = torch.minimum(pruned, last).clamp_min(prefix)
+    kept = torch.minimum(merged, middle)
     return last, middle, torch.maximum(kept, middle.clamp_max(prefix + 1))
+
+
+def _nearest_whole(numbers: Tensor, tokens: int) -> Tensor:
+    """The nearest whole numbers in 0 .. tokens, halves up, 0 for NaN."""
+    numbers = numbers.nan_to_num(nan=0.0).clamp(0, tokens)
+    whole = numbers.floor()
+    return whole + (numbers - whole >= 0.5)
 
 
 torch.library.register_autograd("diffrate::masked_prune_merge", _backward, setup_context=_setup_context)

@@ -232,6 +232,14 @@ def test_a_forward_of_an_instance_inside_a_block_is_honoured(model: nn.Module) -
     assert not torch.allclose(model(images), before)
 
 
+def test_a_block_that_came_later_is_not_left_out(model: nn.Module) -> None:
+    compress(model, tiny_schedule(model))
+    host: Any = next(stage for stage in model.stages if not stage.use_nchw) if isinstance(model, MetaFormer) else model
+    host.blocks.append(copy.deepcopy(host.blocks[-1]))
+    with pytest.raises(InputValueError, match="the model has 5 blocks, and was compressed with 4"):
+        model(tiny_images(model))
+
+
 def test_a_block_alone_says_who_calls_it(model: nn.Module) -> None:
     compress(model, tiny_schedule(model))
     block: Any = blocks_of(model)[0]

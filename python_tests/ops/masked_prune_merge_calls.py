@@ -45,13 +45,12 @@ class Call:
     def importance(self, device: torch.device = CPU) -> Tensor:
         """Tokens that are masked are the least important, as masked_attention has it, and so sorted last."""
         case = self.case
-        values = case.importance(device)
         if self.alive == "anywhere":
-            return values
+            return case.importance(device)
+        values = case.importance()
         patches = values[:, values.shape[1] - (case.tokens - case.prefix) :]
-        finite = patches.nan_to_num(nan=-1e30, neginf=-1e30)
-        lowest = torch.where(self.mask(device)[:, case.prefix :] > 0, finite, -torch.inf)
-        return torch.cat([values[:, : values.shape[1] - lowest.shape[1]], lowest.to(values.dtype)], 1)
+        lowest = torch.where(self.mask()[:, case.prefix :] > 0, patches.nan_to_num(nan=-1e30, neginf=-1e30), -torch.inf)
+        return torch.cat([values[:, : values.shape[1] - lowest.shape[1]], lowest.to(values.dtype)], 1).to(device)
 
     def probabilities(self) -> tuple[Tensor, Tensor]:
         random = torch.Generator().manual_seed(self.case.seed + 6)
