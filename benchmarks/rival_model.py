@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class AttentionOperator(Protocol):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, *, scale: float | None, prefix: int
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 class PruneMergeOperator(Protocol):
@@ -65,6 +65,7 @@ class EagerCompressed(nn.Module):
         out, importance = self.attention(
             attn.q_norm(q), attn.k_norm(k), v, size, scale=float(attn.scale), prefix=self.prefix
         )
+        assert importance is not None
         return attn.proj(out.transpose(1, 2).reshape(batch, tokens, -1)), importance
 
     def classify(self, x: Tensor, size: Tensor | None) -> Tensor:

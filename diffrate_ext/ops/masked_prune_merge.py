@@ -95,11 +95,10 @@ def _check_rate(name: str, value: Tensor, x: Tensor, shape: tuple[int, ...], mea
 
 def _check_kept(mask: Tensor, kept_p: Tensor, kept_m: Tensor, prefix: int) -> None:
     """Looked at on the CPU only, elsewhere looking would stop the stream."""
-    alive = float(mask.detach()[0].sum())
+    alive = mask.detach()[0].sum()
     if not 0 <= alive <= mask.shape[1]:
-        raise InputValueError(f"mask must lie in 0 .. 1, but its first row adds up to {alive}")
-    numbers = torch.stack([mask.detach()[0].sum(), kept_p, kept_m])
-    last, pruned, merged = _nearest_whole(numbers, mask.shape[1]).tolist()
+        raise InputValueError(f"mask must lie in 0 .. 1, but its first row adds up to {float(alive)}")
+    last, pruned, merged = _nearest_whole(torch.stack([alive, kept_p, kept_m]), mask.shape[1]).tolist()
     if pruned < prefix or kept_p.isnan():
         raise InputValueError(f"kept_p must be at least the prefix, {prefix}, got {float(kept_p):g}")
     if kept_m.isnan() or (merged < min(last, pruned) and merged < prefix + 1):

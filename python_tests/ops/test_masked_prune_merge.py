@@ -279,6 +279,16 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
         ops.masked_prune_merge(**{**GOOD, **changes})
 
 
+def test_numbers_are_judged_as_they_count() -> None:
+    """To the nearest whole number: 1.5 is two tokens, and enough beside a prefix of one."""
+    kept = {"kept_p": torch.tensor(0.6), "kept_m": torch.tensor(0.6)}
+    assert ops.masked_prune_merge(**{**GOOD, **kept}).mask.tolist() == [[1.0, 0, 0, 0, 0, 0]] * 2
+    kept = {"kept_p": torch.tensor(3.2), "kept_m": torch.tensor(1.5)}
+    assert ops.masked_prune_merge(**{**GOOD, **kept}).mask.tolist() == [[1.0, 1, 0, 0, 0, 0]] * 2
+    with pytest.raises(InputValueError, match="kept_m must be at least 2"):
+        ops.masked_prune_merge(**{**GOOD, "kept_m": torch.tensor(1.4)})
+
+
 @pytest.mark.parametrize(
     "changes",
     [
