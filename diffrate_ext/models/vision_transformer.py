@@ -73,8 +73,8 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
     """A VisionTransformer whose blocks drop and merge tokens.
 
     ``forward_features`` returns the tokens that are left, (B, K, C). ``forward_head`` needs their sizes where it
-    averages or attends over patches: it finds them with the very tensor that ``forward_features`` returned, or takes
-    them from ``forward_tokens``.
+    averages or attends over patches: it finds them with the very tensor that ``forward_features`` (or
+    ``forward_intermediates``) returned, or takes them from ``forward_tokens``.
     """
 
     _diffrate_plan: Plan
@@ -105,10 +105,7 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to the tokens that are left (B, K, C), normalised."""
         _refuse_masks(attn_mask, is_causal)
-        tokens, size = self.forward_tokens(x)
-        if not torch.compiler.is_compiling():
-            tokens._diffrate_size = size  # type: ignore[attr-defined]  # for forward_head
-        return tokens
+        return _with_sizes(*self.forward_tokens(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, size: Tensor | None = None) -> Tensor:
         """Tokens to logits. Means over tokens are weighted with their sizes.
@@ -187,7 +184,7 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
         def restore(tokens: Tensor, slot: Tensor) -> None:
             restored.append(ops.restore_tokens(self.norm(tokens) if norm else tokens, slot))
 
-        tokens, _ = self._run_blocks(self._embed(x), last + 1 if stop_early else None, restore)
+        tokens, size = self._run_blocks(self._embed(x), last + 1 if stop_early else None, restore)
         intermediates, prefixes = [], []
         for index in sorted(taken):
             features = restored[index]
@@ -203,10 +200,10 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
             if with_prefix:
                 result["image_intermediates_prefix"] = prefixes
             if not intermediates_only:
-                result["image_features"] = self.norm(tokens)
+                result["image_features"] = _with_sizes(self.norm(tokens), size)
             return result
         found = list(zip(intermediates, prefixes, strict=True)) if with_prefix else intermediates
-        return found if intermediates_only else (self.norm(tokens), found)
+        return found if intermediates_only else (_with_sizes(self.norm(tokens), size), found)
 
 
 class VisionTransformerAdapter(Adapter):
@@ -329,6 +326,13 @@ def _masked_attention_pool(pool: Any, x: Tensor, size: Tensor) -> Tensor:
     if pool.mlp is not None:
         x = x + pool.mlp(pool.norm(x))
     return x.mean(1) if pool.pool == "avg" else x[:, 0] if pool.pool == "token" else x
+
+
+def _with_sizes(tokens: Tensor, size: Tensor) -> Tensor:
+    """Tokens that bring their sizes with them, for ``forward_head``."""
+    if not torch.compiler.is_compiling():
+        tokens._diffrate_size = size  # type: ignore[attr-defined]
+    return tokens
 
 
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:

@@ -347,6 +347,8 @@ def test_the_head_finds_the_sizes_of_the_features_it_is_given(model: VisionTrans
     compress(model, schedule_for(model))
     features = model.forward_features(images)
     torch.testing.assert_close(model.forward_head(features), model(images))
+    features, _ = model.forward_intermediates(images)
+    torch.testing.assert_close(model.forward_head(features), model(images))
     assert "_diffrate_size" not in vars(features.clone())
 
 
