@@ -236,7 +236,7 @@ struct PruneMerge {
 
   void merge_features(int64_t image, const Scratch& s, int64_t to) const {
     auto weight = [&](int64_t position) {
-      W size = a.weighted ? size_of<W>(a.size, image, s.order[position]) : W(1);
+      W size = a.weighted_mean ? size_of<W>(a.size, image, s.order[position]) : W(1);
       return size > W(kTinySize) ? size : W(kTinySize);
     };
     W own = weight(to), total = own;

@@ -78,7 +78,6 @@ inline Vec<float> select(VecBits mask, Vec<float> yes, Vec<float> no) {
 }
 
 // --- float16 and bfloat16
-// ---------------------------------------------------------------------------------------------
 
 inline Vec<float> widen(HalfBits bits, BFloat16) {
   return bits_as<Vec<float>>(__builtin_convertvector(bits, VecBits) << 16);
@@ -137,7 +136,6 @@ inline void fill(T* to, int64_t count, T value) {
 }
 
 // --- loads, stores, sums
-// ----------------------------------------------------------------------------------------------
 
 inline Vec<float> load(const float* from) { return read<Vec<float>>(from); }
 inline Vec<double> load(const double* from) { return read<Vec<double>>(from); }
