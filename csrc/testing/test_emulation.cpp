@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "cuda/device.cuh"
-#include "emulation/sanitizer.h"
+#include "testing/emulation/sanitizer.h"
 
 namespace diffrate::cuda {
 namespace {

@@ -503,7 +503,7 @@ RAW: dict[str, Any] = {"q": Q, "k": Q, "v": Q, "mask": MASK, "size": None, "scal
         {"size": MASK.double()},
         {"prefix": -1},
         {"prefix": 7},
-        {"importance": "cls"},
+        {"importance_from": "cls"},
         {"grad": Q[:1]},
         {"grad": Q.half()},
         {"grad": Q[..., :3]},
@@ -513,6 +513,6 @@ def test_the_operators_check_for_themselves(changes: dict[str, Any]) -> None:
     if "grad" not in changes:
         with pytest.raises(RuntimeError, match="diffrate: "):
             torch.ops.diffrate.masked_attention(**{**RAW, **changes})
-    if "prefix" not in changes and "importance" not in changes:
+    if "prefix" not in changes and "importance_from" not in changes:
         with pytest.raises(RuntimeError, match="diffrate: "):
             torch.ops.diffrate.masked_attention_backward(**{**RAW, "grad": Q, **changes})

@@ -520,7 +520,7 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
         {"kept_p": torch.tensor(5)},
         {"prefix": -1},
         {"prefix": 7},
-        {"sizes": ""},
+        {"size_rule": ""},
     ],
 )
 def test_the_operator_checks_for_itself(changes: dict[str, Any]) -> None:

@@ -210,7 +210,7 @@ RAW: dict[str, Any] = {"q": attention_checks.Q, "k": attention_checks.Q, "v": at
         {"size": torch.ones(2, 6).double()},
         {"prefix": -1},
         {"prefix": 7},
-        {"importance": "cls"},
+        {"importance_from": "cls"},
     ],
 )
 def test_the_operator_checks_for_itself(device: torch.device, changes: dict[str, Any]) -> None:
