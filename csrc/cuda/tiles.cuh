@@ -22,8 +22,8 @@ constexpr int stride_of = kDepth + Chunk<T>::kCount;
 __device__ inline int row_in_tile(int i) { return lane_id() / 4 + (i / 2) * 8; }
 __device__ inline int column_in_tile(int i) { return lane_id() % 4 * 2 + i % 2; }
 
-// Unrolled loops over what a lane holds of a fragment of kRows x kTiles tiles: body(r, h) for row h = 0, 1 of row tile r,
-// body(n, i) for column i = 0, 1 of column tile n, body(r, n, i) for number i = 0..3 of tile (r, n).
+// Unrolled loops over what a lane holds of a fragment of kRows x kTiles tiles: body(r, h) for row h = 0, 1 of row tile
+// r, body(n, i) for column i = 0, 1 of column tile n, body(r, n, i) for number i = 0..3 of tile (r, n).
 template <int kRows, class Body>
 __device__ __forceinline__ void for_rows(Body body) {
 #pragma unroll
