@@ -58,7 +58,7 @@ struct ForwardShared {
   }
 };
 
-// What a lane knows of its rows after the keys so far.
+// What a lane holds of its rows after the keys so far.
 template <class C>
 struct ForwardRows {
   using W = typename C::W;

@@ -42,13 +42,14 @@ struct ReceivedShared {
   }
 };
 
+// What a lane holds of its rows: read at the start, and summed up over the queries so far.
 template <class C>
 struct ReceivedRows {
   using W = typename C::W;
-  W bias[C::kRows][2], own_inverse[C::kRows][2] = {};
+  W scale, bias[C::kRows][2], own_inverse[C::kRows][2] = {};  // own: of the query that is the same token
   W sum[C::kRows][2] = {}, floor_sum = 0;
-  W scale;
 };
+
 template <class C>
 struct ReceivedPass {
   using T = typename C::T;
@@ -109,18 +110,18 @@ struct ReceivedPass {
     if constexpr (C::kMasked) shared.floor[buffer * C::kQueries + tid] = query.floor;
   }
 
-  __device__ __forceinline__ void read_own_rows(ReceivedRows<C>& s) const {
-    s.scale = static_cast<W>(a.scale * kLog2OfE);
+  __device__ __forceinline__ void read_own_rows(ReceivedRows<C>& own) const {
+    own.scale = static_cast<W>(a.scale * kLog2OfE);
     for_rows<C::kRows>([&](int r, int h) {
       const int row = at.token(r, h);
-      s.bias[r][h] = bias_of_key<W>(a.size, at.image, row, a.tokens);
-      if (C::kMasked && row < tokens) s.own_inverse[r][h] = rows.inverse[at.image_head * a.tokens + row];
+      own.bias[r][h] = bias_of_key<W>(a.size, at.image, row, a.tokens);
+      if (C::kMasked && row < tokens) own.own_inverse[r][h] = rows.inverse[at.image_head * a.tokens + row];
     });
   }
 
   // --- one tile: the queries from token `first`, at rows `row` .. of the buffers
 
-  __device__ __forceinline__ void receive(const Keys& keys, int first, int row, ReceivedRows<C>& s) const {
+  __device__ __forceinline__ void receive(const Keys& keys, int first, int row, ReceivedRows<C>& own) const {
     const int own_query = at.token(0, 0) - first;  // the lane's first row, if it is in the tile
     W logits[C::kRows][C::kTiles][4] = {};
     multiply_rows<T, C::kRows, C::kDepth, C::kTiles>(logits, keys, shared.queries + row * C::kStride);
@@ -130,31 +131,31 @@ struct ReceivedPass {
       const W base = shared.base[row + query], share = shared.share[row + query];
       if constexpr (C::kMasked) tile_floor += shared.floor[row + query];
       for_rows<C::kRows>([&](int r, int h) {
-        W exponent = logits[r][n][2 * h + i] * s.scale + s.bias[r][h] - base;
+        W exponent = logits[r][n][2 * h + i] * own.scale + own.bias[r][h] - base;
         if constexpr (C::kMasked) {
           // a key that the query does not see may have any logit
           exponent = exponent > kSlack ? W(kSlack) : exponent;
-          const W own_share = s.own_inverse[r][h];  // read in any case: a branch would cost more
+          const W own_share = own.own_inverse[r][h];  // read in any case: a branch would cost more
           tile_sum[r][h] += power_of_two(exponent) * (query == own_query + r * 16 + h * 8 ? own_share : share);
         } else {
           tile_sum[r][h] += power_of_two(exponent) * share;
         }
       });
     });
-    s.floor_sum += tile_floor;
-    for_rows<C::kRows>([&](int r, int h) { s.sum[r][h] += tile_sum[r][h]; });
+    own.floor_sum += tile_floor;
+    for_rows<C::kRows>([&](int r, int h) { own.sum[r][h] += tile_sum[r][h]; });
   }
 
   // --- after the last tile
 
-  __device__ __forceinline__ void write_sums(ReceivedRows<C>& s) const {
-    if constexpr (C::kMasked) s.floor_sum = row_sum(s.floor_sum);
+  __device__ __forceinline__ void write_sums(ReceivedRows<C>& own) const {
+    if constexpr (C::kMasked) own.floor_sum = row_sum(own.floor_sum);
     for_rows<C::kRows>([&](int r, int h) {
       const int row = at.token(r, h);
-      const W total = row_sum(s.sum[r][h]);
+      const W total = row_sum(own.sum[r][h]);
       if (lane_id() % 4 != 0 || row >= tokens) return;
       rows.importance[at.image_head * a.tokens + row] =
-          C::kMasked ? total * number_of<W>(a.mask, at.image, row) + s.floor_sum : total;
+          C::kMasked ? total * number_of<W>(a.mask, at.image, row) + own.floor_sum : total;
     });
   }
 };
@@ -170,8 +171,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   copy_wait<0>();
   __syncthreads();
   const typename ReceivedPass<C>::Keys keys(pass.shared.keys + warp_id() * C::kWarpRows * C::kStride);
-  ReceivedRows<C> s;
-  pass.read_own_rows(s);
+  ReceivedRows<C> own;
+  pass.read_own_rows(own);
 
   int buffer = 0;
   for (int first = 0; first < pass.tokens; first += C::kQueries, buffer ^= 1) {
@@ -187,10 +188,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
     }
     if (pass.active())
       for (int part = 0; part < C::kQueries && first + part < pass.tokens; part += C::kTiles * 8)
-        pass.receive(keys, first + part, buffer * C::kQueries + part, s);
+        pass.receive(keys, first + part, buffer * C::kQueries + part, own);
     if (more) pass.put_query(next, buffer ^ 1);
   }
-  if (pass.active()) pass.write_sums(s);
+  if (pass.active()) pass.write_sums(own);
 }
 
 template <bool kMasked>

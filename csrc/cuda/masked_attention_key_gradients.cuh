@@ -80,7 +80,7 @@ struct KeyPass {
 
   // --- one tile
 
-  // What a lane knows of its rows, and what it sums.
+  // What a lane holds of its rows: read at the start, and summed up.
   struct State {
     OfRows bias, mask, grad_mask = {};
     Gradient grad_k = {}, grad_v = {};

@@ -10,7 +10,7 @@
 //   merge   prune_merge_merge.cuh: only the destinations that received a source are read again, from the output.
 // Nothing depends on the order of blocks or warps. prune_merge_launch.cuh lays out a launch.
 //
-// This file: what a block knows of its image, its memory, and its way to rows.
+// This file: a block and its image, shared memory, and how rows are read.
 #pragma once
 
 #include "cuda/ranking.cuh"

@@ -23,7 +23,7 @@ inline int64_t scratch_bytes_of(const PruneMergeArgs& a, int64_t parts) {
   return far + (parts > 1 ? all * parts * static_cast<int64_t>(sizeof(Best<double>)) : 0);
 }
 
-// Where sources number at most `most`. `error` tells what cannot be done.
+// Where sources number at most `most`. `error` becomes what cannot be done.
 template <class T>
 Layout<Wide<T>> layout_of(const PruneMergeArgs& a, int64_t most, const Scratch& scratch, const char*& error) {
   using W = Wide<T>;

@@ -95,8 +95,8 @@ int main() {
   using namespace diffrate;
   using namespace diffrate::testing;
   say_what_runs();
-  for (int64_t n : {5, 18, 33, 67})
-    for (int64_t channels : {1, 3, 4, 8, 17, 37, 64})
+  for (int64_t n : {5, 18, 67})
+    for (int64_t channels : {1, 3, 8, 37, 64})
       for (int64_t k_m : {n / 2, n - 2})  // many sources and few
         for (Kind kind : {Kind::identical, Kind::duplicated})
           for (bool with_residual : {false, true})

@@ -275,6 +275,37 @@ void test_masked_prune_merge(const Case& c, const cpu::Threads& threads) {
   check(sizes, "masked_prune_merge: sizes", c.tokens, c.channels);
 }
 
+// How many of seven tokens, all alive before, stay alive. common/kept_numbers.h has the rule, test_numbers.cpp tests
+// it.
+void test_kept_number(float kept_p, float kept_m, int64_t expected, const cpu::Threads& threads) {
+  const Case c{.images = 2, .tokens = 7, .channels = 3, .prefix = 0, .k_p = 0, .k_m = 0};
+  int64_t rows = c.images * c.tokens;
+  auto x = random_floats(rows * c.channels, 23), importance = random_floats(rows, 24), mask = exact<float>(rows, 1);
+  auto out = exact<float>(rows * c.channels), out_mask = exact<float>(rows), out_size = exact<float>(rows);
+  auto order = exact<int64_t>(rows), dst = exact<int64_t>(rows);
+  cpu::kernels().masked_prune_merge({.type = Type::f32,
+                                     .images = c.images,
+                                     .tokens = c.tokens,
+                                     .channels = c.channels,
+                                     .prefix = c.prefix,
+                                     .kept_p = &kept_p,
+                                     .kept_m = &kept_m,
+                                     .x = tokens_of(x.get(), c),
+                                     .importance = given(importance.get(), c),
+                                     .mask = vector_of(mask.get(), c),
+                                     .size = {},
+                                     .cosine_sizes = true,
+                                     .out = out.get(),
+                                     .out_mask = out_mask.get(),
+                                     .out_size = out_size.get(),
+                                     .order = order.get(),
+                                     .dst = dst.get()},
+                                    threads);
+  bool good = true;
+  for (int64_t i = 0; i < rows; ++i) good = good && out_mask[i] == (i % c.tokens < expected);
+  check(good, "masked_prune_merge: kept_p = " + std::to_string(kept_p) + ", kept_m = " + std::to_string(kept_m));
+}
+
 }  // namespace
 }  // namespace diffrate::testing
 
@@ -292,6 +323,11 @@ int main() {
     test_sort_tokens(kManyTokens, threads);
     test_prune_merge(kManyTokens, threads, true);
     test_masked_prune_merge(kManyTokens, threads);
+    test_kept_number(5.5f, 2.5f, 3, threads);
+    test_kept_number(5, 2.25f, 2, threads);
+    test_kept_number(std::nextafter(0.5f, 0.0f), 3, 0, threads);  // a half cannot be added to it exactly
+    test_kept_number(NAN, 3, 0, threads);
+    test_kept_number(99, 0, 1, threads);  // something to merge into
     test_compression_rate(196, 1, threads);
     test_compression_rate(17, 4, threads);
     test_compression_rate(1, 1, threads);
