@@ -40,7 +40,7 @@ def build_info() -> dict[str, Any]:
     }
 
 
-_MOST_HEAD_CHANNELS = {float64: (64 if float64 else 128) for float64 in (False, True)}  # XXX
+_MOST_HEAD_CHANNELS = {float64: _C.most_head_channels(float64) for float64 in (False, True)}
 
 
 def most_head_channels(*, float64: bool) -> int:

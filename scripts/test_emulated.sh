@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Runs the operators' tests on the CUDA kernels without a GPU: the kernels compiled for the emulated device
-# (csrc/emulation), behind operators that take CPU tensors. Needs an environment whose python3 has diffrate_ext and its
-# test requirements installed; the installed library is not touched.
+# (csrc/testing/emulation), behind operators that take CPU tensors. Needs an environment whose python3 has diffrate_ext
+# and its test requirements installed; the installed library is not touched.
 #   scripts/test_emulated.sh [BUILD_FOLDER [pytest arguments]]
 # BUILD_FOLDER is kept and used again; without one a temporary folder serves. The environment chooses more:
 #   DIFFRATE_SANITIZE=ON   the address and undefined-behaviour sanitizers, which also find accesses out of bounds
-#   DIFFRATE_EMULATION_ORDER, DIFFRATE_EMULATION_SEED   the order of threads: see csrc/emulation/schedule.h
+#   DIFFRATE_EMULATION_ORDER, DIFFRATE_EMULATION_SEED   the order of threads: see csrc/testing/emulation/schedule.h
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -gt 0 ]; then

@@ -1,10 +1,13 @@
 // What the kernels take: raw pointers, sizes, strides. One plain struct per operator, shared by CPU and CUDA.
 //
 // All strides are in elements. `Type` is the dtype of the features (x, out, grad, q, k, v); importances, sizes and
-// masks are `wide`: float, or double beside double features.
+// masks are `wide`: float, or double beside double features. Pointers are into the memory of the device that runs the
+// kernel.
 #pragma once
 
 #include <cstdint>
+
+#include "common/numeric.h"
 
 namespace diffrate {
 
@@ -29,6 +32,11 @@ struct Vector {  // (B, N), wide
   int64_t stride_image, stride_token;
 };
 
+struct Heads {  // (B, H, N, D) with a unit last stride
+  const void* data;
+  int64_t stride_image, stride_head, stride_token;
+};
+
 struct SortArgs {
   Type type;
   int64_t images, tokens, channels, prefix;
@@ -46,13 +54,50 @@ struct PruneMergeArgs {
   Tokens x;
   Tokens residual;  // data may be null
   Importance importance;
-  Vector size;        // data may be null: all ones
-  bool weighted;      // features: size-weighted instead of plain mean
-  bool cosine_sizes;  // sizes grow by size * cosine instead of size
-  void* out;          // (B, k_m, C)
-  void* out_size;     // (B, k_m)
-  int64_t* slot;      // (B, N)
+  Vector size;         // data may be null: all ones
+  bool weighted_mean;  // features: size-weighted instead of plain mean
+  bool cosine_sizes;   // sizes grow by size * cosine instead of size
+  void* out;           // (B, k_m, C)
+  void* out_size;      // (B, k_m)
+  int64_t* slot;       // (B, N)
 };
+
+struct MaskedPruneMergeArgs {
+  Type type;
+  int64_t images, tokens, channels, prefix;
+  const void *kept_p, *kept_m;  // one number each, wide: common/kept_numbers.h says what follows from them and the mask
+  Tokens x;
+  Importance importance;
+  Vector mask;
+  Vector size;        // data may be null: all ones
+  bool cosine_sizes;  // a source counts size * cosine, at least 1, instead of size
+  void* out;          // (B, N, C)
+  void* out_mask;     // (B, N)
+  void* out_size;     // (B, N)
+  int64_t* order;     // (B, N)
+  int64_t* dst;       // (B, N)
+};
+
+// The tokens that stay alive are written as if the others were dropped; what is masked follows after them. How many
+// these are (k_p, k_m) is for the kernel to find out.
+DIFFRATE_INLINE PruneMergeArgs alive_part(const MaskedPruneMergeArgs& a) {
+  return {.type = a.type,
+          .images = a.images,
+          .tokens = a.tokens,
+          .channels = a.channels,
+          .prefix = a.prefix,
+          .k_p = a.tokens,
+          .k_m = a.tokens,
+          .x = a.x,
+          .residual = {},
+          .importance = a.importance,
+          .size = a.size,
+          .weighted_mean = false,
+          .cosine_sizes = a.cosine_sizes,
+          .out = a.out,
+          .out_size = nullptr,
+          .slot = nullptr};
+}
 
 struct MergeReduceArgs {  // forward: x (B, N, C) -> out (B, kept, C); backward: x (B, kept, C) -> out (B, N, C)
   Type type;
@@ -64,34 +109,20 @@ struct MergeReduceArgs {  // forward: x (B, N, C) -> out (B, kept, C); backward:
   void* out;
 };
 
-struct AttentionArgs {  // importance (B, N-P) from q, k (B, H, N, D) with a unit last stride
+// Of all attention kernels: each uses what it needs. Everything written is contiguous; what is as large as q is
+// (B, N, H, D).
+struct AttentionArgs {
   Type type;
   int64_t images, heads, tokens, head_dim, prefix;
-  const void* q;
-  int64_t q_stride_image, q_stride_head, q_stride_token;
-  const void* k;
-  int64_t k_stride_image, k_stride_head, k_stride_token;
+  Heads q, k;
+  Heads v;      // not used by class_attention and received_attention
+  Vector mask;  // masked_attention and its gradients alone
   Vector size;  // data may be null: all ones
   double scale;
-  void* importance;
-};
-
-struct Heads {  // (B, H, N, D) with a unit last stride
-  const void* data;
-  int64_t stride_image, stride_head, stride_token;
-};
-
-struct MaskedAttentionArgs {  // everything written is (B, N, H, D), contiguous, but for importance and grad_mask
-  Type type;
-  int64_t images, heads, tokens, head_dim, prefix;
-  Heads q, k, v;
-  Vector mask;
-  Vector size;  // data may be null: all ones
-  double scale;
-  bool received;  // importance: attention received by each patch instead of the class token's
-  void* out;
-  void* importance;  // (B, N-P); null: not wanted (CUDA only)
-  Heads grad;        // of out; the backward pass alone uses this and what follows
+  bool received;     // beside values: importance is the attention received by each patch, not the class token's
+  void* out;         // (B, N, H, D)
+  void* importance;  // (B, N-P); beside values null: not wanted (CUDA only)
+  Heads grad;        // of out; masked_attention_backward alone uses this and what follows
   void *grad_q, *grad_k, *grad_v;
   void* grad_mask;  // (B, N)
 };
@@ -105,24 +136,6 @@ struct CompressionRateArgs {  // L proxies over K candidates; all arrays contigu
   const void* grad_kept;  // of the results; the backward pass alone uses these
   const void* grad_keep_prob;
   void* grad_logits;  // (L, K)
-};
-
-struct MaskedPruneMergeArgs {
-  Type type;
-  int64_t images, tokens, channels, prefix;
-  int64_t last;      // tokens alive before: pruning masks sorted positions k_p .. last-1, if any
-  int64_t k_p, k_m;  // merging takes positions k_m .. min(last, k_p)-1 as sources, if any
-  const void *kept_p_on_device, *kept_m_on_device;  // wide; the CUDA kernel reads these and the mask instead
-  Tokens x;
-  Importance importance;
-  Vector mask;
-  Vector size;        // data may be null: all ones
-  bool cosine_sizes;  // a source counts size * cosine, at least 1, instead of size
-  void* out;          // (B, N, C)
-  void* out_mask;     // (B, N)
-  void* out_size;     // (B, N)
-  int64_t* order;     // (B, N)
-  int64_t* dst;       // (B, N)
 };
 
 }  // namespace diffrate

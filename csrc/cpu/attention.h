@@ -9,6 +9,13 @@
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {
 
+// The channels of one token of a head.
+template <class T>
+const T* row_of(const Heads& heads, int64_t image, int64_t head, int64_t token) {
+  return static_cast<const T*>(heads.data) + image * heads.stride_image + head * heads.stride_head +
+         token * heads.stride_token;
+}
+
 // Rows of logits are padded to whole vectors; the padding is -inf and becomes (nearly) nothing in the softmax.
 template <class W>
 int64_t padded(int64_t tokens) {

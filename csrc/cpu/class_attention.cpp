@@ -1,6 +1,6 @@
 // The class token's row of the attention map, without the map.
 #include "cpu/attention.h"
-#include "cpu/tables.h"
+#include "cpu/dispatch.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {
@@ -36,15 +36,15 @@ struct ClassAttention {
     W* logits = s.logits + p * length;
     W* query = s.query + p * padded<W>(a.head_dim);
     for (int64_t head = a.heads * p / parts; head < a.heads * (p + 1) / parts; ++head) {
-      const T* q = static_cast<const T*>(a.q) + image * a.q_stride_image + head * a.q_stride_head;
-      const T* k = static_cast<const T*>(a.k) + image * a.k_stride_image + head * a.k_stride_head;
+      const T* q = row_of<T>(a.q, image, head, 0);
+      const T* k = row_of<T>(a.k, image, head, 0);
       for_vectors<W>(a.head_dim, [&](int64_t d, auto load_at, auto) {
         store(query + d, load_at(q + d) * static_cast<W>(a.scale));
       });
       for (int64_t j = 0; j < a.tokens; ++j) {
         Vec<W> dot = {};
         for_vectors<W>(a.head_dim, [&](int64_t d, auto load_at, auto) {
-          dot += load(query + d) * load_at(k + j * a.k_stride_token + d);
+          dot += load(query + d) * load_at(k + j * a.k.stride_token + d);
         });
         logits[j] = sum(dot) + s.bias[j];
       }

@@ -1,7 +1,7 @@
 // The differentiable discrete proxies of all blocks at once. A keep probability is a running sum over candidates, so
 // that a proxy costs K + N operations instead of K * N. Sums are kept in double: a kept number is a ceiling.
+#include "cpu/dispatch.h"
 #include "cpu/images.h"
-#include "cpu/tables.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {

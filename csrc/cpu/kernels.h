@@ -1,7 +1,7 @@
 // The CPU kernels: one table of entry points for each instruction set they were compiled for.
 #pragma once
 
-#include "common/arguments.h"
+#include "common/kernels.h"
 
 namespace diffrate::cpu {
 
@@ -12,19 +12,14 @@ struct Threads {
   void (*run)(int64_t n, void (*body)(void* context, int64_t begin, int64_t end), void* context);
 };
 
+template <class Args>
+using Kernel = void (*)(const Args&, const Threads&);
+
 struct Kernels {
-  const char* name;
-  void (*sort_tokens)(const SortArgs&, const Threads&);
-  void (*prune_merge)(const PruneMergeArgs&, const Threads&);
-  void (*merge_reduce)(const MergeReduceArgs&, const Threads&);
-  void (*merge_reduce_backward)(const MergeReduceArgs&, const Threads&);
-  void (*class_attention)(const AttentionArgs&, const Threads&);
-  void (*received_attention)(const AttentionArgs&, const Threads&);
-  void (*masked_attention)(const MaskedAttentionArgs&, const Threads&);
-  void (*masked_attention_backward)(const MaskedAttentionArgs&, const Threads&);
-  void (*compression_rate)(const CompressionRateArgs&, const Threads&);
-  void (*compression_rate_backward)(const CompressionRateArgs&, const Threads&);
-  void (*masked_prune_merge)(const MaskedPruneMergeArgs&, const Threads&);
+  const char* name;  // of the instruction set
+#define DIFFRATE_MEMBER(kernel, Args) Kernel<Args> kernel;
+  DIFFRATE_KERNELS(DIFFRATE_MEMBER, DIFFRATE_MEMBER)  // those that the CPU has not are null
+#undef DIFFRATE_MEMBER
 };
 
 // The best table for this processor, chosen once. The environment variable DIFFRATE_CPU_CAPABILITY (plain, avx2 or

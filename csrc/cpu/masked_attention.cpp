@@ -1,9 +1,9 @@
 // Attention of the search step and its gradients, a block of queries at a time: no N x N map exists, and the backward
 // pass keeps nothing but its inputs.
 #include "cpu/attention.h"
+#include "cpu/dispatch.h"
 #include "cpu/images.h"
 #include "cpu/multiply.h"
-#include "cpu/tables.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {
@@ -14,12 +14,12 @@ constexpr double kMaskedEpsilon = 1e-6;  // of the masked softmax
 template <class T>
 struct MaskedAttention {
   using W = Wide<T>;
-  const MaskedAttentionArgs& a;
+  const AttentionArgs& a;
   bool backward;
   int64_t length;    // of a row over tokens, padded to whole vectors
   int64_t channels;  // of a row over a head's channels, padded
 
-  MaskedAttention(const MaskedAttentionArgs& args, bool backward)
+  MaskedAttention(const AttentionArgs& args, bool backward)
       : a(args), backward(backward), length(padded<W>(args.tokens)), channels(padded<W>(args.head_dim)) {}
 
   // Of one part, which handles one head at a time.
@@ -217,11 +217,6 @@ struct MaskedAttention {
 
   static W exponential(W value) { return exp_nonpositive(Vec<W>{} + value)[0]; }
 
-  const T* row_in(const Heads& from, int64_t image, int64_t head, int64_t token) const {
-    return static_cast<const T*>(from.data) + image * from.stride_image + head * from.stride_head +
-           token * from.stride_token;
-  }
-
   T* row_out(void* to, int64_t image, int64_t head, int64_t token) const {
     return static_cast<T*>(to) + ((image * a.tokens + token) * a.heads + head) * a.head_dim;
   }
@@ -229,7 +224,7 @@ struct MaskedAttention {
   // (rows, channels), times `scale`; the padding is zero
   void pack(const Heads& from, int64_t image, int64_t head, int64_t first, int64_t rows, W scale, W* to) const {
     for (int64_t r = 0; r < rows; ++r) {
-      const T* row = row_in(from, image, head, first + r);
+      const T* row = row_of<T>(from, image, head, first + r);
       for_vectors<W>(a.head_dim,
                      [&](int64_t c, auto load_at, auto) { store(to + r * channels + c, load_at(row + c) * scale); });
     }
@@ -257,12 +252,12 @@ struct MaskedAttention {
 
 }  // namespace
 
-void masked_attention(const MaskedAttentionArgs& a, const Threads& threads) {
+void masked_attention(const AttentionArgs& a, const Threads& threads) {
   dispatch(a.type,
            [&](auto example) { for_images(threads, a.images, a.heads, MaskedAttention<decltype(example)>(a, false)); });
 }
 
-void masked_attention_backward(const MaskedAttentionArgs& a, const Threads& threads) {
+void masked_attention_backward(const AttentionArgs& a, const Threads& threads) {
   dispatch(a.type,
            [&](auto example) { for_images(threads, a.images, a.heads, MaskedAttention<decltype(example)>(a, true)); });
 }

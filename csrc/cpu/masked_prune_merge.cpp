@@ -1,16 +1,17 @@
 // Sort, prune and merge in the search step: all tokens stay, in sorted order, and a mask says which are alive.
+#include "common/kept_numbers.h"
+#include "cpu/dispatch.h"
 #include "cpu/prune_merge.h"
-#include "cpu/tables.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {
 
-// The tokens that stay alive are written as if the others were dropped; what is masked follows after them.
-PruneMergeArgs alive_part(const MaskedPruneMergeArgs& a) {
-  int64_t middle = a.k_p < a.last ? a.k_p : a.last;
-  return {a.type,  a.images,        a.tokens,     a.channels, a.prefix, middle,         a.k_m < middle ? a.k_m : middle,
-          a.x,     {nullptr, 0, 0}, a.importance, a.size,     false,    a.cosine_sizes, a.out,
-          nullptr, nullptr};
+template <class W>
+KeptPositions read_positions(const MaskedPruneMergeArgs& a) {
+  double alive = 0;
+  for (int64_t j = 0; j < a.tokens; ++j) alive += size_of<W>(a.mask, 0, j);
+  return kept_positions(static_cast<W>(alive), *static_cast<const W*>(a.kept_p), *static_cast<const W*>(a.kept_m),
+                        a.tokens, a.prefix);
 }
 
 template <class T>
@@ -18,9 +19,10 @@ struct MaskedPruneMerge : PruneMerge<T> {
   using Base = PruneMerge<T>;
   using W = typename Base::W;
   const MaskedPruneMergeArgs& masked;
+  int64_t last;  // of the positions that were alive before, the one after the last
 
-  MaskedPruneMerge(const PruneMergeArgs& alive, const MaskedPruneMergeArgs& args)
-      : Base(alive, args.tokens), masked(args) {}
+  MaskedPruneMerge(const PruneMergeArgs& alive, const MaskedPruneMergeArgs& args, int64_t last)
+      : Base(alive, args.tokens), masked(args), last(last) {}
 
   void part(int64_t image, char* memory, int64_t p, int64_t parts) const {
     Base::part(image, memory, p, parts);
@@ -40,7 +42,7 @@ struct MaskedPruneMerge : PruneMerge<T> {
     for (int64_t j = 0; j < tokens; ++j) {
       order[j] = s.order[j];
       dst[j] = j;
-      mask[j] = j >= kept && j < masked.last ? W(0) : size_of<W>(masked.mask, image, s.order[j]);
+      mask[j] = j >= kept && j < last ? W(0) : size_of<W>(masked.mask, image, s.order[j]);
       size[j] = size_of<W>(Base::a.size, image, s.order[j]);
     }
     if (Base::sources == 0) return;
@@ -58,10 +60,16 @@ struct MaskedPruneMerge : PruneMerge<T> {
 }  // namespace
 
 void masked_prune_merge(const MaskedPruneMergeArgs& a, const Threads& threads) {
-  PruneMergeArgs alive = alive_part(a);
+  if (a.images == 0) return;  // there is no mask to read
   int64_t blocks = (a.tokens + kBlock - 1) / kBlock;
-  dispatch(a.type,
-           [&](auto example) { for_images(threads, a.images, blocks, MaskedPruneMerge<decltype(example)>(alive, a)); });
+  dispatch(a.type, [&](auto example) {
+    using T = decltype(example);
+    KeptPositions at = read_positions<Wide<T>>(a);
+    PruneMergeArgs alive = alive_part(a);
+    alive.k_p = at.middle;
+    alive.k_m = at.kept;
+    for_images(threads, a.images, blocks, MaskedPruneMerge<T>(alive, a, at.last));
+  });
 }
 
 }  // namespace diffrate::cpu::DIFFRATE_SIMD

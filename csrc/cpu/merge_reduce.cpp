@@ -1,7 +1,7 @@
 // Mean of the tokens that share a destination, and its gradient.
+#include "cpu/dispatch.h"
 #include "cpu/images.h"
 #include "cpu/sort.h"
-#include "cpu/tables.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {

@@ -3,6 +3,10 @@
 // The sources of an image (k_p - k_m tokens, few) are loaded first and stay in cache. Then the destinations stream by
 // in blocks: a block is copied to the output and, while it is at hand, compared with all sources. At the end only the
 // destinations that received a source are read again, from the output.
+//
+// Rows that are equal, bit by bit, have equal cosines with a source, so that ties go to the lower position: whatever a
+// row's position, its norm and its products go through the same operations in the same order (multiply_add leaves the
+// compiler no choice), and are compared with `>`, from the first position on, in parts that follow each other.
 #pragma once
 
 #include <limits>
@@ -43,7 +47,7 @@ void compare(const W* rows, const W* inverse, int64_t position, const W* columns
     for (int64_t j = 0; j < kColumns; ++j) column[j] = load(columns + j * stride + c);
     for (int64_t i = 0; i < kRows; ++i) {
       Vec<W> row = load(rows + i * stride + c);
-      for (int64_t j = 0; j < kColumns; ++j) sums[i][j] += row * column[j];
+      for (int64_t j = 0; j < kColumns; ++j) sums[i][j] = multiply_add(row, column[j], sums[i][j]);
     }
   }
   using Index = typename Best<W>::Index;
@@ -122,7 +126,7 @@ struct PruneMerge {
       }
       if (out) store_at(out + c, value);
       if (row) store(row + c, value);  // a whole vector: rows are padded, and the padding is zero
-      squares += value * value;
+      squares = multiply_add(value, value, squares);
     });
     W norm = static_cast<W>(__builtin_sqrt(sum(squares)));
     return 1 / (norm > W(kNormEpsilon) || norm != norm ? norm : W(kNormEpsilon));
@@ -236,7 +240,7 @@ struct PruneMerge {
 
   void merge_features(int64_t image, const Scratch& s, int64_t to) const {
     auto weight = [&](int64_t position) {
-      W size = a.weighted ? size_of<W>(a.size, image, s.order[position]) : W(1);
+      W size = a.weighted_mean ? size_of<W>(a.size, image, s.order[position]) : W(1);
       return size > W(kTinySize) ? size : W(kTinySize);
     };
     W own = weight(to), total = own;

@@ -1,6 +1,6 @@
 // The column means of the attention map, without the map: a few of its rows at a time.
 #include "cpu/attention.h"
-#include "cpu/tables.h"
+#include "cpu/dispatch.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {
@@ -45,20 +45,20 @@ struct ReceivedAttention {
     W* query = s.query + p * kQueries * a.head_dim;
     W* lost = s.lost + p * length;
     for (int64_t head = a.heads * p / parts; head < a.heads * (p + 1) / parts; ++head) {
-      const T* q = static_cast<const T*>(a.q) + image * a.q_stride_image + head * a.q_stride_head;
-      const T* k = static_cast<const T*>(a.k) + image * a.k_stride_image + head * a.k_stride_head;
+      const T* q = row_of<T>(a.q, image, head, 0);
+      const T* k = row_of<T>(a.k, image, head, 0);
       W* sums = s.rows + head * length;
       fill(sums, length, W(0));
       fill(lost, length, W(0));
       fill(keys, a.head_dim * length, W(0));
       for (int64_t j = 0; j < a.tokens; ++j)
-        for (int64_t d = 0; d < a.head_dim; ++d) keys[d * length + j] = to_wide(k[j * a.k_stride_token + d]);
+        for (int64_t d = 0; d < a.head_dim; ++d) keys[d * length + j] = to_wide(k[j * a.k.stride_token + d]);
       for (int64_t i = 0; i < a.tokens; i += kQueries) {
         int64_t queries = std::min(kQueries, a.tokens - i);
         for (int64_t r = 0; r < kQueries; ++r)
           for (int64_t d = 0; d < a.head_dim; ++d)  // past the last query its row is computed again and not used
             query[r * a.head_dim + d] =
-                to_wide(q[(i + std::min(r, queries - 1)) * a.q_stride_token + d]) * static_cast<W>(a.scale);
+                to_wide(q[(i + std::min(r, queries - 1)) * a.q.stride_token + d]) * static_cast<W>(a.scale);
         for (int64_t j = 0; j < length; j += kLanes<W>) {
           Vec<W> dot[kQueries] = {}, odd[kQueries] = {};  // two sums each: shorter ones round less
           for (int64_t d = 0; d + 1 < a.head_dim; d += 2) {

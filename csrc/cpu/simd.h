@@ -13,6 +13,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -78,7 +80,6 @@ inline Vec<float> select(VecBits mask, Vec<float> yes, Vec<float> no) {
 }
 
 // --- float16 and bfloat16
-// ---------------------------------------------------------------------------------------------
 
 inline Vec<float> widen(HalfBits bits, BFloat16) {
   return bits_as<Vec<float>>(__builtin_convertvector(bits, VecBits) << 16);
@@ -137,7 +138,6 @@ inline void fill(T* to, int64_t count, T value) {
 }
 
 // --- loads, stores, sums
-// ----------------------------------------------------------------------------------------------
 
 inline Vec<float> load(const float* from) { return read<Vec<float>>(from); }
 inline Vec<double> load(const double* from) { return read<Vec<double>>(from); }
@@ -179,6 +179,36 @@ inline __attribute__((always_inline)) void for_vectors(int64_t channels, Body bo
         c, [rest](auto* from) { return load_some(from, rest); },
         [rest](auto* to, auto value) { store_some(to, value, rest); });
 }
+
+// a * b + c in one rounding where the processor can, and always in the same way. Of `a * b + c` as it stands the
+// compiler decides for each place anew, and numbers that must be equal bit by bit may come out different.
+#if defined(__AVX512F__)
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(__FMA__)
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#elif defined(__aarch64__)
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#else
+template <class V>
+inline V multiply_add(V a, V b, V c) {
+  return a * b + c;  // there is no other way: x86-64 has no fused one
+}
+#endif
 
 typedef float Quad __attribute__((vector_size(16)));
 

@@ -1,7 +1,7 @@
 // Sort and gather in one pass over the tokens.
+#include "cpu/dispatch.h"
 #include "cpu/images.h"
 #include "cpu/sort.h"
-#include "cpu/tables.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {

@@ -3,8 +3,11 @@
 // Exponentials are powers of two: logits are scaled by scale * log2(e), and a size's logarithm is log2.
 #pragma once
 
+#include <stdio.h>
+
 #include <type_traits>
 
+#include "common/limits.h"
 #include "cuda/tiles.cuh"
 
 namespace diffrate::cuda {
@@ -27,10 +30,6 @@ constexpr int kKeysAtOnce = kKeyTile<T, kDepth> < 32 ? kKeyTile<T, kDepth> : 32;
 // Tiles of 16 rows that a warp works on: as many as registers hold.
 template <class T, int kDepth>
 constexpr int kRowTiles = (kTensorCores<T> && kDepth <= 80) || (sizeof(T) == 4 && kDepth <= 64) ? 2 : 1;
-
-// Rows that a block works on.
-template <class T, int kDepth>
-constexpr int kBlockRows = kAttentionWarps * 16 * kRowTiles<T, kDepth>;
 
 __device__ inline float power_of_two(float exponent) { return exp2f(exponent); }
 __device__ inline double power_of_two(double exponent) { return exp2(exponent); }
@@ -62,7 +61,7 @@ __device__ inline const T* head_of(const Heads& from, int64_t image, int64_t hea
 
 // The same of what is written: (B, N, H, D), contiguous, so tokens are heads * head_dim apart.
 template <class T>
-__device__ inline T* head_of(void* to, int64_t image, int64_t head, const MaskedAttentionArgs& a) {
+__device__ inline T* head_of(void* to, int64_t image, int64_t head, const AttentionArgs& a) {
   return static_cast<T*>(to) + (image * a.tokens * a.heads + head) * a.head_dim;
 }
 
@@ -73,19 +72,27 @@ bool aligned_heads(const Heads& from, int64_t head_dim) {
          from.stride_head % Chunk<T>::kCount == 0;
 }
 
+// The text is this thread's until the next one.
+inline const char* too_many_head_channels(Type type) {
+  static thread_local char text[80];
+  snprintf(text, sizeof text, "the CUDA kernels take heads of at most %d channels%s",
+           static_cast<int>(most_head_channels(type)), type == Type::f64 ? " in float64" : "");
+  return text;
+}
+
 // Calls body(T{}, depth) with the C++ type of a dtype and, as a constant, the head's channels padded to whole tiles.
 template <class Body>
 const char* dispatch_heads(Type type, int64_t head_dim, Body body) {
+  if (head_dim > most_head_channels(type)) return too_many_head_channels(type);
   return dispatch(type, [&](auto example) -> const char* {
-    if constexpr (std::is_same_v<decltype(example), double>) {  // for checks of gradients: one depth, which fits
-      if (head_dim > 64) return "the CUDA kernels take heads of at most 64 channels in float64";
+    if constexpr (std::is_same_v<decltype(example), double>) {  // for checks of gradients: one depth serves
+      return body(example, std::integral_constant<int, most_head_channels(Type::f64)>{});
     } else {
-      if (head_dim > 128) return "the CUDA kernels take heads of at most 128 channels";
-      if (head_dim > 80) return body(example, std::integral_constant<int, 128>{});
-      if (head_dim > 64) return body(example, std::integral_constant<int, 80>{});
       if (head_dim <= 32) return body(example, std::integral_constant<int, 32>{});
+      if (head_dim <= 64) return body(example, std::integral_constant<int, 64>{});
+      if (head_dim <= 80) return body(example, std::integral_constant<int, 80>{});
+      return body(example, std::integral_constant<int, most_head_channels(Type::f32)>{});
     }
-    return body(example, std::integral_constant<int, 64>{});
   });
 }
 

@@ -28,6 +28,7 @@ __device__ W over_block(W value, W* shared, Reduce reduce) {
   return value;
 }
 
+// q and k are parameters of their own besides: read from `a`, the compiler makes more and other code of the loops.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     class_attention_kernel(AttentionArgs a, Heads q_heads, Heads k_heads, Wide<T>* rows, bool aligned) {
@@ -76,24 +77,28 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t class_attention_scratch_bytes(const AttentionArgs& a) {
-  return a.images * a.heads * a.tokens * (a.type == Type::f64 ? 8 : 4);
-}
-
-const char* class_attention(const AttentionArgs& a, void* scratch, void* stream) {
-  Heads q{a.q, a.q_stride_image, a.q_stride_head, a.q_stride_token};
-  Heads k{a.k, a.k_stride_image, a.k_stride_head, a.k_stride_token};
+const char* class_attention(const AttentionArgs& a, const Scratch& scratch, void* on) {
+  Stream stream = static_cast<Stream>(on);
+  void* rows = scratch.take(a.images * a.heads * a.tokens * (a.type == Type::f64 ? 8 : 4));
   const char* error = dispatch(a.type, [&](auto example) {
     using T = decltype(example);
     Shared shared(nullptr);
     shared.take<Wide<T>>(padded<T>(a.head_dim));
     shared.take<Wide<T>>(kWarps);
-    return launch(class_attention_kernel<T>, a.images * a.heads, kThreads, shared.bytes(), static_cast<Stream>(stream),
-                  a, q, k, static_cast<Wide<T>*>(scratch), aligned_heads<T>(k, a.head_dim));
+    return launch(class_attention_kernel<T>, a.images * a.heads, kThreads, shared.bytes(), stream, a, a.q, a.k,
+                  static_cast<Wide<T>*>(rows), aligned_heads<T>(a.k, a.head_dim));
   });
   if (error != nullptr) return error;
-  return head_mean({a.type, a.images, a.heads, a.tokens, a.prefix, scratch, false, {}, a.importance},
-                   static_cast<Stream>(stream));
+  return head_mean({.type = a.type,
+                    .images = a.images,
+                    .heads = a.heads,
+                    .tokens = a.tokens,
+                    .prefix = a.prefix,
+                    .rows = rows,
+                    .received = false,
+                    .mask = {},
+                    .importance = a.importance},
+                   stream);
 }
 
 }  // namespace diffrate::cuda

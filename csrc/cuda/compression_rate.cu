@@ -144,12 +144,12 @@ const char* run(Kernel kernel, const CompressionRateArgs& a, void* stream) {
 
 }  // namespace
 
-const char* compression_rate(const CompressionRateArgs& a, void* stream) {
+const char* compression_rate(const CompressionRateArgs& a, const Scratch&, void* stream) {
   return a.type == Type::f64 ? run(compression_rate_kernel<double>, a, stream)
                              : run(compression_rate_kernel<float>, a, stream);
 }
 
-const char* compression_rate_backward(const CompressionRateArgs& a, void* stream) {
+const char* compression_rate_backward(const CompressionRateArgs& a, const Scratch&, void* stream) {
   return a.type == Type::f64 ? run(compression_rate_backward_kernel<double>, a, stream)
                              : run(compression_rate_backward_kernel<float>, a, stream);
 }

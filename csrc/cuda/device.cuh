@@ -3,12 +3,8 @@
 // Kernels use, besides this file, only threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, __syncthreads, __syncwarp,
 // __shfl_sync, __shfl_xor_sync, __ballot_sync, __popc, __ffs, the conversions of __half and __nv_bfloat16, and
 // <math.h>. They take all shared memory from `Shared`, and are started by `launch`. So the same sources run as host C++
-// under csrc/emulation/device.h, which defines these names again.
+// in tests, where csrc/testing/emulated/cuda/device.cuh stands first in the include path and defines these names again.
 #pragma once
-
-#if defined(DIFFRATE_EMULATED)
-#include "emulation/device.h"
-#else
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -165,5 +161,3 @@ const char* launch(void (*kernel)(Parameters...), Blocks blocks, int threads, in
 }
 
 }  // namespace diffrate::cuda
-
-#endif

@@ -1,33 +1,31 @@
-// The CUDA kernels. Each launches on `stream` of the current device and returns nullptr, or what went wrong.
-// `scratch` is device memory of as many bytes as the function beside says.
+// The CUDA kernels: one table of entry points, where this build has any.
 #pragma once
 
-#include "common/arguments.h"
+#include "common/kernels.h"
 
 namespace diffrate::cuda {
 
-const char* sort_tokens(const SortArgs&, void* stream);
-const char* prune_merge(const PruneMergeArgs&, void* scratch, void* stream);
-int64_t prune_merge_scratch_bytes(const PruneMergeArgs&);
-const char* masked_prune_merge(const MaskedPruneMergeArgs&, void* scratch, void* stream);
-int64_t masked_prune_merge_scratch_bytes(const MaskedPruneMergeArgs&);
-const char* merge_reduce(const MergeReduceArgs&, void* stream);
-const char* merge_reduce_backward(const MergeReduceArgs&, void* stream);
+// Where a kernel gets device memory for intermediate results. It asks once; the memory is its own until its work on the
+// stream is done.
+struct Scratch {
+  void* (*allocate)(void* context, int64_t bytes);
+  void* context;
 
-const char* class_attention(const AttentionArgs&, void* scratch, void* stream);
-int64_t class_attention_scratch_bytes(const AttentionArgs&);
-const char* received_attention(const AttentionArgs&, void* scratch, void* stream);
-int64_t received_attention_scratch_bytes(const AttentionArgs&);
-const char* proportional_attention(const MaskedAttentionArgs&, void* scratch, void* stream);
-int64_t proportional_attention_scratch_bytes(const MaskedAttentionArgs&);
-const char* masked_attention(const MaskedAttentionArgs&, void* scratch, void* stream);
-int64_t masked_attention_scratch_bytes(const MaskedAttentionArgs&);
-const char* masked_attention_backward(const MaskedAttentionArgs&, void* scratch, void* stream);
-int64_t masked_attention_backward_scratch_bytes(const MaskedAttentionArgs&);
-const char* compression_rate(const CompressionRateArgs&, void* stream);
-const char* compression_rate_backward(const CompressionRateArgs&, void* stream);
+  void* take(int64_t bytes) const { return allocate(context, bytes); }
+};
 
-// The architectures that the kernels were compiled for, such as "80-real 90"; empty in a build without CUDA.
-const char* architectures();
+// Launches on `stream` of the current device. Returns nullptr, or what went wrong.
+template <class Args>
+using Kernel = const char* (*)(const Args&, const Scratch&, void* stream);
+
+struct Kernels {
+  const char* architectures;  // that they were compiled for, such as "80-real 90"
+#define DIFFRATE_MEMBER(kernel, Args) Kernel<Args> kernel;
+  DIFFRATE_KERNELS(DIFFRATE_MEMBER, DIFFRATE_MEMBER)
+#undef DIFFRATE_MEMBER
+};
+
+// Set by table.cpp, which only a build with CUDA kernels compiles, when the library is loaded.
+inline constinit const Kernels* registered_kernels = nullptr;
 
 }  // namespace diffrate::cuda

@@ -87,9 +87,11 @@ const char* run(const MergeReduceArgs& a, int64_t rows, bool backward, void* str
 
 }  // namespace
 
-const char* merge_reduce(const MergeReduceArgs& a, void* stream) { return run(a, a.images * a.kept, false, stream); }
+const char* merge_reduce(const MergeReduceArgs& a, const Scratch&, void* stream) {
+  return run(a, a.images * a.kept, false, stream);
+}
 
-const char* merge_reduce_backward(const MergeReduceArgs& a, void* stream) {
+const char* merge_reduce_backward(const MergeReduceArgs& a, const Scratch&, void* stream) {
   return run(a, a.images * a.tokens, true, stream);
 }
 

@@ -1,11 +1,10 @@
+// Attention whose keys count by their sizes.
 #include "cuda/attention_forward.cuh"
 
 namespace diffrate::cuda {
 
-int64_t proportional_attention_scratch_bytes(const MaskedAttentionArgs& a) { return attention_rows_bytes(a, false); }
-
-const char* proportional_attention(const MaskedAttentionArgs& a, void* scratch, void* stream) {
-  return attention_forward<false, true>(a, scratch, static_cast<Stream>(stream));
+const char* proportional_attention(const AttentionArgs& a, const Scratch& scratch, void* stream) {
+  return attention_forward<false, true>(a, scratch, stream);
 }
 
 }  // namespace diffrate::cuda

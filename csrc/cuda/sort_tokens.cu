@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kRankingThreads) sort_tokens_kernel(SortArgs a
 
 }  // namespace
 
-const char* sort_tokens(const SortArgs& a, void* stream) {
+const char* sort_tokens(const SortArgs& a, const Scratch&, void* stream) {
   return dispatch(a.type, [&](auto example) {
     using T = decltype(example);
     bool aligned = aligned_rows<T>(a.x.data, a.channels, a.x.stride_image, a.x.stride_token) &&

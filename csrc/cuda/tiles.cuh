@@ -22,6 +22,32 @@ constexpr int stride_of = kDepth + Chunk<T>::kCount;
 __device__ inline int row_in_tile(int i) { return lane_id() / 4 + (i / 2) * 8; }
 __device__ inline int column_in_tile(int i) { return lane_id() % 4 * 2 + i % 2; }
 
+// Unrolled loops over what a lane holds of a fragment of kRows x kTiles tiles: body(r, h) for row h = 0, 1 of row tile
+// r, body(n, i) for column i = 0, 1 of column tile n, body(r, n, i) for number i = 0..3 of tile (r, n).
+template <int kRows, class Body>
+__device__ __forceinline__ void for_rows(Body body) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) body(r, h);
+}
+template <int kTiles, class Body>
+__device__ __forceinline__ void for_columns(Body body) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) body(n, i);
+}
+template <int kRows, int kTiles, class Body>
+__device__ __forceinline__ void for_fragment(Body body) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) body(r, n, i);
+}
+
 // Starts to copy `rows` rows of a head (`head`: its token 0), from token `first`, to shared memory, by all threads of
 // the block. Tokens from `tokens` on and channels from `head_dim` on become zero. They have arrived after copy_commit,
 // copy_wait and __syncthreads.
@@ -107,6 +133,12 @@ __device__ void multiply_rows(Wide<T> (&out)[kRows][kTiles][4], const Left<T, kR
   }
 }
 
+// Two neighbours, read at once: left to itself the compiler may read them one by one.
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
+
 // The left operand of multiply_columns: what the warp has computed, 16 * kRows rows of 8 * kTiles weights. `buffer` is
 // shared memory of the warp's own, of weights_buffer<T, kRows, kTiles> numbers.
 template <class T, int kRows, int kTiles>
@@ -178,16 +210,16 @@ __device__ void multiply_columns(Wide<T> (&out)[kRows][kDepth / 8][4], const Wei
       for (int i = 0; i < kCount; ++i) {
         const T* row = right + (k + i) * kStride + lane % 4 * 2;
 #pragma unroll
-        for (int n = 0; n < kDepth / 8; ++n)
+        for (int n = 0; n < kDepth / 8; ++n) {
+          const Pair<T> b = *reinterpret_cast<const Pair<T>*>(row + n * 8);
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            T b = row[n * 8 + h];
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-              out[r][n][h] += a[r][0][i] * b;
-              out[r][n][2 + h] += a[r][1][i] * b;
-            }
+          for (int r = 0; r < kRows; ++r) {
+            out[r][n][0] += a[r][0][i] * b.first;
+            out[r][n][2] += a[r][1][i] * b.first;
+            out[r][n][1] += a[r][0][i] * b.second;
+            out[r][n][3] += a[r][1][i] * b.second;
           }
+        }
       }
     }
   }

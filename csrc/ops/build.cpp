@@ -1,5 +1,6 @@
 #include "ops/build.h"
 
+#include "common/limits.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 
@@ -14,8 +15,14 @@ namespace diffrate {
 static_assert(TORCH_TARGET_VERSION == 0x020a000000000000ULL);
 
 BuildInfo build_info() {
-  return {DIFFRATE_COMPILER,     DIFFRATE_SIMD_LEVELS, cpu::kernels().name, cuda::architectures(), "2.10",
-          DIFFRATE_TORCH_VERSION};
+  return {.compiler = DIFFRATE_COMPILER,
+          .simd_levels = DIFFRATE_SIMD_LEVELS,
+          .simd_in_use = cpu::kernels().name,
+          .cuda_architectures = cuda::registered_kernels ? cuda::registered_kernels->architectures : "",
+          .abi_target = "2.10",
+          .torch_version = DIFFRATE_TORCH_VERSION};
 }
+
+int64_t most_head_channels(bool float64) { return most_head_channels(float64 ? Type::f64 : Type::f32); }
 
 }  // namespace diffrate

@@ -1,5 +1,7 @@
-// What this library was built with and runs with; read by diffrate_ext._C.
+// What this library was built with and runs with, and what it cannot do; read by diffrate_ext._C.
 #pragma once
+
+#include <cstdint>
 
 namespace diffrate {
 
@@ -7,11 +9,14 @@ struct BuildInfo {
   const char* compiler;
   const char* simd_levels;  // space separated
   const char* simd_in_use;
-  const char* cuda_architectures;  // empty without CUDA kernels
+  const char* cuda_architectures;  // space separated; empty without CUDA kernels
   const char* abi_target;
   const char* torch_version;  // whose headers served
 };
 
-__attribute__((visibility("default"))) BuildInfo build_info();
+#define DIFFRATE_EXPORT __attribute__((visibility("default")))
+DIFFRATE_EXPORT BuildInfo build_info();
+DIFFRATE_EXPORT int64_t most_head_channels(bool float64);
+#undef DIFFRATE_EXPORT
 
 }  // namespace diffrate

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 
 #include "common/arguments.h"
 #include "cpu/kernels.h"
@@ -55,24 +56,32 @@ inline Tensor with_unit_last_stride(const Tensor& tensor) {
   return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-inline Tokens tokens_of(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)}; }
+inline Tokens tokens_of(const Tensor& tensor) {
+  return {.data = tensor.const_data_ptr(), .stride_image = tensor.stride(0), .stride_token = tensor.stride(1)};
+}
 
 // An optional wide vector (B, N).
 inline Vector vector_of(const std::optional<Tensor>& tensor, const Tensor& features, int64_t tokens, const char* name) {
-  if (!tensor) return {nullptr, 0, 0};
+  if (!tensor) return {};
   check_same_device(*tensor, features, name);
   check_shape(*tensor, {features.size(0), tokens}, name);
   DIFFRATE_CHECK(tensor->scalar_type() == wide_type(features), name,
                  " must be float32, or float64 beside float64 features");
-  return {tensor->const_data_ptr(), tensor->stride(0), tensor->stride(1)};
+  return {.data = tensor->const_data_ptr(), .stride_image = tensor->stride(0), .stride_token = tensor->stride(1)};
 }
 
 // Attention (B, H, N, N), its class rows (B, H, N), or importance (B, N) or (B, N-P), as a mean over heads and queries.
 inline Importance importance_of(const Tensor& attn, const Tensor& x, int64_t prefix, bool received) {
   check_same_device(attn, x, "attn");
   int64_t images = x.size(0), tokens = x.size(1);
-  Importance from{attn.const_data_ptr(),      type_of(attn, "attn"), 1, 1, attn.stride(0), 0, 0,
-                  attn.stride(attn.dim() - 1)};
+  Importance from{.data = attn.const_data_ptr(),
+                  .type = type_of(attn, "attn"),
+                  .heads = 1,
+                  .queries = 1,
+                  .stride_image = attn.stride(0),
+                  .stride_head = 0,
+                  .stride_query = 0,
+                  .stride_token = attn.stride(attn.dim() - 1)};
   int64_t skipped = prefix;  // columns before the first patch
   if (attn.dim() == 2) {
     DIFFRATE_CHECK(attn.size(0) == images && (attn.size(1) == tokens || attn.size(1) == tokens - prefix),
@@ -95,6 +104,13 @@ inline Importance importance_of(const Tensor& attn, const Tensor& x, int64_t pre
   return from;
 }
 
+// Which of the two that an argument may be.
+inline bool is_second(const std::string& value, const char* first, const char* second, const char* name) {
+  DIFFRATE_CHECK(value == first || value == second, name, " must be '", first, "' or '", second, "', got '", value,
+                 "'");
+  return value == second;
+}
+
 inline void check_tokens(const Tensor& x, int64_t prefix) {
   DIFFRATE_CHECK(x.dim() == 3, "x must be (B, N, C)");
   DIFFRATE_CHECK(x.size(1) < INT32_MAX, "x has too many tokens");
@@ -107,7 +123,8 @@ inline Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> shap
 
 // Torch's thread pool, for kernels that do not know torch.
 inline cpu::Threads threads() {
-  return {torch::stable::get_num_threads(), [](int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
+  return {.count = torch::stable::get_num_threads(),
+          .run = [](int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
             torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
           }};
 }

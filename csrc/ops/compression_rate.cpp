@@ -1,5 +1,4 @@
-#include "cuda/kernels.h"
-#include "ops/device.h"
+#include "ops/run.h"
 
 namespace diffrate::ops {
 namespace {
@@ -31,9 +30,7 @@ std::tuple<Tensor, Tensor> compression_rate(Tensor logits, int64_t n_patches, in
   Tensor keep_prob = empty_like(logits, {args.proxies, n_patches + prefix}, logits.scalar_type());
   args.kept = kept.mutable_data_ptr();
   args.keep_prob = keep_prob.mutable_data_ptr();
-  run_on_device(
-      logits, [&](const cpu::Kernels& kernels, const cpu::Threads& pool) { kernels.compression_rate(args, pool); },
-      [&](void* stream) { return cuda::compression_rate(args, stream); });
+  run::compression_rate(logits, args);
   return {kept, keep_prob};
 }
 
@@ -53,10 +50,7 @@ Tensor compression_rate_backward(Tensor grad_kept, Tensor grad_keep_prob, Tensor
   args.grad_kept = grad_kept.const_data_ptr();
   args.grad_keep_prob = grad_keep_prob.const_data_ptr();
   args.grad_logits = grad.mutable_data_ptr();
-  run_on_device(
-      logits,
-      [&](const cpu::Kernels& kernels, const cpu::Threads& pool) { kernels.compression_rate_backward(args, pool); },
-      [&](void* stream) { return cuda::compression_rate_backward(args, stream); });
+  run::compression_rate_backward(logits, args);
   return grad;
 }
 
@@ -65,9 +59,8 @@ Tensor compression_rate_backward(Tensor grad_kept, Tensor grad_keep_prob, Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(diffrate, library) {
   library.def("compression_rate(Tensor logits, int n_patches, int granularity=1, int prefix=1) -> (Tensor, Tensor)");
   library.def(
-      "compression_rate_backward(Tensor grad_kept, Tensor grad_keep_prob, Tensor logits, int n_patches, int "
-      "granularity, "
-      "int prefix) -> Tensor");
+      "compression_rate_backward(Tensor grad_kept, Tensor grad_keep_prob, Tensor logits, int n_patches, "
+      "int granularity, int prefix) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(diffrate, CPU, library) {
   library.impl("compression_rate", TORCH_BOX(&compression_rate));

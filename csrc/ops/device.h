@@ -1,4 +1,7 @@
-// Where an operator runs: the CPU kernels, or the CUDA kernels on the tensors' device and current stream.
+// Where an operator runs: on the CPU, or on the tensors' CUDA device and current stream.
+//
+// Tests of the CUDA kernels without a GPU put csrc/testing/emulated first in the include path, which has another
+// ops/device.h.
 #pragma once
 
 #include "ops/common.h"
@@ -9,26 +12,23 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace diffrate::ops {
 
-inline void* current_stream(const Tensor& tensor) {
-  DIFFRATE_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA support");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return stream;
-}
+inline bool runs_on_cpu(const Tensor& tensor) { return !tensor.is_cuda(); }
 
-// Runs `on_cpu(kernels, threads)` or `on_cuda(stream)`, whichever fits the tensor. `on_cuda` returns nullptr, or what
-// went wrong with the launch. Emulated CUDA kernels (csrc/emulation) run on CPU tensors.
-template <class OnCpu, class OnCuda>
-void run_on_device(const Tensor& tensor, [[maybe_unused]] OnCpu on_cpu, OnCuda on_cuda) {
-#if defined(DIFFRATE_EMULATED)
-  DIFFRATE_CHECK(tensor.is_cpu(), "this build, with emulated CUDA kernels, takes CPU tensors only");
-  const char* error = on_cuda(nullptr);
-#else
-  if (!tensor.is_cuda()) return on_cpu(cpu::kernels(), threads());
-  torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
-  const char* error = on_cuda(current_stream(tensor));
-#endif
-  DIFFRATE_CHECK(error == nullptr, "on CUDA: ", error);
-}
+// Makes a tensor's device the current one, as long as it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
+
+  void* current_stream() const {
+    DIFFRATE_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA support");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return stream;
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
 
 }  // namespace diffrate::ops

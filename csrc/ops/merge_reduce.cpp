@@ -1,5 +1,4 @@
-#include "cuda/kernels.h"
-#include "ops/device.h"
+#include "ops/run.h"
 
 namespace diffrate::ops {
 namespace {
@@ -16,23 +15,21 @@ Tensor reduce(Tensor x, Tensor dst, int64_t kept, const std::optional<Tensor>& w
   DIFFRATE_CHECK(tokens < INT32_MAX && kept < INT32_MAX, "there are too many tokens");
   check_shape(x, {images, backward ? kept : tokens, channels}, backward ? "grad" : "x");
   Tensor out = empty_like(x, {images, backward ? tokens : kept, channels}, x.scalar_type());
-  MergeReduceArgs args{type_of(x, "x"),
-                       images,
-                       tokens,
-                       kept,
-                       channels,
-                       tokens_of(x),
-                       static_cast<const int64_t*>(dst.const_data_ptr()),
-                       dst.stride(0),
-                       dst.stride(1),
-                       vector_of(weights, x, tokens, "weights"),
-                       out.mutable_data_ptr()};
-  run_on_device(
-      x,
-      [&](const cpu::Kernels& kernels, const cpu::Threads& pool) {
-        (backward ? kernels.merge_reduce_backward : kernels.merge_reduce)(args, pool);
-      },
-      [&](void* stream) { return (backward ? cuda::merge_reduce_backward : cuda::merge_reduce)(args, stream); });
+  MergeReduceArgs args{.type = type_of(x, "x"),
+                       .images = images,
+                       .tokens = tokens,
+                       .kept = kept,
+                       .channels = channels,
+                       .x = tokens_of(x),
+                       .dst = static_cast<const int64_t*>(dst.const_data_ptr()),
+                       .dst_stride_image = dst.stride(0),
+                       .dst_stride_token = dst.stride(1),
+                       .weights = vector_of(weights, x, tokens, "weights"),
+                       .out = out.mutable_data_ptr()};
+  if (backward)
+    run::merge_reduce_backward(x, args);
+  else
+    run::merge_reduce(x, args);
   return out;
 }
 
@@ -48,7 +45,7 @@ Tensor merge_reduce_backward(Tensor grad, Tensor dst, std::optional<Tensor> weig
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(diffrate, library) {
-  library.def("merge_reduce(Tensor x, Tensor dst, int kept, Tensor? weights=None) -> Tensor");
+  library.def("merge_reduce(Tensor x, Tensor dst, SymInt kept, Tensor? weights=None) -> Tensor");
   library.def("merge_reduce_backward(Tensor grad, Tensor dst, Tensor? weights=None) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(diffrate, CPU, library) {

@@ -1,20 +1,11 @@
-#include <string>
-
-#include "cuda/kernels.h"
-#include "ops/device.h"
+#include "ops/run.h"
 
 namespace diffrate::ops {
 namespace {
 
-bool is_second(const std::string& value, const char* first, const char* second, const char* name) {
-  DIFFRATE_CHECK(value == first || value == second, name, " must be '", first, "' or '", second, "', got '", value,
-                 "'");
-  return value == second;
-}
-
 std::tuple<Tensor, Tensor, Tensor> prune_merge(Tensor x, Tensor attn, int64_t k_p, int64_t k_m,
-                                               std::optional<Tensor> size, int64_t prefix, std::string importance,
-                                               std::string features, std::string sizes,
+                                               std::optional<Tensor> size, int64_t prefix, std::string importance_from,
+                                               std::string mean_rule, std::string size_rule,
                                                std::optional<Tensor> residual) {
   check_tokens(x, prefix);
   DIFFRATE_CHECK(attn.dim() >= 2 && attn.dim() <= 4, "attn must be (B, H, N, N), (B, H, N), (B, N) or (B, N - prefix)");
@@ -22,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> prune_merge(Tensor x, Tensor attn, int64_t k_
   int64_t images = x.size(0), tokens = x.size(1), channels = x.size(2);
   DIFFRATE_CHECK(k_p <= tokens && ((prefix + 1 <= k_m && k_m < k_p) || (prefix <= k_m && k_m == k_p)),
                  "kept numbers must satisfy prefix + 1 <= k_m < k_p <= N or prefix <= k_m = k_p <= N");
-  Tokens residual_tokens{nullptr, 0, 0};
+  Tokens residual_tokens{};
   if (residual) {
     check_same_device(*residual, x, "residual");
     check_shape(*residual, {images, tokens, channels}, "residual");
@@ -33,37 +24,34 @@ std::tuple<Tensor, Tensor, Tensor> prune_merge(Tensor x, Tensor attn, int64_t k_
   Tensor out = empty_like(x, {images, k_m, channels}, x.scalar_type());
   Tensor out_size = empty_like(x, {images, k_m}, wide_type(x));
   Tensor slot = empty_like(x, {images, tokens}, ScalarType::Long);
-  PruneMergeArgs args{type_of(x, "x"),
-                      images,
-                      tokens,
-                      channels,
-                      prefix,
-                      k_p,
-                      k_m,
-                      tokens_of(x),
-                      residual_tokens,
-                      importance_of(attn, x, prefix, is_second(importance, "class", "received", "importance")),
-                      vector_of(size, x, tokens, "size"),
-                      is_second(features, "mean", "weighted", "features"),
-                      is_second(sizes, "sum", "cosine", "sizes"),
-                      out.mutable_data_ptr(),
-                      out_size.mutable_data_ptr(),
-                      static_cast<int64_t*>(slot.mutable_data_ptr())};
-  run_on_device(
-      x, [&](const cpu::Kernels& kernels, const cpu::Threads& pool) { kernels.prune_merge(args, pool); },
-      [&](void* stream) {
-        Tensor scratch = empty_like(x, {cuda::prune_merge_scratch_bytes(args)}, ScalarType::Byte);
-        return cuda::prune_merge(args, scratch.mutable_data_ptr(), stream);
-      });
+  const bool received = is_second(importance_from, "class", "received", "importance_from");
+  run::prune_merge(x, {.type = type_of(x, "x"),
+                       .images = images,
+                       .tokens = tokens,
+                       .channels = channels,
+                       .prefix = prefix,
+                       .k_p = k_p,
+                       .k_m = k_m,
+                       .x = tokens_of(x),
+                       .residual = residual_tokens,
+                       .importance = importance_of(attn, x, prefix, received),
+                       .size = vector_of(size, x, tokens, "size"),
+                       .weighted_mean = is_second(mean_rule, "mean", "weighted", "mean_rule"),
+                       .cosine_sizes = is_second(size_rule, "sum", "cosine", "size_rule"),
+                       .out = out.mutable_data_ptr(),
+                       .out_size = out_size.mutable_data_ptr(),
+                       .slot = static_cast<int64_t*>(slot.mutable_data_ptr())});
   return {out, out_size, slot};
 }
 
 }  // namespace
 
+// SymInt: one compiled graph serves blocks that keep other numbers.
 STABLE_TORCH_LIBRARY_FRAGMENT(diffrate, library) {
   library.def(
-      "prune_merge(Tensor x, Tensor attn, int k_p, int k_m, Tensor? size=None, int prefix=1, str importance='class', "
-      "str features='mean', str sizes='cosine', Tensor? residual=None) -> (Tensor, Tensor, Tensor)");
+      "prune_merge(Tensor x, Tensor attn, SymInt k_p, SymInt k_m, Tensor? size=None, int prefix=1, "
+      "str importance_from='class', str mean_rule='mean', str size_rule='cosine', Tensor? residual=None) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(diffrate, CPU, library) { library.impl("prune_merge", TORCH_BOX(&prune_merge)); }
 STABLE_TORCH_LIBRARY_IMPL(diffrate, CUDA, library) { library.impl("prune_merge", TORCH_BOX(&prune_merge)); }

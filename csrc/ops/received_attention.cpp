@@ -4,8 +4,7 @@ namespace diffrate::ops {
 namespace {
 
 Tensor received_attention(Tensor q, Tensor k, std::optional<Tensor> size, double scale, int64_t prefix) {
-  return attention_importance(q, k, size, scale, prefix, &cpu::Kernels::received_attention, cuda::received_attention,
-                              cuda::received_attention_scratch_bytes);
+  return attention_importance(run::received_attention, q, k, size, scale, prefix);
 }
 
 }  // namespace

@@ -1,5 +1,4 @@
-#include "cuda/kernels.h"
-#include "ops/device.h"
+#include "ops/run.h"
 
 namespace diffrate::ops {
 namespace {
@@ -13,20 +12,17 @@ std::tuple<Tensor, Tensor, Tensor> sort_tokens(Tensor x, Tensor importance, std:
   Tensor out = empty_like(x, {images, tokens, channels}, x.scalar_type());
   Tensor out_size = empty_like(x, {images, tokens}, wide_type(x));
   Tensor order = empty_like(x, {images, tokens}, ScalarType::Long);
-  SortArgs args{type_of(x, "x"),
-                images,
-                tokens,
-                channels,
-                prefix,
-                tokens_of(x),
-                importance_of(importance, x, prefix, false),
-                vector_of(size, x, tokens, "size"),
-                out.mutable_data_ptr(),
-                out_size.mutable_data_ptr(),
-                static_cast<int64_t*>(order.mutable_data_ptr())};
-  run_on_device(
-      x, [&](const cpu::Kernels& kernels, const cpu::Threads& pool) { kernels.sort_tokens(args, pool); },
-      [&](void* stream) { return cuda::sort_tokens(args, stream); });
+  run::sort_tokens(x, {.type = type_of(x, "x"),
+                       .images = images,
+                       .tokens = tokens,
+                       .channels = channels,
+                       .prefix = prefix,
+                       .x = tokens_of(x),
+                       .importance = importance_of(importance, x, prefix, false),
+                       .size = vector_of(size, x, tokens, "size"),
+                       .out = out.mutable_data_ptr(),
+                       .out_size = out_size.mutable_data_ptr(),
+                       .order = static_cast<int64_t*>(order.mutable_data_ptr())});
   return {out, out_size, order};
 }
 

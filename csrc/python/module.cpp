@@ -21,4 +21,8 @@ PYBIND11_MODULE(_C, module) {
         return result;
       },
       "What was built: compiler, instruction sets, CUDA architectures, ABI target.");
+  module.def(
+      "most_head_channels", &diffrate::most_head_channels, py::arg("float64"),
+      "The most channels that a head may have on CUDA, in float64 or in the other dtypes. class_attention and the "
+      "CPU take any number.");
 }

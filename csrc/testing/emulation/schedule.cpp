@@ -1,4 +1,4 @@
-#include "emulation/schedule.h"
+#include "testing/emulation/schedule.h"
 
 #include <algorithm>
 #include <bit>

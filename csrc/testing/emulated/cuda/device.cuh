@@ -11,8 +11,8 @@
 
 #include <bit>
 
-#include "emulation/grid.h"
-#include "emulation/schedule.h"
+#include "testing/emulation/grid.h"
+#include "testing/emulation/schedule.h"
 
 // cuda_fp16.h has made empty macros of the other specifiers. Without these an unsupported use would compile:
 #undef __shared__

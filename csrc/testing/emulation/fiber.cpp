@@ -1,11 +1,11 @@
-#include "emulation/fiber.h"
+#include "testing/emulation/fiber.h"
 
 #include <sys/mman.h>
 
 #include <cstdio>
 #include <cstdlib>
 
-#include "emulation/sanitizer.h"
+#include "testing/emulation/sanitizer.h"
 
 namespace diffrate::emulation {
 namespace {

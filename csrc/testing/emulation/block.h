@@ -16,8 +16,8 @@
 #include <string>
 #include <vector>
 
-#include "emulation/fiber.h"
-#include "emulation/schedule.h"
+#include "testing/emulation/fiber.h"
+#include "testing/emulation/schedule.h"
 
 namespace diffrate::cuda {
 

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <limits>
 
-#include "attention_cases.h"
+#include "testing/attention_cases.h"
 
 namespace diffrate::cuda {
 namespace {
@@ -15,7 +15,7 @@ struct Results {
   std::unique_ptr<T[]> features[3];
   std::unique_ptr<W[]> mask;
 
-  explicit Results(const MaskedAttentionArgs& a, double fill)
+  explicit Results(const AttentionArgs& a, double fill)
       : count(a.images * a.tokens * a.heads * a.head_dim), count_mask(a.images * a.tokens) {
     for (auto& some : features) some = exact<T>(count, from_wide<T>(static_cast<Wide<T>>(fill)));
     mask = exact<W>(count_mask, static_cast<W>(fill));
@@ -34,15 +34,14 @@ struct Results {
 };
 
 template <class T>
-Results<T, Wide<T>> run(MaskedAttentionArgs args, const emulation::Schedule& schedule) {
+Results<T, Wide<T>> run(AttentionArgs args, const emulation::Schedule& schedule) {
   Results<T, Wide<T>> results(args, NAN);
   args.grad_q = results.features[0].get();
   args.grad_k = results.features[1].get();
   args.grad_v = results.features[2].get();
   args.grad_mask = results.mask.get();
-  auto scratch = exact<unsigned char>(masked_attention_backward_scratch_bytes(args), 0xff);  // NaN
   emulation::schedule() = schedule;
-  const char* error = masked_attention_backward(args, scratch.get(), nullptr);
+  const char* error = testing::run_cuda(&Kernels::masked_attention_backward, args);
   check(error == nullptr, error ? error : "launched");
   return results;
 }
@@ -210,6 +209,5 @@ int main() {
   test_type<double>();
   test_type<__half>();
   test_type<__nv_bfloat16>();
-  std::printf("%d checks passed, %d failed\n", passed, failed);
-  return failed == 0 ? 0 : 1;
+  return diffrate::testing::report("CUDA masked_attention_backward");
 }

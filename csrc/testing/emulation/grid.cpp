@@ -1,10 +1,10 @@
-#include "emulation/grid.h"
+#include "testing/emulation/grid.h"
 
 #include <algorithm>
 #include <deque>
 #include <numeric>
 
-#include "emulation/schedule.h"
+#include "testing/emulation/schedule.h"
 
 namespace diffrate::emulation {
 namespace {

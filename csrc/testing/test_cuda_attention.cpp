@@ -2,7 +2,7 @@
 // emulated device: values against plain loops in double, in several orders of threads.
 #include <limits>
 
-#include "attention_cases.h"
+#include "testing/attention_cases.h"
 
 namespace diffrate::cuda {
 namespace {
@@ -17,7 +17,7 @@ struct Results {
   std::unique_ptr<T[]> out;
   std::unique_ptr<W[]> importance;
 
-  explicit Results(const MaskedAttentionArgs& a, double fill)
+  explicit Results(const AttentionArgs& a, double fill)
       : count(a.images * a.tokens * a.heads * a.head_dim), patches(a.images * (a.tokens - a.prefix)) {
     out = exact<T>(count, from_wide<T>(static_cast<Wide<T>>(fill)));
     importance = exact<W>(patches, static_cast<W>(fill));
@@ -34,34 +34,19 @@ struct Results {
   }
 };
 
-const char* start(Operator which, const MaskedAttentionArgs& a) {
-  AttentionArgs narrow{a.type,   a.images,         a.heads,          a.tokens,         a.head_dim,
-                       a.prefix, a.q.data,         a.q.stride_image, a.q.stride_head,  a.q.stride_token,
-                       a.k.data, a.k.stride_image, a.k.stride_head,  a.k.stride_token, a.size,
-                       a.scale,  a.importance};
-  auto with_scratch = [](int64_t bytes, auto call) {
-    return call(exact<unsigned char>(bytes, 0xff).get());  // NaN
-  };
+const char* start(Operator which, const AttentionArgs& args) {
+  using testing::run_cuda;
   switch (which) {
-    case Operator::class_attention:
-      return with_scratch(class_attention_scratch_bytes(narrow),
-                          [&](void* scratch) { return class_attention(narrow, scratch, nullptr); });
-    case Operator::received_attention:
-      return with_scratch(received_attention_scratch_bytes(narrow),
-                          [&](void* scratch) { return received_attention(narrow, scratch, nullptr); });
-    case Operator::proportional_attention:
-      return with_scratch(proportional_attention_scratch_bytes(a),
-                          [&](void* scratch) { return proportional_attention(a, scratch, nullptr); });
-    case Operator::masked_attention:
-      return with_scratch(masked_attention_scratch_bytes(a),
-                          [&](void* scratch) { return masked_attention(a, scratch, nullptr); });
+    case Operator::class_attention: return run_cuda(&Kernels::class_attention, args);
+    case Operator::received_attention: return run_cuda(&Kernels::received_attention, args);
+    case Operator::proportional_attention: return run_cuda(&Kernels::proportional_attention, args);
+    case Operator::masked_attention: return run_cuda(&Kernels::masked_attention, args);
   }
   return "no such operator";
 }
 
 template <class T>
-Results<T, Wide<T>> run(Operator which, MaskedAttentionArgs args, Measure measure,
-                        const emulation::Schedule& schedule) {
+Results<T, Wide<T>> run(Operator which, AttentionArgs args, Measure measure, const emulation::Schedule& schedule) {
   Results<T, Wide<T>> results(args, NAN);
   args.out = results.out.get();
   args.importance = measure == Measure::none ? nullptr : results.importance.get();
@@ -241,6 +226,5 @@ int main() {
   test_type<__nv_bfloat16>();
   test_refused<float>("the CUDA kernels take heads of at most 128 channels");
   test_refused<double>("the CUDA kernels take heads of at most 64 channels in float64");
-  std::printf("%d checks passed, %d failed\n", passed, failed);
-  return failed == 0 ? 0 : 1;
+  return diffrate::testing::report("CUDA attention");
 }

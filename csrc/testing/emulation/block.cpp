@@ -1,4 +1,4 @@
-#include "emulation/block.h"
+#include "testing/emulation/block.h"
 
 #include <algorithm>
 #include <cstdarg>
@@ -8,8 +8,8 @@
 #include <numeric>
 #include <string>
 
-#include "emulation/sanitizer.h"
-#include "emulation/schedule.h"
+#include "testing/emulation/sanitizer.h"
+#include "testing/emulation/schedule.h"
 
 namespace diffrate::emulation {
 namespace {

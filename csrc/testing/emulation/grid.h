@@ -1,7 +1,7 @@
 // A whole launch: clusters of blocks, one after another, on the calling thread of the operating system.
 #pragma once
 
-#include "emulation/block.h"
+#include "testing/emulation/block.h"
 
 namespace diffrate::emulation {
 

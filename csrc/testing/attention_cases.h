@@ -4,14 +4,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <memory>
 #include <random>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "common/limits.h"
 #include "cuda/common.cuh"
+#include "testing/cuda_kernels.h"
 
 namespace diffrate::cuda {
 
@@ -19,12 +20,8 @@ using emulation::Order;
 
 inline const emulation::Schedule kSchedules[] = {{Order::forward, 0}, {Order::reverse, 0}, {Order::random, 1}};
 
-inline int passed = 0, failed = 0;
-
-inline void check(bool good, const std::string& what) {
-  ++(good ? passed : failed);
-  if (!good) std::printf("FAILED: %s\n", what.c_str());
-}
+using testing::check;
+using testing::exact;
 
 template <class T>
 constexpr Type kType = std::is_same_v<T, float>    ? Type::f32
@@ -33,7 +30,7 @@ constexpr Type kType = std::is_same_v<T, float>    ? Type::f32
                                                    : Type::bf16;
 
 template <class T>
-constexpr int64_t kWidestHead = std::is_same_v<T, double> ? 64 : 128;
+constexpr int64_t kWidestHead = most_head_channels(kType<T>);
 
 // What one rounding to T does to a number of magnitude 1, at most.
 template <class T>
@@ -61,18 +58,11 @@ struct Case {
   }
 };
 
-template <class T>
-std::unique_ptr<T[]> exact(int64_t count, T fill) {
-  auto memory = std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);  // no spare capacity as a vector's
-  std::fill(memory.get(), memory.get() + count, fill);
-  return memory;
-}
-
 // The arguments of a case, and what they point to.
 template <class T>
 struct Inputs {
   using W = Wide<T>;
-  MaskedAttentionArgs args{};
+  AttentionArgs args{};
   std::vector<std::unique_ptr<T[]>> features;
   std::unique_ptr<W[]> mask, size;
   std::mt19937 random;
@@ -88,12 +78,20 @@ struct Inputs {
     if (c.layout == Layout::packed) {
       T* memory = add(3 * c.images * image);
       Heads* heads[] = {&args.q, &args.k, &args.v};
-      for (int i = 0; i < 3; ++i) *heads[i] = {memory + i * token, 3 * image, c.head_dim, 3 * token};
-      args.grad = {add(c.images * image), image, c.head_dim, token};
+      for (int i = 0; i < 3; ++i)
+        *heads[i] = {.data = memory + i * token,
+                     .stride_image = 3 * image,
+                     .stride_head = c.head_dim,
+                     .stride_token = 3 * token};
+      args.grad = {
+          .data = add(c.images * image), .stride_image = image, .stride_head = c.head_dim, .stride_token = token};
     } else {
       int64_t skip = c.layout == Layout::unaligned, row = c.head_dim + skip;
       for (Heads* heads : {&args.q, &args.k, &args.v, &args.grad})
-        *heads = {add(c.images * c.heads * c.tokens * row) + skip, c.heads * c.tokens * row, c.tokens * row, row};
+        *heads = {.data = add(c.images * c.heads * c.tokens * row) + skip,
+                  .stride_image = c.heads * c.tokens * row,
+                  .stride_head = c.tokens * row,
+                  .stride_token = row};
     }
     fill(args.q, 2);
     fill(args.k, 1);
@@ -102,15 +100,15 @@ struct Inputs {
 
     int64_t stride = c.layout == Layout::unaligned ? 2 : 1;
     int64_t count = c.images * c.tokens * stride - (stride - 1);
-    mask = exact<W>(count, NAN);
+    mask = exact<W>(count, static_cast<W>(NAN));
     for (int64_t i = 0; i < count; i += stride)
       mask[i] = c.mask == Mask::zeros ? 0 : c.mask == Mask::ones ? 1 : std::max(0.0, uniform(-0.5, 1));
-    args.mask = {mask.get(), c.tokens * stride, stride};
+    args.mask = {.data = mask.get(), .stride_image = c.tokens * stride, .stride_token = stride};
     if (!c.sizes) return;
-    size = exact<W>(c.images * c.tokens, 0);
+    size = exact<W>(c.images * c.tokens, W(0));
     for (int64_t i = 0; i < c.images * c.tokens; ++i) size[i] = static_cast<W>(uniform(0.5, 6));
     size[c.tokens - 1] = -1;  // is taken for the smallest positive number
-    args.size = {size.get(), c.tokens, 1};
+    args.size = {.data = size.get(), .stride_image = c.tokens, .stride_token = 1};
   }
 
   double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(random); }

@@ -1,0 +1,336 @@
+// Tests of the kernels of sort_tokens, prune_merge, merge_reduce, masked_prune_merge and compression_rate.
+#include <algorithm>
+#include <numeric>
+
+#include "testing/kernel_cases.h"
+
+namespace diffrate::testing {
+namespace {
+
+// More tokens than the CUDA kernels keep in shared memory.
+const Case kManyTokens = {2, 4200, 3, 1, 4190, 4150};
+
+void test_sort_tokens(const Case& c, const cpu::Threads& threads) {
+  auto x = random_floats(c.images * c.tokens * c.channels, 1);
+  auto importance = random_floats(c.images * (c.tokens - c.prefix), 2);
+  auto out = exact<float>(c.images * c.tokens * c.channels);
+  auto size = exact<float>(c.images * c.tokens);
+  auto order = exact<int64_t>(c.images * c.tokens);
+  SortArgs args{.type = Type::f32,
+                .images = c.images,
+                .tokens = c.tokens,
+                .channels = c.channels,
+                .prefix = c.prefix,
+                .x = tokens_of(x.get(), c),
+                .importance = given(importance.get(), c),
+                .size = {},
+                .out = out.get(),
+                .out_size = size.get(),
+                .order = order.get()};
+  cpu::kernels().sort_tokens(args, threads);
+  bool sorted = true, moved = true;
+  for (int64_t b = 0; b < c.images; ++b) {
+    const float* scores = importance.get() + b * (c.tokens - c.prefix) - c.prefix;
+    for (int64_t j = 0; j < c.tokens; ++j) {
+      int64_t from = order[b * c.tokens + j];
+      if (j < c.prefix) sorted = sorted && from == j;
+      if (j > c.prefix) sorted = sorted && scores[order[b * c.tokens + j - 1]] >= scores[from];
+      moved = moved && !std::memcmp(&out[(b * c.tokens + j) * c.channels], &x[(b * c.tokens + from) * c.channels],
+                                    c.channels * sizeof(float));
+    }
+  }
+  check(sorted, "sort_tokens: order", c.tokens, c.channels);
+  check(moved, "sort_tokens: features", c.tokens, c.channels);
+}
+
+// Whether kept tokens are where the sort order has them, and every source is with its most similar destination.
+bool sources_are_matched(const Case& c, int64_t image, const float* x, const float* residual, const float* importance,
+                         const int64_t* slot) {
+  const float* scores = importance + image * (c.tokens - c.prefix) - c.prefix;
+  std::vector<int64_t> order(c.tokens);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin() + c.prefix, order.end(), [&](int64_t i, int64_t j) { return scores[i] > scores[j]; });
+  auto value = [&](int64_t token, int64_t k) {
+    int64_t at = (image * c.tokens + token) * c.channels + k;
+    return residual ? x[at] + residual[at] : x[at];
+  };
+  auto dot = [&](int64_t i, int64_t j) {
+    double sum = 0;
+    for (int64_t k = 0; k < c.channels; ++k) sum += double(value(i, k)) * value(j, k);
+    return sum;
+  };
+  bool good = true;
+  std::vector<double> norms(c.k_m);
+  for (int64_t j = 0; j < c.k_m; ++j) {
+    norms[j] = std::sqrt(dot(order[j], order[j]));
+    good = good && slot[order[j]] == j;
+  }
+  for (int64_t i = c.k_m; i < c.k_p; ++i) {
+    auto similarity = [&](int64_t to) { return dot(order[i], order[to]) / norms[to]; };
+    int64_t found = slot[order[i]];
+    if (found < c.prefix || found >= c.k_m) return false;
+    double best = -INFINITY;
+    for (int64_t to = c.prefix; to < c.k_m; ++to) best = std::fmax(best, similarity(to));
+    good = good && similarity(found) >= best - 1e-5 * std::abs(best);
+  }
+  return good;
+}
+
+// The mean of the tokens that share a slot, and every source in the slot of its most similar destination.
+void test_prune_merge(const Case& c, const cpu::Threads& threads, bool with_residual) {
+  auto x = random_floats(c.images * c.tokens * c.channels, 3);
+  auto residual = random_floats(c.images * c.tokens * c.channels, 4);
+  auto importance = random_floats(c.images * (c.tokens - c.prefix), 5);
+  auto size = random_floats(c.images * c.tokens, 6, 0.5f, 3);
+  auto out = exact<float>(c.images * c.k_m * c.channels);
+  auto out_size = exact<float>(c.images * c.k_m);
+  auto slot = exact<int64_t>(c.images * c.tokens);
+  PruneMergeArgs args{.type = Type::f32,
+                      .images = c.images,
+                      .tokens = c.tokens,
+                      .channels = c.channels,
+                      .prefix = c.prefix,
+                      .k_p = c.k_p,
+                      .k_m = c.k_m,
+                      .x = tokens_of(x.get(), c),
+                      .residual = tokens_of(with_residual ? residual.get() : nullptr, c),
+                      .importance = given(importance.get(), c),
+                      .size = vector_of(size.get(), c),
+                      .weighted_mean = false,
+                      .cosine_sizes = false,
+                      .out = out.get(),
+                      .out_size = out_size.get(),
+                      .slot = slot.get()};
+  cpu::kernels().prune_merge(args, threads);
+  bool counts = true, means = true, sizes = true, matches = true;
+  for (int64_t b = 0; b < c.images; ++b) {
+    matches = matches && sources_are_matched(c, b, x.get(), with_residual ? residual.get() : nullptr, importance.get(),
+                                             slot.get() + b * c.tokens);
+    int64_t pruned = 0;
+    std::vector<double> sum(c.k_m * c.channels), members(c.k_m), total(c.k_m);
+    for (int64_t i = 0; i < c.tokens; ++i) {
+      int64_t to = slot[b * c.tokens + i];
+      counts = counts && to >= -1 && to < c.k_m;
+      if (to < 0 || to >= c.k_m) {
+        ++pruned;
+        continue;
+      }
+      ++members[to];
+      total[to] += size[b * c.tokens + i];
+      for (int64_t k = 0; k < c.channels; ++k) {
+        int64_t at = (b * c.tokens + i) * c.channels + k;
+        sum[to * c.channels + k] += with_residual ? x[at] + residual[at] : x[at];
+      }
+    }
+    counts = counts && pruned == c.tokens - c.k_p;
+    for (int64_t j = 0; j < c.k_m; ++j) {
+      counts = counts && members[j] >= 1 && (j >= c.prefix || members[j] == 1);
+      sizes = sizes && near(out_size[b * c.k_m + j], total[j]);
+      for (int64_t k = 0; k < c.channels; ++k)
+        means = means && near(out[(b * c.k_m + j) * c.channels + k], sum[j * c.channels + k] / members[j]);
+    }
+  }
+  check(counts, "prune_merge: slots", c.tokens, c.channels);
+  check(matches, "prune_merge: matches", c.tokens, c.channels);
+  check(means, "prune_merge: features", c.tokens, c.channels);
+  check(sizes, "prune_merge: sizes", c.tokens, c.channels);
+}
+
+void test_merge_reduce(const Case& c, const cpu::Threads& threads) {
+  auto x = random_floats(c.images * c.tokens * c.channels, 7);
+  auto dst = exact<int64_t>(c.images * c.tokens);
+  for (int64_t i = 0; i < c.images * c.tokens; ++i)
+    dst[i] = i % 7 == 3 ? 1000 + c.k_m : (i * 5) % (c.k_m + 1) - 1;  // out of range: goes nowhere
+  auto out = exact<float>(c.images * c.k_m * c.channels);
+  MergeReduceArgs args{.type = Type::f32,
+                       .images = c.images,
+                       .tokens = c.tokens,
+                       .kept = c.k_m,
+                       .channels = c.channels,
+                       .x = tokens_of(x.get(), c),
+                       .dst = dst.get(),
+                       .dst_stride_image = c.tokens,
+                       .dst_stride_token = 1,
+                       .weights = {},
+                       .out = out.get()};
+  cpu::kernels().merge_reduce(args, threads);
+  auto back = exact<float>(c.images * c.tokens * c.channels);
+  MergeReduceArgs backward = args;
+  backward.x = {out.get(), c.k_m * c.channels, c.channels};
+  backward.out = back.get();
+  cpu::kernels().merge_reduce_backward(backward, threads);
+  // <mean(x), out> = <x, gradient of the mean at out>
+  double left = 0, right = 0;
+  for (int64_t i = 0; i < c.images * c.k_m * c.channels; ++i) left += double(out[i]) * out[i];
+  for (int64_t i = 0; i < c.images * c.tokens * c.channels; ++i) right += double(x[i]) * back[i];
+  check(near(left, right), "merge_reduce: the backward is the forward's transpose", c.tokens, c.channels);
+}
+
+void test_compression_rate(int64_t patches, int64_t granularity, const cpu::Threads& threads) {
+  const int64_t proxies = 3, prefix = 1, tokens = patches + prefix;
+  int64_t candidates = (patches - 1) / granularity + 1;
+  auto logits = random_floats(proxies * candidates, 18);
+  auto kept = exact<float>(proxies), keep = exact<float>(proxies * tokens);
+  auto grad_kept = random_floats(proxies, 19), grad_keep = random_floats(proxies * tokens, 20);
+  auto grad = exact<float>(proxies * candidates);
+  CompressionRateArgs args{.type = Type::f32,
+                           .proxies = proxies,
+                           .candidates = candidates,
+                           .patches = patches,
+                           .granularity = granularity,
+                           .prefix = prefix,
+                           .logits = logits.get(),
+                           .kept = kept.get(),
+                           .keep_prob = keep.get(),
+                           .grad_kept = grad_kept.get(),
+                           .grad_keep_prob = grad_keep.get(),
+                           .grad_logits = grad.get()};
+  cpu::kernels().compression_rate(args, threads);
+  cpu::kernels().compression_rate_backward(args, threads);
+  bool kept_right = true, keep_right = true, grad_right = true;
+  for (int64_t l = 0; l < proxies; ++l) {
+    double total = 0, mean = 0, mean_grad = 0;
+    std::vector<double> p(candidates), t(tokens), to_p(candidates);
+    for (int64_t k = 0; k < candidates; ++k) total += p[k] = std::exp(double(logits[l * candidates + k]));
+    for (int64_t k = 0; k < candidates; ++k) {
+      int64_t c = patches - granularity * k;
+      p[k] /= total;
+      mean += p[k] * double(c);
+      to_p[k] = double(grad_kept[l]) * double(c);
+      for (int64_t j = 0; j < c + prefix; ++j) {
+        t[j] += p[k];
+        to_p[k] += double(grad_keep[l * tokens + j]);
+      }
+      mean_grad += p[k] * to_p[k];
+    }
+    kept_right = kept_right && kept[l] == std::ceil(mean) + prefix;
+    for (int64_t j = 0; j < tokens; ++j) keep_right = keep_right && near(keep[l * tokens + j], t[j]);
+    for (int64_t k = 0; k < candidates; ++k)
+      grad_right = grad_right && near(grad[l * candidates + k], p[k] * (to_p[k] - mean_grad));
+  }
+  check(kept_right, "compression_rate: kept", tokens, granularity);
+  check(keep_right, "compression_rate: keep probability", tokens, granularity);
+  check(grad_right, "compression_rate: gradient", tokens, granularity);
+}
+
+void test_masked_prune_merge(const Case& c, const cpu::Threads& threads) {
+  int64_t rows = c.images * c.tokens, last = c.tokens - c.tokens / 8;
+  auto x = random_floats(rows * c.channels, 21), size = random_floats(rows, 22, 0.5f, 3), mask = exact<float>(rows);
+  // what is masked already is what matters least
+  auto importance = exact<float>(c.images * (c.tokens - c.prefix));
+  for (int64_t i = 0; i < c.images * (c.tokens - c.prefix); ++i)
+    importance[i] = float(c.tokens - i % (c.tokens - c.prefix));
+  for (int64_t i = 0; i < rows; ++i) mask[i] = i % c.tokens < last;
+  auto out = exact<float>(rows * c.channels), out_mask = exact<float>(rows), out_size = exact<float>(rows);
+  auto order = exact<int64_t>(rows), dst = exact<int64_t>(rows);
+  // numbers that are rounded
+  const float kept_p = static_cast<float>(c.k_p) + 0.25f, kept_m = static_cast<float>(c.k_m) - 0.5f;
+  MaskedPruneMergeArgs args{.type = Type::f32,
+                            .images = c.images,
+                            .tokens = c.tokens,
+                            .channels = c.channels,
+                            .prefix = c.prefix,
+                            .kept_p = &kept_p,
+                            .kept_m = &kept_m,
+                            .x = tokens_of(x.get(), c),
+                            .importance = given(importance.get(), c),
+                            .mask = vector_of(mask.get(), c),
+                            .size = vector_of(size.get(), c),
+                            .cosine_sizes = false,
+                            .out = out.get(),
+                            .out_mask = out_mask.get(),
+                            .out_size = out_size.get(),
+                            .order = order.get(),
+                            .dst = dst.get()};
+  cpu::kernels().masked_prune_merge(args, threads);
+  int64_t middle = std::min(last, c.k_p), kept = std::min(middle, c.k_m);
+  bool places = true, masks = true, means = true, sizes = true;
+  for (int64_t b = 0; b < c.images; ++b) {
+    std::vector<double> sum(c.tokens * c.channels), members(c.tokens), total(c.tokens);
+    auto started = [&](int64_t j) {
+      double own = size[b * c.tokens + order[b * c.tokens + j]];
+      return kept < middle && j < middle ? std::fmax(own, 1) : own;
+    };
+    for (int64_t j = 0; j < c.tokens; ++j) {
+      int64_t at = b * c.tokens + j, to = dst[at];
+      places = places && order[at] == j && (j >= kept && j < middle ? to >= c.prefix && to < kept : to == j);
+      masks = masks && out_mask[at] == (j < kept);
+      if (to < 0 || to >= c.tokens) continue;
+      ++members[to];
+      total[to] += started(j);
+      for (int64_t k = 0; k < c.channels; ++k) sum[to * c.channels + k] += x[at * c.channels + k];
+    }
+    for (int64_t j = 0; j < c.tokens; ++j) {
+      int64_t at = b * c.tokens + j;
+      bool is_source = j >= kept && j < middle;
+      sizes = sizes && near(out_size[at], is_source ? started(j) : total[j]);
+      for (int64_t k = 0; k < c.channels; ++k)
+        means = means && near(out[at * c.channels + k],
+                              is_source ? x[at * c.channels + k] : sum[j * c.channels + k] / members[j]);
+    }
+  }
+  check(places, "masked_prune_merge: order and destinations", c.tokens, c.channels);
+  check(masks, "masked_prune_merge: mask", c.tokens, c.channels);
+  check(means, "masked_prune_merge: features", c.tokens, c.channels);
+  check(sizes, "masked_prune_merge: sizes", c.tokens, c.channels);
+}
+
+// How many of seven tokens, all alive before, stay alive. common/kept_numbers.h has the rule, test_numbers.cpp tests
+// it.
+void test_kept_number(float kept_p, float kept_m, int64_t expected, const cpu::Threads& threads) {
+  const Case c{.images = 2, .tokens = 7, .channels = 3, .prefix = 0, .k_p = 0, .k_m = 0};
+  int64_t rows = c.images * c.tokens;
+  auto x = random_floats(rows * c.channels, 23), importance = random_floats(rows, 24), mask = exact<float>(rows, 1);
+  auto out = exact<float>(rows * c.channels), out_mask = exact<float>(rows), out_size = exact<float>(rows);
+  auto order = exact<int64_t>(rows), dst = exact<int64_t>(rows);
+  cpu::kernels().masked_prune_merge({.type = Type::f32,
+                                     .images = c.images,
+                                     .tokens = c.tokens,
+                                     .channels = c.channels,
+                                     .prefix = c.prefix,
+                                     .kept_p = &kept_p,
+                                     .kept_m = &kept_m,
+                                     .x = tokens_of(x.get(), c),
+                                     .importance = given(importance.get(), c),
+                                     .mask = vector_of(mask.get(), c),
+                                     .size = {},
+                                     .cosine_sizes = true,
+                                     .out = out.get(),
+                                     .out_mask = out_mask.get(),
+                                     .out_size = out_size.get(),
+                                     .order = order.get(),
+                                     .dst = dst.get()},
+                                    threads);
+  bool good = true;
+  for (int64_t i = 0; i < rows; ++i) good = good && out_mask[i] == (i % c.tokens < expected);
+  check(good, "masked_prune_merge: kept_p = " + std::to_string(kept_p) + ", kept_m = " + std::to_string(kept_m));
+}
+
+}  // namespace
+}  // namespace diffrate::testing
+
+int main() {
+  using namespace diffrate::testing;
+  say_what_runs();
+  for (const auto& threads : pools()) {
+    for (const Case& c : kCases) {
+      test_sort_tokens(c, threads);
+      test_prune_merge(c, threads, false);
+      test_prune_merge(c, threads, true);
+      test_merge_reduce(c, threads);
+      test_masked_prune_merge(c, threads);
+    }
+    test_sort_tokens(kManyTokens, threads);
+    test_prune_merge(kManyTokens, threads, true);
+    test_masked_prune_merge(kManyTokens, threads);
+    test_kept_number(5.5f, 2.5f, 3, threads);
+    test_kept_number(5, 2.25f, 2, threads);
+    test_kept_number(std::nextafter(0.5f, 0.0f), 3, 0, threads);  // a half cannot be added to it exactly
+    test_kept_number(NAN, 3, 0, threads);
+    test_kept_number(99, 0, 1, threads);  // something to merge into
+    test_compression_rate(196, 1, threads);
+    test_compression_rate(17, 4, threads);
+    test_compression_rate(1, 1, threads);
+  }
+  return report(diffrate::cpu::kernels().name);
+}
