@@ -27,9 +27,7 @@ def obeys_operator(numbers: KeptNumbers, tokens: int, prefix: int) -> bool:
 
 @settings(deadline=None)
 @given(st.data(), st.integers(0, 5), st.integers(0, 300))
-def test_kept_numbers_are_running_minima_for_the_operator(
-    data: st.DataObject, prefix: int, patches: int
-) -> None:
+def test_kept_numbers_are_running_minima_for_the_operator(data: st.DataObject, prefix: int, patches: int) -> None:
     blocks = data.draw(st.integers(1, 8))
     numbers = st.lists(st.integers(max(prefix, 1), 320), min_size=blocks, max_size=blocks)
     prune, merge = data.draw(st.none() | numbers), data.draw(numbers)
