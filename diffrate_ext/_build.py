@@ -44,5 +44,8 @@ _MOST_HEAD_CHANNELS = {float64: _C.most_head_channels(float64) for float64 in (F
 
 
 def most_head_channels(*, float64: bool) -> int:
-    """The most channels of a head that the CUDA kernels of attention take, in float64 or in a narrower dtype."""
+    """The most channels per head that the CUDA kernels of attention take, in float64 or in a narrower dtype.
+
+    Not those of class_attention, which take any number.
+    """
     return _MOST_HEAD_CHANNELS[float64]

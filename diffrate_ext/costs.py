@@ -1,4 +1,4 @@
-"""What a model's parts cost: multiply-accumulates as a function of kept tokens (method of DiffRate, section 3.4).
+"""What a model's parts cost: multiply-accumulates as a function of kept tokens (as DiffRate counts them).
 
 Counted as in DeiT, ToMe and DiffRate: matrix products and convolutions only.
 """

@@ -1,7 +1,7 @@
 """Errors that the caller can mend: bad input, a model or a file that does not fit.
 
 Each is a built-in error besides (``ValueError``, ``TypeError``), so that callers may catch either. The command line
-shows them in one line, and everything else with a traceback.
+shows them in one line, without a traceback.
 """
 
 from __future__ import annotations

@@ -14,16 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The smallest normal float32. Cosine-weighted merging can drive a size to zero or below; its logarithm must stay
-# finite.
-TINY = torch.finfo(torch.float32).tiny
+from .numeric import TINY, rate_candidates, wide_dtype
+
 # Of the masked softmax: keeps a row of which nothing is left from dividing by zero.
 MASKED_EPSILON = 1e-6
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of importances and sizes beside ``x``: half precision would tie importances and lose sums."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -60,7 +54,7 @@ def sort_order(importance: Tensor, prefix: int) -> Tensor:
 def sort_tokens(
     x: Tensor, importance: Tensor, size: Tensor | None = None, *, prefix: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Section 3.2 of the paper: tokens in descending importance."""
+    """Tokens in descending importance (token sorting, section 3 of the paper)."""
     patches = importance[:, importance.shape[1] - (x.shape[1] - prefix) :]
     order = sort_order(patches, prefix)
     ones = torch.ones(x.shape[:2], dtype=wide_dtype(x), device=x.device)
@@ -100,7 +94,7 @@ def prune_merge(
     size_rule: str = "cosine",
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sections 3.2 and 3.3 of the paper at inference: sort, prune to k_p tokens, merge to k_m."""
+    """Sort, prune to k_p tokens, merge to k_m, as at inference (section 3 of the paper)."""
     if residual is not None:
         x = x + residual
     patches = token_importance(attn, prefix, importance_from, wide_dtype(x))
@@ -149,7 +143,7 @@ def attention_map(q: Tensor, k: Tensor, size: Tensor | None, scale: float | None
 def class_attention(
     q: Tensor, k: Tensor, size: Tensor | None = None, *, scale: float | None = None, prefix: int = 1
 ) -> Tensor:
-    """Class attention of the patches, mean over heads: (B, N-P). Section 3.2 of the paper."""
+    """Class attention of the patches, mean over heads: (B, N-P) (token sorting, section 3 of the paper)."""
     return token_importance(attention_map(q, k, size, scale).detach(), prefix, "class", wide_dtype(q))
 
 
@@ -202,7 +196,7 @@ def masked_attention(
     prefix: int = 1,
     importance_from: str = "class",
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the search step (section 3.4 of the paper): masked tokens are seen by themselves alone.
+    """Attention of the search step, in which a masked token is visible only to itself (section 3 of the paper).
 
     ``P_ij = M_j + (1 - M_j) [i = j]``, ``A_ij = (e_ij P_ij + eps/N) / (sum_l e_il P_il + eps)``. Attention received
     is the mean over the queries that are not masked, as at inference there are no others.
@@ -225,13 +219,8 @@ def masked_attention(
     return out, received.mean(1)[:, prefix:]
 
 
-def rate_candidates(n_patches: int, granularity: int) -> list[int]:
-    """The numbers of patches that a block may keep: ``n_patches - granularity * k`` while positive."""
-    return list(range(n_patches, 0, -granularity))
-
-
 def compression_rate(logits: Tensor, n_patches: int, granularity: int = 1, prefix: int = 1) -> tuple[Tensor, Tensor]:
-    """Section 3.3 of the paper: the differentiable discrete proxy, all blocks at once.
+    """The differentiable discrete proxy (section 3 of the paper), all blocks at once.
 
     ``kept = ceil(sum_k c_k p_k) + P`` with a straight-through gradient, ``t_j = sum_k p_k [j < c_k + P]``. In float64
     whatever the logits are: rounding must not carry a mean over a whole number.
@@ -258,7 +247,7 @@ def masked_prune_merge(
     prefix: int = 1,
     size_rule: str = "cosine",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sort, prune and merge in the search step (sections 3.2 to 3.4 of the paper): tokens are masked, not dropped."""
+    """Sort, prune and merge in the search step (section 3 of the paper): tokens are masked, not dropped."""
     x, size, order = sort_tokens(x, importance, size, prefix=prefix)
     mask = mask.to(size.dtype).gather(1, order)
     images, tokens = mask.shape

@@ -78,7 +78,7 @@ class Schedule:
     Raises:
         InputTypeError: a number that is not an integer.
         InputValueError: no numbers, lengths that differ, a number below ``prefix`` or above the grid's tokens, or a
-            block that would merge although no patch is left to merge into (``after_merging[i] == prefix``; section 3.3
+            block that would merge although no patch is left to merge into (``after_merging[i] == prefix``; section 3
             of the paper).
     """
 

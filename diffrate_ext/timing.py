@@ -37,7 +37,7 @@ class Benchmark:
     """Median over the rounds of uncompressed / compressed time. Both were timed within seconds of each other in each
     round, so that a machine that is slower for a while does not move it."""
     speed_up_quartiles: tuple[float, float]
-    """The quarter of the rounds below and the quarter above lie beyond these."""
+    """First and third quartile of the rounds' speed-ups."""
 
     @property
     def images_per_second(self) -> float:

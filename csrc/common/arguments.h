@@ -70,7 +70,7 @@ struct MaskedPruneMergeArgs {
   Importance importance;
   Vector mask;
   Vector size;        // data may be null: all ones
-  bool cosine_sizes;  // a source counts size * cosine, at least 1, instead of size
+  bool cosine_sizes;  // a source adds size * cosine instead of size; at least 1 in either case
   void* out;          // (B, N, C)
   void* out_mask;     // (B, N)
   void* out_size;     // (B, N)
@@ -119,9 +119,9 @@ struct AttentionArgs {
   Vector mask;  // masked_attention and its gradients alone
   Vector size;  // data may be null: all ones
   double scale;
-  bool received;     // beside values: importance is the attention received by each patch, not the class token's
+  bool received;     // where there is v: importance is the attention received, not the class token's
   void* out;         // (B, N, H, D)
-  void* importance;  // (B, N-P); beside values null: not wanted (CUDA only)
+  void* importance;  // (B, N-P); with v it may be null on CUDA: not wanted
   Heads grad;        // of out; masked_attention_backward alone uses this and what follows
   void *grad_q, *grad_k, *grad_v;
   void* grad_mask;  // (B, N)

@@ -13,8 +13,8 @@
 //        kept .. last-1     are masked in the result: the sources, and what is pruned
 //        last ..            were masked before, and keep their mask.
 //
-// Numbers that leave nothing to merge into are so raised until nothing is out of bounds. On the CPU the operator
-// refuses them before; on CUDA it cannot, for the numbers are on the device.
+// So numbers that leave nothing to merge into are raised to the smallest valid ones. The CPU operator refuses them
+// instead; on CUDA it cannot, as they are on the device.
 #pragma once
 
 #include "common/numeric.h"

@@ -5,7 +5,7 @@
 
 #include "common/arguments.h"
 
-// CPU_AND_CUDA(name, Args) for each kernel of both, CUDA_ONLY(name, Args) for each that the CPU has not.
+// CPU_AND_CUDA(name, Args) for each kernel of both, CUDA_ONLY(name, Args) for each that the CPU lacks.
 #define DIFFRATE_KERNELS(CPU_AND_CUDA, CUDA_ONLY)        \
   CPU_AND_CUDA(sort_tokens, SortArgs)                    \
   CPU_AND_CUDA(prune_merge, PruneMergeArgs)              \

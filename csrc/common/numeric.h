@@ -17,6 +17,8 @@ constexpr double kNormEpsilon = 1e-12;
 // Cosine-weighted merging can drive a size to zero or below. Clamped to the smallest normal float32 its logarithm stays
 // finite.
 constexpr double kTinySize = 1.17549435082228750797e-38;
+// Of the masked softmax: keeps a row of which nothing is left from dividing by zero.
+constexpr double kMaskedEpsilon = 1e-6;
 
 template <class To, class From>
 DIFFRATE_INLINE To bits_as(From value) {

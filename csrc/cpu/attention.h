@@ -3,8 +3,9 @@
 
 #include <limits>
 
+#include "cpu/access.h"
 #include "cpu/images.h"
-#include "cpu/sort.h"
+#include "cpu/simd.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {

@@ -1,6 +1,8 @@
 // The class token's row of the attention map, without the map.
+#include "cpu/access.h"
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
+#include "cpu/memory.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {

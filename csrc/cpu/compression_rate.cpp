@@ -2,6 +2,7 @@
 // that a proxy costs K + N operations instead of K * N. Sums are kept in double: a kept number is a ceiling.
 #include "cpu/dispatch.h"
 #include "cpu/images.h"
+#include "cpu/memory.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {

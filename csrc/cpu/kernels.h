@@ -18,7 +18,7 @@ using Kernel = void (*)(const Args&, const Threads&);
 struct Kernels {
   const char* name;  // of the instruction set
 #define DIFFRATE_MEMBER(kernel, Args) Kernel<Args> kernel;
-  DIFFRATE_KERNELS(DIFFRATE_MEMBER, DIFFRATE_MEMBER)  // those that the CPU has not are null
+  DIFFRATE_KERNELS(DIFFRATE_MEMBER, DIFFRATE_MEMBER)  // null where there is none
 #undef DIFFRATE_MEMBER
 };
 

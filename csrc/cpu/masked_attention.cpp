@@ -1,15 +1,16 @@
 // Attention of the search step and its gradients, a block of queries at a time: no N x N map exists, and the backward
 // pass keeps nothing but its inputs.
+#include "cpu/access.h"
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
 #include "cpu/images.h"
+#include "cpu/memory.h"
 #include "cpu/multiply.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {
 
-constexpr int64_t kQueries = 96;         // in a block: their logits fit the second-level cache
-constexpr double kMaskedEpsilon = 1e-6;  // of the masked softmax
+constexpr int64_t kQueries = 96;  // in a block: their logits fit the second-level cache
 
 template <class T>
 struct MaskedAttention {

@@ -1,5 +1,6 @@
 // Sort, prune and merge in the search step: all tokens stay, in sorted order, and a mask says which are alive.
 #include "common/kept_numbers.h"
+#include "cpu/access.h"
 #include "cpu/dispatch.h"
 #include "cpu/prune_merge.h"
 

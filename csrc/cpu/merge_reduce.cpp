@@ -1,7 +1,9 @@
 // Mean of the tokens that share a destination, and its gradient.
+#include "cpu/access.h"
 #include "cpu/dispatch.h"
 #include "cpu/images.h"
-#include "cpu/sort.h"
+#include "cpu/memory.h"
+#include "cpu/simd.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {

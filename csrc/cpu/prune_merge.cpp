@@ -1,6 +1,7 @@
 // Sort, prune and merge: what stays is written without gaps.
 #include "cpu/prune_merge.h"
 
+#include "cpu/access.h"
 #include "cpu/dispatch.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {

@@ -12,7 +12,10 @@
 #include <limits>
 #include <type_traits>
 
+#include "cpu/access.h"
 #include "cpu/images.h"
+#include "cpu/memory.h"
+#include "cpu/simd.h"
 #include "cpu/sort.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {
@@ -170,7 +173,8 @@ struct PruneMerge {
     W* block = s.block + p * kBlock * stride;
     for (; begin < end; begin += kBlock) {
       int64_t rows = std::min(kBlock, end - begin);
-      // float rows that fill whole vectors are compared where they are written, others in a widened, padded copy
+      // float and double rows that fill whole vectors are compared where they are written, others in a widened, padded
+      // copy
       const W* compared = block;
       if constexpr (std::is_same_v<T, W>) {
         if (stride == a.channels && rows % kRows == 0) compared = out_row(image, begin);

@@ -1,6 +1,8 @@
 // The column means of the attention map, without the map: a few of its rows at a time.
+#include "cpu/access.h"
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
+#include "cpu/memory.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {
 namespace {

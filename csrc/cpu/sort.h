@@ -1,4 +1,4 @@
-// How kernels read tokens, sizes and importance, and the sort order that follows from importance.
+// Importance, and the sort order that follows from it.
 #pragma once
 
 #include <algorithm>
@@ -67,17 +67,6 @@ void sort_image(const Importance& from, int64_t image, int64_t tokens, int64_t p
   sort_items<W>(items, patches);
   for (int64_t j = 0; j < prefix; ++j) order[j] = static_cast<int32_t>(j);
   for (int64_t j = 0; j < patches; ++j) order[prefix + j] = items[j].patch + static_cast<int32_t>(prefix);
-}
-
-template <class T>
-const T* row_of(const Tokens& tokens, int64_t image, int64_t token) {
-  return static_cast<const T*>(tokens.data) + image * tokens.stride_image + token * tokens.stride_token;
-}
-
-template <class W>
-W size_of(const Vector& size, int64_t image, int64_t token) {
-  if (!size.data) return 1;
-  return static_cast<const W*>(size.data)[image * size.stride_image + token * size.stride_token];
 }
 
 }  // namespace

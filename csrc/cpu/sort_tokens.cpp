@@ -1,6 +1,8 @@
 // Sort and gather in one pass over the tokens.
+#include "cpu/access.h"
 #include "cpu/dispatch.h"
 #include "cpu/images.h"
+#include "cpu/memory.h"
 #include "cpu/sort.h"
 
 namespace diffrate::cpu::DIFFRATE_SIMD {

@@ -14,7 +14,6 @@ namespace diffrate::cuda {
 
 constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = kAttentionWarps * kWarp;
-constexpr double kMaskedEpsilon = 1e-6;  // of the masked softmax
 constexpr double kLog2OfE = 1.44269504088896340736;
 
 // Keys that are in shared memory at a time: all of a block's must fit the 99 KB that every device has.

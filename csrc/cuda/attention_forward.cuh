@@ -2,7 +2,7 @@
 //
 // A block has kBlockRows queries of one head; keys and values stream through two buffers in shared memory, one filling
 // while the other is used. A block of warps has finished with a buffer when all are past the barrier of the next tile.
-// For each tile a warp takes these steps: score, hide_masked, rescale, weigh, accumulate.
+// For each tile a warp takes these steps: score, hide_masked, write_class_logits, rescale, weigh, accumulate.
 #pragma once
 
 #include "cuda/attention_rows.cuh"

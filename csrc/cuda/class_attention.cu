@@ -28,7 +28,7 @@ __device__ W over_block(W value, W* shared, Reduce reduce) {
   return value;
 }
 
-// q and k are parameters of their own besides: read from `a`, the compiler makes more and other code of the loops.
+// q and k are passed separately: read from `a`, they make the compiler generate worse loops.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     class_attention_kernel(AttentionArgs a, Heads q_heads, Heads k_heads, Wide<T>* rows, bool aligned) {

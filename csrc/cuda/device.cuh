@@ -3,7 +3,8 @@
 // Kernels use, besides this file, only threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, __syncthreads, __syncwarp,
 // __shfl_sync, __shfl_xor_sync, __ballot_sync, __popc, __ffs, the conversions of __half and __nv_bfloat16, and
 // <math.h>. They take all shared memory from `Shared`, and are started by `launch`. So the same sources run as host C++
-// in tests, where csrc/testing/emulated/cuda/device.cuh stands first in the include path and defines these names again.
+// in tests, where csrc/testing/overrides/cuda/device.cuh stands first in the include path and defines these names
+// again.
 #pragma once
 
 #include <cuda_bf16.h>

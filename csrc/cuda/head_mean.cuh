@@ -9,7 +9,7 @@ struct HeadMeanArgs {
   Type type;  // of the features
   int64_t images, heads, tokens, prefix;
   const void* rows;  // (B, H, N), wide: the class token's attention, or sums over queries
-  bool received;     // the rows are sums: the mean over queries is taken besides
+  bool received;     // the rows are sums over queries: divide by their number, too
   Vector mask;       // the queries that count; data may be null: all
   void* importance;  // (B, N-P), wide
 };

@@ -1,15 +1,14 @@
 // What the kernels of masked_attention's gradients share; csrc/cpu/masked_attention.cpp has the formulas as plain
 // loops. Nothing but the inputs is kept from the forward pass, and no N x N map exists. Three kernels:
 //
-//   1. masked_attention_query_gradients.cuh. Rows are queries. A block goes twice over the keys, a tile at a time:
-//   first
-//      for each query's largest logit, 1 / Z and delta, which it writes down; then for the gradient of its logits and,
-//      with that, grad_q.
-//   2. masked_attention_key_gradients.cuh. Rows are keys. A block goes once over the queries and their statistics:
-//      grad_k, grad_v, one head's grad_mask.
-//   3. masked_attention_backward.cu. grad_mask is added up over heads. All sums have a fixed order: no atomics, the
-//   same
-//      result every time.
+// 1. masked_attention_query_gradients.cuh. Rows are queries. A block goes over the keys twice, a tile at a time: first
+//    for each query's largest logit, 1 / Z and delta, which it writes down; then for the gradient of its logits and,
+//    with that, grad_q.
+// 2. masked_attention_key_gradients.cuh. Rows are keys. A block goes once over the queries and their statistics:
+//    grad_k, grad_v, one head's grad_mask.
+// 3. masked_attention_backward.cu. grad_mask is added up over heads.
+//
+// All sums have a fixed order: no atomics, the same result every time.
 //
 // Operations: a product of a head is 2 N^2 D of them. Kernel 1 takes five (q k^T and grad v^T, both again, and the one
 // with k), kernel 2 four (the same two, and those with grad and q): nine. Five would do if e and dA were written down:

@@ -15,7 +15,7 @@ __device__ KeptPositions read_positions(const MaskedPruneMergeArgs& a) {
 }
 
 template <class T, Reading kReading>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, kReading>)
+__global__ void __launch_bounds__(kPruneMergeThreads, kBlocksAtOnce<T, kReading>)
     masked_prune_merge_kernel(MaskedPruneMergeArgs a, PruneMergeArgs alive, Layout<Wide<T>> layout) {
   using W = Wide<T>;
   KeptPositions at = read_positions<W>(a);
@@ -53,7 +53,7 @@ const char* masked_prune_merge(const MaskedPruneMergeArgs& a, const Scratch& scr
   return with_layout(alive, a.tokens, scratch, stream,
                      [&](auto example, auto reading, Blocks blocks, int64_t shared, auto layout) {
                        return launch(masked_prune_merge_kernel<decltype(example), decltype(reading)::value>, blocks,
-                                     kThreads, shared, stream, a, alive, layout);
+                                     kPruneMergeThreads, shared, stream, a, alive, layout);
                      });
 }
 

@@ -5,7 +5,7 @@ namespace diffrate::cuda {
 namespace {
 
 template <class T, Reading kReading>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, kReading>)
+__global__ void __launch_bounds__(kPruneMergeThreads, kBlocksAtOnce<T, kReading>)
     prune_merge_kernel(PruneMergeArgs a, Layout<Wide<T>> layout) {
   using W = Wide<T>;
   ImageBlock<T, kReading> block(a, layout, a.k_p, a.k_m, a.k_m);
@@ -33,8 +33,8 @@ const char* prune_merge(const PruneMergeArgs& a, const Scratch& scratch, void* o
   Stream stream = static_cast<Stream>(on);
   return with_layout(a, a.k_p - a.k_m, scratch, stream,
                      [&](auto example, auto reading, Blocks blocks, int64_t shared, auto layout) {
-                       return launch(prune_merge_kernel<decltype(example), decltype(reading)::value>, blocks, kThreads,
-                                     shared, stream, a, layout);
+                       return launch(prune_merge_kernel<decltype(example), decltype(reading)::value>, blocks,
+                                     kPruneMergeThreads, shared, stream, a, layout);
                      });
 }
 

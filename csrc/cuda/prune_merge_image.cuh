@@ -1,7 +1,7 @@
 // Sort, prune and merge in one launch: what prune_merge and masked_prune_merge share.
 //
-// An image has one thread block, or where there are fewer images than multiprocessors a cluster of them (`parts`). Each
-// block takes three steps:
+// An image has one thread block, or a cluster of them (`parts`) where at most half of the multiprocessors would have
+// one. Each block takes three steps:
 //
 // - prune_merge_sort.cuh: each block sorts for itself. Images of very many tokens are sorted by a launch before.
 // - prune_merge_match.cuh: the sources of the image (k_p - k_m tokens: few; if not, so many at a time) are kept in
@@ -18,8 +18,8 @@
 
 namespace diffrate::cuda {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kPruneMergeThreads = 256;
+constexpr int kPruneMergeWarps = kPruneMergeThreads / kWarp;
 constexpr int64_t kNearTokens = 2048;  // with more, what each token needs is kept in device memory
 constexpr int64_t kMostParts = 8;      // the largest cluster that every device has
 
@@ -31,8 +31,8 @@ constexpr int kMostSources = sizeof(T) == 2   ? 64
 
 // How rows are read: 16 bytes at a time by lanes that have so many chunks under way, or number by number where rows are
 // not aligned. Of many images two blocks on a multiprocessor hide each other's waiting; of few there is only one, which
-// takes all registers to read ahead.
-// Float and double, of which a lane has fewer sources to keep, always read as of many.
+// takes all registers to read ahead. Float and double, of which a lane has fewer sources to keep, always use
+// many_images.
 enum class Reading { many_images, few_images, unaligned };
 template <Reading kReading>
 constexpr int kReadAhead = kReading == Reading::many_images  ? 4
@@ -74,7 +74,7 @@ struct ImageMemory {
   KeyOf<W>* keys;  // (N - P); these two only for images of at most kNearTokens
   PerToken<W> token;
   W* inverse;     // (resident): 1 / norm of each source
-  Best<W>* best;  // (kWarps, kMostSources)
+  Best<W>* best;  // (kPruneMergeWarps, kMostSources)
   T* sources;     // (resident, stride)
   int64_t bytes;
 
@@ -88,7 +88,7 @@ struct ImageMemory {
       token.cosine = shared.take<W>(tokens);
     }
     inverse = shared.take<W>(kMostSources<T>);
-    best = shared.take<Best<W>>(kWarps * kMostSources<T>);
+    best = shared.take<Best<W>>(kPruneMergeWarps * kMostSources<T>);
     sources = shared.take<T>(static_cast<int64_t>(resident) * stride);
     bytes = shared.bytes();
   }
@@ -145,10 +145,10 @@ struct ImageBlock {
   }
 
   // The warps of all parts share out rows, the threads of all parts positions.
-  __device__ int64_t first_warp() const { return part * kWarps + warp_id(); }
-  __device__ int64_t all_warps() const { return static_cast<int64_t>(layout.parts) * kWarps; }
-  __device__ int64_t first_thread() const { return static_cast<int64_t>(part) * kThreads + threadIdx.x; }
-  __device__ int64_t all_threads() const { return static_cast<int64_t>(layout.parts) * kThreads; }
+  __device__ int64_t first_warp() const { return part * kPruneMergeWarps + warp_id(); }
+  __device__ int64_t all_warps() const { return static_cast<int64_t>(layout.parts) * kPruneMergeWarps; }
+  __device__ int64_t first_thread() const { return static_cast<int64_t>(part) * kPruneMergeThreads + threadIdx.x; }
+  __device__ int64_t all_threads() const { return static_cast<int64_t>(layout.parts) * kPruneMergeThreads; }
 
   // --- rows
 

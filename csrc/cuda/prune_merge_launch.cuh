@@ -13,6 +13,7 @@ namespace diffrate::cuda {
 inline int parts_of(const PruneMergeArgs& a) {
   int64_t parts = 1, most = multiprocessors();
   while (parts < kMostParts && a.images * parts * 2 <= most) parts *= 2;
+  // one kernel stands for all, which are compiled for the same architectures
   return parts == 1 || has_clusters(order_kernel<float>) ? static_cast<int>(parts) : 1;
 }
 

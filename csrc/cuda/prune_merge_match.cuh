@@ -47,20 +47,20 @@ struct MatchStep {
   __device__ void load_sources(int64_t first, int count) const {
     T* sources = block.memory.sources;
     int stride = block.layout.stride, chunks = stride / kCount, total = count * chunks;
-    for (int begin = static_cast<int>(threadIdx.x); begin < total; begin += kAhead * kThreads) {
+    for (int begin = static_cast<int>(threadIdx.x); begin < total; begin += kAhead * kPruneMergeThreads) {
       Chunk<T> chunk[kAhead];
       block.read_input(chunk, [&](int u) {
-        int i = begin + u * kThreads < total ? begin + u * kThreads : begin;
+        int i = begin + u * kPruneMergeThreads < total ? begin + u * kPruneMergeThreads : begin;
         return typename Block::Place{block.input_row(block.k_m + first + i / chunks), i % chunks * kCount};
       });
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
-        int i = begin + u * kThreads;
+        int i = begin + u * kPruneMergeThreads;
         if (i < total) write_chunk(chunk[u], sources + static_cast<int64_t>(i) * kCount);
       }
     }
     __syncthreads();
-    for (int i = warp_id(); i < count; i += kWarps) {
+    for (int i = warp_id(); i < count; i += kPruneMergeWarps) {
       W squares = 0;
       for (int c = lane_id(); c < stride; c += kWarp) {
         W value = to_wide(sources[static_cast<int64_t>(i) * stride + c]);
@@ -205,9 +205,9 @@ struct MatchStep {
     const int parts = block.layout.parts;
     const int64_t tokens = block.a.tokens;
     Best<W>* exchange = parts == 1 ? nullptr : block.layout.exchange + block.image * parts * tokens + first;
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kPruneMergeThreads) {
       Best<W> best = block.memory.best[i];
-      for (int warp = 1; warp < kWarps; ++warp) best.take_better(block.memory.best[warp * kMost + i]);
+      for (int warp = 1; warp < kPruneMergeWarps; ++warp) best.take_better(block.memory.best[warp * kMost + i]);
       if (exchange == nullptr)
         store_match(first, i, best);
       else
@@ -215,7 +215,7 @@ struct MatchStep {
     }
     if (exchange == nullptr) return;
     cluster_barrier();
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kPruneMergeThreads) {
       Best<W> best = exchange[i];
       for (int other = 1; other < parts; ++other) best.take_better(exchange[other * tokens + i]);
       store_match(first, i, best);

@@ -11,11 +11,11 @@ __device__ void sort_image(const ImageBlock<T, kReading>& block) {
   const PruneMergeArgs& a = block.a;
   if (a.tokens > kNearTokens) return;
   int patches = static_cast<int>(a.tokens - a.prefix);
-  for (int j = static_cast<int>(threadIdx.x); j < patches; j += kThreads)
+  for (int j = static_cast<int>(threadIdx.x); j < patches; j += kPruneMergeThreads)
     block.memory.keys[j] = key_at<Wide<T>>(a.importance, block.image, j);
-  for (int j = static_cast<int>(threadIdx.x); j < a.prefix; j += kThreads) block.token.order[j] = j;
+  for (int j = static_cast<int>(threadIdx.x); j < a.prefix; j += kPruneMergeThreads) block.token.order[j] = j;
   __syncthreads();
-  for (int j = static_cast<int>(threadIdx.x); j < patches; j += kThreads)
+  for (int j = static_cast<int>(threadIdx.x); j < patches; j += kPruneMergeThreads)
     block.token.order[a.prefix + rank_of(block.memory.keys, patches, j)] = static_cast<int32_t>(a.prefix + j);
   __syncthreads();
 }

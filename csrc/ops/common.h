@@ -104,7 +104,7 @@ inline Importance importance_of(const Tensor& attn, const Tensor& x, int64_t pre
   return from;
 }
 
-// Which of the two that an argument may be.
+// Whether an argument is the second of the two values that it may have.
 inline bool is_second(const std::string& value, const char* first, const char* second, const char* name) {
   DIFFRATE_CHECK(value == first || value == second, name, " must be '", first, "' or '", second, "', got '", value,
                  "'");
@@ -119,14 +119,6 @@ inline void check_tokens(const Tensor& x, int64_t prefix) {
 
 inline Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
-}
-
-// Torch's thread pool, for kernels that do not know torch.
-inline cpu::Threads threads() {
-  return {.count = torch::stable::get_num_threads(),
-          .run = [](int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
-            torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
-          }};
 }
 
 }  // namespace diffrate::ops

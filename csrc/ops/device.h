@@ -1,6 +1,6 @@
 // Where an operator runs: on the CPU, or on the tensors' CUDA device and current stream.
 //
-// Tests of the CUDA kernels without a GPU put csrc/testing/emulated first in the include path, which has another
+// Tests of the CUDA kernels without a GPU put csrc/testing/overrides first in the include path, which has another
 // ops/device.h.
 #pragma once
 

@@ -1,4 +1,4 @@
-// On the CPU torch's fused attention serves: there is a CUDA kernel alone.
+// CUDA only: on the CPU torch's fused attention is used.
 #include "ops/attention.h"
 
 namespace diffrate::ops {

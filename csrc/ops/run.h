@@ -1,5 +1,5 @@
-// The way from an operator to its kernel: run::prune_merge(x, args) and the like, one function for each kernel. It
-// chooses between CPU and CUDA by the tensor.
+// The way from an operator to its kernel: run::prune_merge(x, args) and the like, one function for each line of
+// common/kernels.h. It chooses between CPU and CUDA by the tensor.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -7,12 +7,20 @@
 
 namespace diffrate::ops {
 
+// Torch's thread pool, for kernels that do not know torch.
+inline cpu::Threads threads() {
+  return {.count = torch::stable::get_num_threads(),
+          .run = [](int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
+            torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+          }};
+}
+
 template <class Args>
 void run_kernel(const Tensor& tensor, const char* name, cpu::Kernel<Args> cpu::Kernels::* on_cpu,
                 cuda::Kernel<Args> cuda::Kernels::* on_cuda, const Args& args) {
   if (runs_on_cpu(tensor)) {
     cpu::Kernel<Args> kernel = cpu::kernels().*on_cpu;
-    DIFFRATE_CHECK(kernel != nullptr, name, " has no CPU kernel: torch's fused attention serves there");
+    DIFFRATE_CHECK(kernel != nullptr, name, " has a CUDA kernel only");
     return kernel(args, threads());
   }
   DIFFRATE_CHECK(cuda::registered_kernels != nullptr,

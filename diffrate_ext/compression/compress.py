@@ -18,7 +18,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def compress(model: Model, schedule: Schedule) -> Model:
-    """Make a model prune and merge tokens between attention and MLP of its blocks (DiffRate, sections 3.2 and 3.3).
+    """Make a model prune and merge tokens between attention and MLP of its blocks (DiffRate, section 3).
 
     The model changes in place: parameters, state_dict and ``isinstance`` stay as they are, attention stays fused. On a
     model that is compressed already the schedule is replaced. For images of another size than the model's own, the

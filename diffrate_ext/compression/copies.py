@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..models.compressed import CompressedModule
+from ..models.classes import CompressedModule
 from ..schedule import Schedule
 from .compress import compress
 from .patching import remove_plans

@@ -1,4 +1,4 @@
-"""Compression at inference: in each block tokens are sorted, pruned and merged (DiffRate, sections 3.1 to 3.3)."""
+"""Compression at inference: in each block tokens are sorted, pruned and merged (DiffRate, section 3)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from ..schedule import Schedule
 
 
 def flops(model: nn.Module, schedule: Schedule | None = None) -> int:
-    """Multiply-accumulates of one image of the model's own input size, as in DeiT, ToMe and DiffRate (section 3.4).
+    """Multiply-accumulates of one image of the model's own input size, as DeiT, ToMe and DiffRate count them.
 
     Only matrix products and convolutions count. The convention of the paper is kept where it is coarse: the patch
     embedding is counted for the prefix tokens too, and CAFormer's head as ``8 * C * classes``.

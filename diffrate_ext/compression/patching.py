@@ -10,7 +10,8 @@ from torch import nn
 
 from ..errors import InputValueError
 from ..models import Adapter
-from ..models.compressed import CompressedModule, Plan, compressed_class, original_class
+from ..models.classes import CompressedModule, compressed_class, original_class
+from ..models.compressed import Plan
 from ..modes import evaluating
 
 

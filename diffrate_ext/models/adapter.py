@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..costs import ModelCost
 from ..errors import InputValueError
 from ..schedule import KeptNumbers, Schedule
-from .compressed import CompressedModule, Observer
+from .classes import CompressedModule
+from .compressed import Observer
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Stage:
     """Consecutive attention blocks on one grid of patches."""
 
     host: nn.Module
-    """The module that runs the blocks: the model, or a stage of it."""
+    """The module that runs the blocks: the model, or a stage of it. Its forward asks ``self._diffrate_plan.steps(...)``
+    for the steps, passes them to ``run_blocks``, and takes account of the sizes and the mask that come back."""
     blocks: tuple[Any, ...]
     """In order, without wrappers."""
     grid: tuple[int, int]
@@ -42,7 +44,8 @@ class Stage:
     tokens: int
     """Tokens that enter, prefix included."""
     compressible: tuple[bool, ...]
-    """For each block, whether the paper compresses it (uniform schedules and the search go by it)."""
+    """For each block, whether the paper compresses it (uniform schedules and the search go by it). True in one stage
+    only: the search has one set of rates."""
     fewest: int
     """The smallest number of kept tokens that still leaves a patch to merge into."""
 

@@ -1,14 +1,12 @@
 """How a compressed model runs: one loop over its blocks, each of which calls a :class:`Step`.
 
-Compression changes the classes of a model and its blocks and nothing inside them: parameters and state_dict stay as
-they are. A model's :class:`Plan` makes the steps of one forward pass, one for each block; the block computes attention
+A model's :class:`Plan` makes the steps of one forward pass, one for each block; the block computes attention
 and reduces its tokens through its step. Steps that drop tokens are in ``compression/dropping.py``, those of the rate
 search, which mask them, in ``rate_search/masking.py``.
 """
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -29,9 +27,9 @@ class TokenState(NamedTuple):
     """What belongs to the tokens beside their features."""
 
     size: Tensor | None = None
-    """How many tokens each one stands for (B, N); None: one."""
+    """Token sizes (B, N); None: ones."""
     mask: Tensor | None = None
-    """In the rate search 1 for tokens that are there and 0 for the others (B, N); None: all are there."""
+    """In the rate search (B, N), 1 for tokens that are there and 0 for the others; None: all are there."""
 
     def on(self, device: torch.device) -> TokenState:
         """The same on the tokens' device, where a model is spread over several."""
@@ -150,50 +148,3 @@ NO_STEP = (
 
 def _same(x: Tensor) -> Tensor:
     return x
-
-
-# --- classes
-
-
-class CompressedModule:
-    """Mixin of the compressed classes of models, blocks and attention: another forward, all else as it was."""
-
-    _mixin: ClassVar[type[CompressedModule]]
-    _original: ClassVar[type[nn.Module]]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # the class is made at run time: pickle and deepcopy need to be told how
-        reduced = super().__reduce_ex__(protocol)
-        assert isinstance(reduced, tuple)
-        return (_new_compressed, (self._mixin, self._original), *reduced[2:])
-
-
-@functools.cache
-def compressed_class(mixin: type[CompressedModule], original: type[nn.Module]) -> type[nn.Module]:
-    """``original`` with the forward of ``mixin``."""
-    members = {"__module__": mixin.__module__, "__doc__": mixin.__doc__, "_mixin": mixin, "_original": original}
-    return type(f"Compressed{original.__name__}", (mixin, original), members)
-
-
-def _new_compressed(mixin: type[CompressedModule], original: type[nn.Module]) -> nn.Module:
-    cls = compressed_class(mixin, original)  # type: ignore[arg-type]
-    return cls.__new__(cls)
-
-
-def original_class(module: Any) -> type[Any]:
-    """The module's class before compression."""
-    return module._original if isinstance(module, CompressedModule) else type(module)
-
-
-def unwrapped(module: Any) -> Any:
-    """The module inside torch's wrappers for activation checkpointing and compilation."""
-    for name in ("_checkpoint_wrapped_module", "_orig_mod"):
-        inner = getattr(module, name, None)
-        if inner is not None:
-            return unwrapped(inner)
-    return module
-
-
-def has_forward_of(module: Any, *classes: type[nn.Module]) -> bool:
-    """Whether the module computes what one of the classes computes, rather than an override of its own."""
-    return any(original_class(module).forward is cls.forward for cls in classes)

@@ -1,6 +1,6 @@
 """timm's MetaFormer with attention stages: CAFormer.
 
-Only merging, in each attention stage apart (method of DiffRate, section 4, on hierarchical models): importance is the
+Only merging, in each attention stage apart (DiffRate's way with hierarchical models): importance is the
 attention received, sizes add up, and where a grid is needed again every place gets the token that absorbed it.
 """
 
@@ -16,18 +16,8 @@ from ..costs import BlockCost, ModelCost, StageCost
 from ..errors import InputTypeError, InputValueError
 from ..schedule import Schedule
 from .adapter import Adapter, Stage, TokenRules, count_weights
-from .compressed import (
-    NO_STEP,
-    CompressedModule,
-    Observer,
-    Plan,
-    Step,
-    has_forward_of,
-    original_class,
-    packed_attention,
-    run_blocks,
-    unwrapped,
-)
+from .classes import CompressedModule, has_forward_of, original_class, unwrapped
+from .compressed import NO_STEP, Observer, Plan, Step, packed_attention, run_blocks
 
 
 class CompressedMixer(CompressedModule, Attention):

@@ -1,7 +1,7 @@
 """timm's VisionTransformer: DeiT, AugReg, DINOv2, CLIP, SigLIP, MAE and others.
 
 ``CompressedVisionTransformer`` runs the blocks, ``CompressedBlock`` is one of them; both as timm has them, with tokens
-reduced between attention and MLP (method of DiffRate, section 3.1).
+reduced between attention and MLP (DiffRate, section 3).
 """
 
 from __future__ import annotations
@@ -18,21 +18,11 @@ from torch import Tensor, nn
 from .. import ops
 from ..costs import BlockCost, ModelCost, StageCost
 from ..errors import InputTypeError, InputValueError
-from ..reference import TINY, wide_dtype
+from ..numeric import TINY, wide_dtype
 from ..schedule import Schedule
 from .adapter import Adapter, Stage, TokenRules, count_weights
-from .compressed import (
-    NO_STEP,
-    CompressedModule,
-    Observer,
-    Plan,
-    Step,
-    has_forward_of,
-    original_class,
-    packed_attention,
-    run_blocks,
-    unwrapped,
-)
+from .classes import CompressedModule, has_forward_of, original_class, unwrapped
+from .compressed import NO_STEP, Observer, Plan, Step, packed_attention, run_blocks
 
 _POOLS_CLASS_TOKEN = ("token", "")
 _POOLS_WITHOUT_SIZES = (*_POOLS_CLASS_TOKEN, "max")
@@ -80,7 +70,7 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
     _diffrate_plan: Plan
 
     def forward_tokens(self, x: Tensor, observe: Observer | None = None) -> tuple[Tensor, Tensor]:
-        """Images to the tokens that are left (B, K, C), normalised, and their sizes (B, K), float32.
+        """Images to the tokens that are left (B, K, C), normalised, and their sizes (B, K), float32 (float64).
 
         In the search step (training mode of a :class:`RateSearch`) all N tokens are there, and masked ones have size 0.
         """
@@ -99,7 +89,7 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
         blocks = list(self.blocks)[:depth]
         x, state = run_blocks(blocks, x, steps, checkpointing=self.grad_checkpointing, observe=observe)
         if state.size is None:
-            return x, torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+            return x, torch.ones(x.shape[:2], dtype=wide_dtype(x), device=x.device)
         return x, state.size.clamp_min(TINY) if state.mask is None else state.size * state.mask
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

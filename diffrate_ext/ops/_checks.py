@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputTypeError, InputValueError
-from ..reference import wide_dtype
+from ..numeric import wide_dtype
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -74,16 +74,16 @@ def check_choice(name: str, value: object, choices: Sequence[str | None]) -> Non
         raise InputValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_importance(importance: Tensor, x: Tensor, prefix: int) -> Tensor:
+def check_importance(name: str, importance: Tensor, x: Tensor, prefix: int) -> Tensor:
     """Importance (B, N-P) or (B, N) of tokens x (B, N, C)."""
-    check_tensor("importance", importance, 2, "(B, N-P) or (B, N)")
+    check_tensor(name, importance, 2, "(B, N-P) or (B, N)")
     images, tokens = x.shape[:2]
     if tuple(importance.shape) not in ((images, tokens - prefix), (images, tokens)):
         raise InputValueError(
-            f"importance must be (B, N-P) = {(images, tokens - prefix)} or (B, N) = {(images, tokens)}, "
+            f"{name} must be (B, N-P) = {(images, tokens - prefix)} or (B, N) = {(images, tokens)}, "
             f"got shape {tuple(importance.shape)}"
         )
-    check_like("importance", importance, "x", x, dtype=False)
+    check_like(name, importance, "x", x, dtype=False)
     return constant(importance)
 
 

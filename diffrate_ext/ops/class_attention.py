@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import wide_dtype
+from ..numeric import wide_dtype
 from ._attention import check_class_token, check_queries
 from ._checks import constant
 
@@ -11,9 +11,10 @@ from ._checks import constant
 def class_attention(
     q: Tensor, k: Tensor, size: Tensor | None = None, *, scale: float | None = None, prefix: int = 1
 ) -> Tensor:
-    """The class token's attention to the patches, mean over heads, without the N x N map (section 3.2 of the paper).
+    """The class token's attention to the patches, mean over heads, without the N x N map.
 
     ``mean_h softmax_j(scale * q_cls . k_j + log size_j)``; sizes below the smallest normal float32 count as that.
+    The importance in token sorting, section 3 of the paper.
 
     Args:
         q, k: (B, H, N, D); any strides (timm's packed-qkv views are read in place).
@@ -22,7 +23,10 @@ def class_attention(
         prefix: P, at least 1: index 0 is the class token.
 
     Returns:
-        importance (B, N-P), float32. Not differentiable.
+        importance (B, N-P), float32 (float64 for float64 input). Not differentiable.
+
+    Raises:
+        InputValueError, InputTypeError: an argument has another shape, dtype or device, or ``prefix`` is 0.
     """
     size, scale, prefix = check_queries(q, k, size, scale, prefix)
     check_class_token(prefix)

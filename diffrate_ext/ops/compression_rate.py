@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from ..errors import InputTypeError, InputValueError
-from ..reference import rate_candidates
+from ..numeric import rate_candidates
 from ._autograd import refuse_gradient
 from ._checks import check_int, check_tensor
 
 
 def compression_rate(logits: Tensor, n_patches: int, granularity: int = 1, prefix: int = 1) -> tuple[Tensor, Tensor]:
-    """Kept numbers and keep probabilities that the loss's gradient reaches (section 3.3 of the paper).
+    """Kept numbers and keep probabilities that the loss's gradient reaches.
 
-    Each proxy is a distribution ``p = softmax(logits)`` over the candidates ``c_k = n_patches - granularity * k``, as
-    many as are positive.
+    The compression rate re-parameterization of the paper (section 3). Each proxy is a distribution
+    ``p = softmax(logits)`` over the candidates ``c_k = n_patches - granularity * k``, as many as are positive.
 
     Args:
         logits: (L, K), one row for each proxy, one column for each candidate; float32 or float64.
@@ -24,8 +24,11 @@ def compression_rate(logits: Tensor, n_patches: int, granularity: int = 1, prefi
         prefix: P.
 
     Returns:
-        kept (L,), the tokens to keep, prefix included: ``ceil(sum_k c_k p_k) + P``, the ceiling with the gradient of
-        what it rounds; and keep_probability (L, N), ``sum_k p_k [j < c_k + P]`` for sorted position j.
+        kept (L,), the tokens to keep, prefix included: ``ceil(sum_k c_k p_k) + P``, with a straight-through
+        gradient; and keep_probability (L, N), ``sum_k p_k [j < c_k + P]`` for sorted position j.
+
+    Raises:
+        InputValueError, InputTypeError: ``logits`` has another dtype, or not one column for each candidate.
     """
     check_tensor("logits", logits, 2, "(L, K)")
     if logits.dtype not in (torch.float32, torch.float64):

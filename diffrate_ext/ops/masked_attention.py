@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..reference import wide_dtype
+from ..numeric import wide_dtype
 from ._attention import check_class_token, check_fits_cuda_kernels, check_queries, check_values, empty_heads
 from ._autograd import refuse_gradient
 from ._checks import check_choice, check_wide_vector
@@ -22,11 +22,12 @@ def masked_attention(
     prefix: int = 1,
     importance_from: Literal["class", "received"] = "class",
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the search step: masked tokens are seen by themselves alone (section 3.3 of the paper).
+    """Attention of the search step, in which a masked token is visible only to itself.
 
-    With ``s_ij = scale * q_i . k_j + log size_j``, ``e_ij = exp(s_ij - max_l s_il)`` and ``P_ij = 1`` where ``i = j``,
-    else ``M_j``: ``A_ij = (e_ij P_ij + eps/N) / (sum_l e_il P_il + eps)``, eps = 1e-6, and ``out_i = sum_j A_ij v_j``.
-    Sums are float32 (float64 for float64 input). No N x N map exists, and the backward pass keeps the inputs alone.
+    Attention masking, section 3 of the paper. With ``s_ij = scale * q_i . k_j + log size_j``,
+    ``e_ij = exp(s_ij - max_l s_il)`` and ``P_ij = 1`` where ``i = j``, else ``M_j``:
+    ``A_ij = (e_ij P_ij + eps/N) / (sum_l e_il P_il + eps)``, eps = 1e-6, and ``out_i = sum_j A_ij v_j``. Sums are
+    float32 (float64 for float64 input). No N x N map exists, and the backward pass keeps the inputs alone.
 
     Args:
         q, k, v: (B, H, N, D); any strides. On CUDA D is at most 128, in float64 64.
@@ -38,8 +39,12 @@ def masked_attention(
             not masked.
 
     Returns:
-        out (B, H, N, D) over (B, N, H, D) memory, and importance (B, N-P), float32. Gradients reach q, k, v and the
-        mask, masked tokens included: what would change if they were there. Sizes and importance are constants.
+        out (B, H, N, D) over (B, N, H, D) memory, and importance (B, N-P) float32 (float64 for float64 input).
+        Gradients reach q, k, v and the mask, masked tokens included: what would change if they were there. Sizes and
+        importance are constants.
+
+    Raises:
+        InputValueError, InputTypeError: an argument has another shape, dtype or device, or too many channels.
     """
     check_choice("importance_from", importance_from, ("class", "received"))
     size, scale, prefix = check_queries(q, k, size, scale, prefix)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputValueError
-from ..reference import wide_dtype
+from ..numeric import wide_dtype
 from ._checks import (
     check_choice,
     check_importance,
@@ -42,7 +42,7 @@ def masked_prune_merge(
     prefix: int = 1,
     size_rule: Literal["cosine", "sum"] = "cosine",
 ) -> MaskedTokens:
-    """:func:`prune_merge` in the search step: all tokens stay, and a mask says which are alive (paper, section 3.3).
+    """:func:`prune_merge` in the search step: all tokens stay, and a mask says which are alive.
 
     Tokens are sorted by importance. Of the ``last`` tokens that are alive, pruning masks those at positions from
     ``kept_p``; merging takes those at positions from ``kept_m`` as sources, gives each destination (positions
@@ -60,19 +60,23 @@ def masked_prune_merge(
             Constants here: their gradient is in the FLOPs. On CUDA they are read on the device: numbers that make no
             sense are not refused but raised until they do.
         prefix: P.
-        size_rule: a source counts ``"cosine"``, its size times the cosine but at least 1 (the paper), or ``"sum"``, its
-            size.
+        size_rule: a source adds ``"cosine"``, its size times the cosine (the paper), or ``"sum"``, its size, and at
+            least 1 in either case. Where anything merges, sizes of destinations below 1 first become 1.
 
     Returns:
         x (B, N, C), mask (B, N) and size (B, N) in sorted order; order (B, N) int64, the input position of each sorted
         position; and dst (B, N) int64, the sorted position that each sorted token was merged into, or its own.
         Gradients reach x, mask, prune_prob and merge_prob; order, matching and sizes are constants.
+
+    Raises:
+        InputValueError, InputTypeError: an argument has another shape, dtype or device; on the CPU also kept numbers
+            that make no sense.
     """
     check_tensor("x", x, 3, "(B, N, C)")
     images, tokens = x.shape[:2]
     prefix = check_prefix(prefix, tokens)
     check_choice("size_rule", size_rule, ("cosine", "sum"))
-    importance = check_importance(importance, x, prefix)
+    importance = check_importance("importance", importance, x, prefix)
     mask = check_wide_vector("mask", mask, x, "x", (images, tokens))
     if size is not None:
         size = constant(check_wide_vector("size", size, x, "x", (images, tokens)))

@@ -22,8 +22,8 @@ def merge_reduce(x: Tensor, dst: Tensor, kept: int, *, weights: Tensor | None = 
         (B, kept, C). A position without tokens, or whose weights sum to zero, is zero.
 
     Raises:
-        InputValueError: also if ``dst`` is out of range. On CUDA such tokens go nowhere instead: looking would stop the
-            stream.
+        InputValueError, InputTypeError: an argument has another shape, dtype or device, or ``dst`` is out of range. On
+            CUDA tokens out of range go nowhere instead: looking would stop the stream.
     """
     check_tensor("x", x, 3, "(B, N, C)")
     kept = check_int("kept", kept, 0)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import TINY, wide_dtype
+from ..numeric import TINY, wide_dtype
 from . import _attention
 from ._attention import check_class_token, check_queries, check_values, empty_heads, fits_cuda_kernels
 from ._autograd import refuse_gradient
@@ -25,7 +25,7 @@ def proportional_attention(
     prefix: int = 1,
     importance_from: Literal["class", "received"] | None = "class",
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention in which a token counts as often as it has tokens merged in, and the importance that follows from it.
+    """Attention that weights each token by its size, and the importance derived from it.
 
     ``softmax(scale * q k^T + log size) v``. On CUDA, in half precision and without gradients, one kernel gives both.
     Elsewhere it is torch's fused attention with a bias on the keys, and the importance by its own kernel: on the CPU
@@ -41,7 +41,11 @@ def proportional_attention(
 
     Returns:
         out (B, H, N, D) over (B, N, H, D) memory, so that the transpose before the projection is free, and importance
-        (B, N-P) float32, or None. Gradients reach q, k and v; sizes and importance are constants.
+        (B, N-P) float32 (float64 for float64 input), or None. Gradients reach q, k and v; sizes and importance are
+        constants.
+
+    Raises:
+        InputValueError, InputTypeError: an argument has another shape, dtype or device.
     """
     check_choice("importance_from", importance_from, ("class", "received", None))
     size, scale, prefix = check_queries(q, k, size, scale, prefix)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputValueError
-from ..reference import TINY, wide_dtype
+from ..numeric import TINY, wide_dtype
 from ._checks import (
     check_choice,
     check_importance,
@@ -43,9 +43,9 @@ def prune_merge(
 ) -> MergedTokens:
     """Prune the least important tokens, then merge the next ones into their most similar neighbours.
 
-    Tokens are sorted by importance; the first ``k_p`` stay, the others are pruned; of those, the ones at sorted
-    positions ``k_m .. k_p-1`` are merged, each into the token at positions ``P .. k_m-1`` with the most similar
-    features (cosine; of bit-equal ones, the one at the lowest position). Sections 3.2 and 3.3 of the paper.
+    Tokens are sorted by importance. The first ``k_p`` stay; the rest are pruned. Of the tokens that stay, those at
+    sorted positions ``k_m .. k_p-1`` are merged, each into the token at positions ``P .. k_m-1`` with the most similar
+    features (cosine; of bit-equal ones, the one at the lowest position). Section 3 of the paper.
 
     Args:
         x: features (B, N, C); any strides.
@@ -66,6 +66,9 @@ def prune_merge(
     Returns:
         x (B, k_m, C) and size (B, k_m) in sorted order, and slot (B, N) int64: the output position that holds each
         input token, -1 = pruned. Gradients reach x and residual; sizes and the matching are constants.
+
+    Raises:
+        InputValueError, InputTypeError: an argument has another shape, dtype or device, or the kept numbers do not fit.
     """
     check_tensor("x", x, 3, "(B, N, C)")
     prefix = check_prefix(prefix, x.shape[1])
@@ -103,7 +106,7 @@ def _check_attention(attn: Tensor, x: Tensor, prefix: int, importance_from: str)
     meaning = "(B, H, N, N), its class rows (B, H, N), or importance (B, N) or (B, N-P)"
     check_tensor("attn", attn, (2, 3, 4), meaning)
     if attn.ndim == 2:
-        return check_importance(attn, x, prefix)
+        return check_importance("attn", attn, x, prefix)
     images, tokens = x.shape[:2]
     check_shape("attn", attn, (images, attn.shape[1], *[tokens] * (attn.ndim - 2)), "(B, H, N, N) or (B, H, N)")
     if attn.shape[1] == 0:

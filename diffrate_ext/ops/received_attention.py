@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import wide_dtype
+from ..numeric import wide_dtype
 from ._attention import check_fits_cuda_kernels, check_queries
 from ._checks import constant
 
@@ -13,8 +13,8 @@ def received_attention(
 ) -> Tensor:
     """The attention that each patch receives, mean over heads and queries, without the N x N map.
 
-    The importance in models without a class token. Arguments and result as in :func:`class_attention`; ``prefix`` may
-    be 0. On CUDA a head has at most 128 channels, in float64 64.
+    The importance in models without a class token. Arguments, result and errors as in :func:`class_attention`;
+    ``prefix`` may be 0. On CUDA a head has at most 128 channels, in float64 64.
     """
     size, scale, prefix = check_queries(q, k, size, scale, prefix)
     check_fits_cuda_kernels(q)

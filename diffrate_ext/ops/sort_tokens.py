@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import wide_dtype
+from ..numeric import wide_dtype
 from ._checks import check_importance, check_prefix, check_tensor, check_wide_vector
 
 
@@ -18,7 +18,7 @@ class SortedTokens(NamedTuple):
 
 
 def sort_tokens(x: Tensor, importance: Tensor, size: Tensor | None = None, *, prefix: int = 1) -> SortedTokens:
-    """Sort tokens by descending importance, in one pass (section 3.2 of the paper).
+    """Sort tokens by descending importance, in one pass (token sorting, section 3 of the paper).
 
     Prefix tokens stay first. Ties keep their order, NaN importance comes last.
 
@@ -30,10 +30,13 @@ def sort_tokens(x: Tensor, importance: Tensor, size: Tensor | None = None, *, pr
 
     Returns:
         x (B, N, C) and size (B, N) in sorted order, and order (B, N) int64: the input position of each sorted position.
+
+    Raises:
+        InputValueError, InputTypeError: an argument has another shape, dtype or device, or P is not in ``0 .. N``.
     """
     check_tensor("x", x, 3, "(B, N, C)")
     prefix = check_prefix(prefix, x.shape[1])
-    importance = check_importance(importance, x, prefix)
+    importance = check_importance("importance", importance, x, prefix)
     if size is not None:
         size = check_wide_vector("size", size, x, "x", (x.shape[0], x.shape[1]))
     return SortedTokens(*torch.ops.diffrate.sort_tokens(x, importance, size, prefix))

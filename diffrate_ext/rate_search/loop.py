@@ -1,4 +1,4 @@
-"""The search for a schedule: compression rates learned by gradient descent (DiffRate, sections 3.3 and 3.4)."""
+"""The search for a schedule: compression rates learned by gradient descent (DiffRate, section 3)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SearchResult:
     gflops: float
     """Of the schedule."""
     steps_before: int
-    """Steps that were made before this run, when it resumed another; all of them: there was nothing left to do."""
+    """Steps made before this run, where it resumed another. Equal to ``settings.steps`` if that one was finished."""
 
 
 def search(
@@ -80,8 +80,8 @@ def search(
         model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, trained.
         loader: batches of (images, labels) or, with soft targets, images alone: images (B, C, H, W) of the model's own
             size, labels (B,) of an integer dtype or probabilities (B, classes). Any iterable; it is iterated again and
-            again. Or a function that makes one for the steps from a given one on: a resumed search need not pass
-            through the batches before.
+            again. Or a function that takes a step and returns the batches from that step on, so that a resumed search
+            skips none by iterating.
         target_gflops: multiply-accumulates of one image, in units of 1e9.
         settings: how to search; by default ``SearchSettings()``.
         validation: batches to evaluate the schedule on, as :func:`diffrate_ext.evaluate` takes them.

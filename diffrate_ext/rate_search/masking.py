@@ -1,4 +1,4 @@
-"""The search step in a block: nothing is dropped, tokens are masked (DiffRate, section 3.4)."""
+"""The search step in a block: nothing is dropped, tokens are masked (DiffRate, section 3)."""
 
 from __future__ import annotations
 

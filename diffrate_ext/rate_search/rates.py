@@ -1,4 +1,4 @@
-"""Compression rates that the loss's gradient reaches (DiffRate, section 3.3)."""
+"""Compression rates that the loss's gradient reaches (the differentiable discrete proxy, DiffRate, section 3)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..compression.patching import install_plans, without_plans
 from ..errors import DivergedError, InputTypeError, InputValueError
 from ..models import Stage, adapter_for
 from ..models.compressed import NewStep, Plan
-from ..reference import rate_candidates
+from ..numeric import rate_candidates
 from ..schedule import Schedule
 from .masking import BlockRates, MaskTokens
 
 START_WIDTH = 0.05
 """Of the patches: the standard deviation of a distribution to search from."""
 FLOPS_SCALE = 106.0 / 5
-"""Makes the relative FLOPs loss equal to the paper's absolute one on DeiT-S (4.6 GFLOPs), squared."""
+"""The square of DeiT-S's 4.6 GFLOPs: on that model the relative FLOPs loss equals the paper's absolute one."""
 
 
 class RateSearch(nn.Module):
@@ -92,7 +92,7 @@ class RateSearch(nn.Module):
         """Multiply-accumulates of one image at the current rates in units of 1e9, 0-d, differentiable.
 
         A block passes on ``min(N, kept_p, kept_m)`` tokens; the gradient goes to both kept numbers alike, and none to
-        N, not even in a block without rates (section 3.4 of the paper).
+        N, not even in a block without rates (as in the authors' code).
         """
         kept = self._kept()[0].double()  # sums of squares of token numbers need more digits than float32 has
         numbers: list[list[Any]] = []
@@ -114,7 +114,7 @@ class RateSearch(nn.Module):
 
         Args:
             target_gflops: multiply-accumulates of one image, in units of 1e9.
-            weight: lambda in section 4.1 of the paper.
+            weight: lambda in the paper.
             kind: "relative", ``106 * weight/5 * ((FLOPs - target) / uncompressed FLOPs)^2``, pulls alike on models of
                 every size; "absolute" is the paper's ``weight * (GFLOPs - target)^2``. They are equal on DeiT-S.
         """

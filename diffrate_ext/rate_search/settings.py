@@ -17,7 +17,7 @@ LR_CAP = 0.15
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How to search. But for ``start``, the defaults are the paper's (section 4.1), for any model and number of steps.
+    """How to search. But for ``start``, the defaults are the paper's (section 4), for any model and number of steps.
 
     Attributes:
         steps: batches to train on.

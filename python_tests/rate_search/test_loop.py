@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import diffrate_ext
 from diffrate_ext.compression.flops import flops
 from diffrate_ext.compression.uniform import uniform_schedule
-from diffrate_ext.models.compressed import CompressedModule
+from diffrate_ext.models.classes import CompressedModule
 from diffrate_ext.rate_search import checkpoints
 from diffrate_ext.rate_search.history import MOST_RECORDS, SearchHistory
 from diffrate_ext.rate_search.loop import search
