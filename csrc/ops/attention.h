@@ -26,8 +26,9 @@ inline void check_queries(const Tensor& q, int64_t prefix) {
 
 // (B, H, N, D) over (B, N, H, D) memory, so that the transpose before a projection is free.
 inline Tensor empty_heads(const Tensor& q) {
-  Tensor memory = empty_like(q, {q.size(0), q.size(2), q.size(1), q.size(3)}, q.scalar_type());
-  return torch::stable::transpose(memory, 1, 2);
+  int64_t heads = q.size(1), tokens = q.size(2), channels = q.size(3);
+  const int64_t strides[4] = {tokens * heads * channels, channels, heads * channels, 1};
+  return empty_strided(q, {q.size(0), heads, tokens, channels}, strides, q.scalar_type());
 }
 
 // Checks the arguments that all attention operators have; v may be null. Replaces q, k and v by copies where their last

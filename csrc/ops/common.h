@@ -117,8 +117,26 @@ inline void check_tokens(const Tensor& x, int64_t prefix) {
   DIFFRATE_CHECK(prefix >= 0 && prefix <= x.size(1), "prefix must be between 0 and the number of tokens");
 }
 
+// On the device of `like`. Not by torch's new_empty, which goes through the dispatcher.
+inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> shape, const int64_t* strides,
+                            ScalarType type) {
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle result = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
+                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                  device_type, like.get_device_index(), &result));
+  return Tensor(result);
+}
+
+// Contiguous, of at most four dimensions.
 inline Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
+  int64_t strides[4], stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= shape.begin()[i] > 0 ? shape.begin()[i] : 1;
+  }
+  return empty_strided(like, shape, strides, type);
 }
 
 }  // namespace diffrate::ops

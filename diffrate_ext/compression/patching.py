@@ -12,19 +12,26 @@ from ..errors import InputValueError
 from ..models import Adapter
 from ..models.classes import CompressedModule, compressed_class, original_class
 from ..models.compressed import Plan
+from ..models.patch_embedding import TiledConvolution
 from ..modes import evaluating
 
 
-def install_plans(adapter: Adapter, plans: Sequence[Plan]) -> None:
+def install_plans(adapter: Adapter, plans: Sequence[Plan], *, linear_patch_embedding: bool = True) -> None:
     """Make the model's stages follow these plans, one for each, in place of what they did before.
 
     Raises:
         InputValueError: a module has a forward of its own, which compression would bypass.
     """
-    for module, _ in adapter.replacements:
+    replacements = adapter.replacements
+    for convolution in adapter.patch_convolutions:
+        if linear_patch_embedding:
+            replacements.append((convolution, TiledConvolution))
+        else:
+            convolution.__class__ = original_class(convolution)
+    for module, _ in replacements:
         if not isinstance(module, CompressedModule):
             _refuse_own_forward(adapter.model, module, "compress the model first, and add them afterwards")
-    for module, mixin in adapter.replacements:
+    for module, mixin in replacements:
         module.__class__ = compressed_class(mixin, original_class(module))  # type: ignore[arg-type]
     for stage, plan in zip(adapter.stages, plans, strict=True):
         host: Any = stage.host

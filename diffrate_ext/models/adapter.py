@@ -94,6 +94,11 @@ class Adapter(ABC):
     def replacements(self) -> list[tuple[nn.Module, type[CompressedModule]]]:
         """The modules whose forward changes, and what changes it: hosts, blocks and their attention."""
 
+    @property
+    def patch_convolutions(self) -> list[nn.Module]:
+        """Convolutions of the patch embedding that a matrix product can stand for (``patch_embedding.is_tiled``)."""
+        return []
+
     @abstractmethod
     def check_schedule(self, schedule: Schedule) -> None:
         """Raise InputValueError when the model cannot follow the schedule for a reason of its family."""

@@ -23,9 +23,13 @@ from ..schedule import Schedule
 from .adapter import Adapter, Stage, TokenRules, count_weights
 from .classes import CompressedModule, has_forward_of, original_class, unwrapped
 from .compressed import NO_STEP, Observer, Plan, Step, packed_attention, run_blocks
+from .patch_embedding import is_tiled
 
 _POOLS_CLASS_TOKEN = ("token", "")
 _POOLS_WITHOUT_SIZES = (*_POOLS_CLASS_TOKEN, "max")
+_ADDS_POSITIONS = (VisionTransformer._pos_embed, VisionTransformerDistilled._pos_embed)
+_BATCH_FOR_ONE_PASS = 8
+"""From so many images on, memory traffic counts for more than launches."""
 
 
 class CompressedAttention(CompressedModule, Attention):
@@ -80,6 +84,23 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
     def _embed(self, x: Tensor) -> Tensor:
         x = self._pos_embed(self.patch_embed(x))
         return self.norm_pre(self.patch_drop(x))
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """As timm's, which writes all tokens twice: once beside the prefix, once with their positions."""
+        in_one_pass = (
+            x.shape[0] >= _BATCH_FOR_ONE_PASS
+            and self.num_prefix_tokens > 0
+            and original_class(self)._pos_embed in _ADDS_POSITIONS
+            and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        )
+        if not in_one_pass:
+            return super()._pos_embed(x)
+        added = super()._pos_embed(x.new_zeros((1, *x.shape[1:])))  # prefix and positions
+        tokens = added.new_empty((x.shape[0], *added.shape[1:]))
+        tokens[:, : self.num_prefix_tokens] = added[:, : self.num_prefix_tokens]
+        patches = tokens[:, self.num_prefix_tokens :]
+        torch.add(x.view_as(patches), added[:, self.num_prefix_tokens :], out=patches)
+        return tokens
 
     def _run_blocks(
         self, x: Tensor, depth: int | None = None, observe: Observer | None = None
@@ -297,6 +318,11 @@ class VisionTransformerAdapter(Adapter):
             mixin = CompressedBlock if has_forward_of(block, Block) else CompressedResPostBlock
             replaced += [(block, mixin), (block.attn, CompressedAttention)]  # type: ignore[list-item]
         return replaced
+
+    @property
+    def patch_convolutions(self) -> list[nn.Module]:
+        projection = getattr(self.model.patch_embed, "proj", None)
+        return [projection] if is_tiled(projection) else []
 
     def observe(self, images: Tensor, observe: Observer) -> None:
         assert isinstance(self.model, CompressedVisionTransformer)

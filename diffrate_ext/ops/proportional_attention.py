@@ -10,6 +10,7 @@ from ..numeric import TINY, wide_dtype
 from . import _attention
 from ._attention import check_class_token, check_queries, check_values, empty_heads, fits_cuda_kernels
 from ._autograd import refuse_gradient
+from ._call import REFUSED, call, needs_gradient
 from ._checks import check_choice
 from .class_attention import class_attention
 from .received_attention import received_attention
@@ -47,16 +48,19 @@ def proportional_attention(
     Raises:
         InputValueError, InputTypeError: an argument has another shape, dtype or device.
     """
-    check_choice("importance_from", importance_from, ("class", "received", None))
-    size, scale, prefix = check_queries(q, k, size, scale, prefix)
-    check_values(v, q)
-    if importance_from == "class":
-        check_class_token(prefix)
-    if _has_kernel(q, k, v):
-        arguments = (q, k, v, size, scale, prefix, importance_from or "none")
-        out, importance = torch.ops.diffrate.proportional_attention(*arguments)
-        return out, None if importance_from is None else importance
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=_key_bias(size, q), scale=scale)
+    try:
+        if _has_kernel(q, k, v):
+            if not _are_plain(size, scale, prefix):
+                size, scale, prefix = _check(q, k, v, size, scale, prefix, importance_from)
+            arguments = (q, k, v, size, q.shape[3] ** -0.5 if scale is None else scale, prefix)
+            operator = torch.ops.diffrate.proportional_attention.default
+            out, importance = call(operator, (*arguments, "none" if importance_from is None else importance_from))
+            return out, None if importance_from is None else importance
+    except REFUSED:
+        _check(q, k, v, size, scale, prefix, importance_from)
+        raise
+    size, scale, prefix = _check(q, k, v, size, scale, prefix, importance_from)
+    out = _fused_attention(q, k, v, _key_bias(size, q), scale)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as it mostly is: a copy only if torch followed q's layout
     if importance_from is None:
         return out, None
@@ -64,14 +68,45 @@ def proportional_attention(
     return out, measure(q, k, size, scale=scale, prefix=prefix)
 
 
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None,
+    scale: float | None,
+    prefix: int,
+    importance_from: str | None,
+) -> tuple[Tensor | None, float, int]:
+    """Size, scale and prefix as kernels take them."""
+    check_choice("importance_from", importance_from, ("class", "received", None))
+    checked = check_queries(q, k, size, scale, prefix)
+    check_values(v, q)
+    if importance_from == "class":
+        check_class_token(prefix)
+    return checked
+
+
+def _are_plain(size: Tensor | None, scale: float | None, prefix: int) -> bool:
+    """Whether kernels take these as they are."""
+    return (size is None or size.dtype == torch.float32) and type(scale) in (float, type(None)) and type(prefix) is int
+
+
 def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    differentiates = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return (
         q.device.type == _attention.CUDA
         and q.dtype in (torch.float16, torch.bfloat16)
         and fits_cuda_kernels(q)
-        and not differentiates
+        and not needs_gradient(q, k, v)
     )
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """torch's fused attention, around two faults that torch 2.11 has with gradients on CUDA."""
+    if q.numel() == 0:  # None comes back
+        return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+    if scale < 0:  # gradients become NaN
+        q, scale = -q, -scale
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
 def _key_bias(size: Tensor | None, q: Tensor) -> Tensor | None:
@@ -87,6 +122,7 @@ def _key_bias(size: Tensor | None, q: Tensor) -> Tensor | None:
 def _(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float, prefix: int = 1, importance_from: str = "class"
 ) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, size, scale, prefix, None if importance_from == "none" else importance_from)
     patches = 0 if importance_from == "none" else q.shape[2] - prefix
     return empty_heads(q), q.new_empty((q.shape[0], patches), dtype=wide_dtype(q))
 
