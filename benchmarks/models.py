@@ -1,4 +1,4 @@
-"""Whole models: uncompressed timm with fused attention, compressed by diffrate_ext, compressed in eager PyTorch.
+"""Whole models: uncompressed timm with fused attention, compressed by diffrate_ext, compressed in eager PyTorch, ToMe.
 
 A contender is run as it is, as a CUDA graph, or by torch.compile; each of the three is a record of its own, in which
 all contenders are run alike.
@@ -20,13 +20,17 @@ from cases import EAGER, OURS, Bar
 from checks import SUMMATION, WrongResultError, relative_error
 from harness import COMPILED, GRAPH, PLAIN, captured, compiled, measure, peak_memory
 from rival_model import EagerCompressed, compress_eager
+from tome import tome_of_flops
 from torch import Tensor, nn
 
-from diffrate_ext import Schedule, compressed_copy, flops, reference
+from diffrate_ext import Schedule, compress, compressed_copy, flops, reference, uncompressed_copy
 from diffrate_ext.embedded import build_model
 from diffrate_ext.timing import random_images
 
 UNCOMPRESSED = "uncompressed"
+ALONE = f"{OURS}, compression alone"  # its patch embedding is the uncompressed model's
+TOME = "ToMe"  # of at most as many FLOPs
+IN_FULL_RUNS = (UNCOMPRESSED, OURS, ALONE, EAGER, TOME)
 CHECKED_IMAGES = 4
 
 
@@ -71,6 +75,7 @@ class Run:
     model: Model
     batch: int
     way: str = PLAIN
+    contenders: tuple[str, ...] = (UNCOMPRESSED, OURS, EAGER)
     gains: tuple[tuple[float, str], ...] = ()
     bars: tuple[Bar, ...] = ()
 
@@ -87,7 +92,7 @@ def plan(device: torch.device, dtype: torch.dtype, *, quick: bool, compile_model
     ways = [PLAIN, *([COMPILED] if compile_models else []), *([GRAPH] if device.type == "cuda" else [])]
     gains = ((0.97, "bar"), (1.0, "aim")) if (device.type, dtype) == ("cpu", torch.float32) else ()
     return [
-        Run(model, batch, way, gains if (model, batch, way) == (DEIT_S, 16, PLAIN) else ())
+        Run(model, batch, way, gains=gains if (model, batch, way) == (DEIT_S, 16, PLAIN) else ())
         for model, batch in cases
         for way in ways
     ]
@@ -96,15 +101,19 @@ def plan(device: torch.device, dtype: torch.dtype, *, quick: bool, compile_model
 def gpu_plan(dtype: torch.dtype) -> list[Run]:
     """float32, in which nobody runs large models, for the smallest only."""
     half = dtype != torch.float32
+    not_slower = (Bar(UNCOMPRESSED, 1.0),) if half else ()
+    gains = ((1.05, "bar"), (1.15, "aim")) if half else ()
     runs = []
     for model in (DEIT_B, VIT_L, VIT_H, DEIT_S) if half else (DEIT_S,):
-        gains = ((0.90, "bar"), (0.95, "aim")) if half and model is not DEIT_S else ()
-        runs.append(Run(model, 256, gains=gains))
-        # where launch gaps decide: at most 10 % slower than uncompressed, and no slower without them
-        runs.append(Run(model, 1, bars=(Bar(UNCOMPRESSED, 1 / 1.1),) if half else ()))
-        runs.append(Run(model, 32))
-        runs.append(Run(model, 1, GRAPH, bars=(Bar(UNCOMPRESSED, 1.0),) if half else ()))
-    return runs + ([Run(model, 256, COMPILED) for model in (DEIT_B, VIT_L)] if half else [])
+        runs.append(Run(model, 256, contenders=IN_FULL_RUNS, gains=gains))
+        # where launches decide: not much slower than uncompressed, and no slower without them
+        runs.append(Run(model, 1, bars=(Bar(UNCOMPRESSED, 1 / 1.15),) if half else ()))
+        runs.append(Run(model, 1, GRAPH, (UNCOMPRESSED, OURS), bars=not_slower))
+        runs.append(Run(model, 32, GRAPH, (UNCOMPRESSED, OURS), bars=not_slower))
+    if half:
+        compiled_gains = ((1.0, "bar"),)
+        runs += [Run(model, 256, COMPILED, (UNCOMPRESSED, OURS), compiled_gains) for model in (DEIT_B, VIT_L)]
+    return runs
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,9 @@ def prepared(spec: Model, device: torch.device, dtype: torch.dtype) -> Prepared:
     contenders = {
         UNCOMPRESSED: model,
         OURS: compressed_copy(model, schedule),
+        ALONE: compress(uncompressed_copy(model), schedule, linear_patch_embedding=False),
         EAGER: compress_eager(model, schedule).eval(),
+        TOME: tome_of_flops(model, flops(model, schedule)),
     }
     return Prepared(contenders, expected, flops(model, schedule) / 1e9, flops(model) / 1e9)
 
@@ -153,7 +164,8 @@ def run_contenders(run: Run, ready: Prepared, bars: list[Bar], *, quick: bool) -
     images = random_images(ready.contenders[UNCOMPRESSED], run.batch)
     calls: dict[str, Callable[[Tensor], Tensor]] = {}
     unavailable: dict[str, str] = {}
-    for name, contender in ready.contenders.items():
+    for name in run.contenders:
+        contender = ready.contenders[name]
         call, reason = in_way(run.way, contender, images)
         if call is None:
             unavailable[name if run.way == PLAIN else f"{name}, {run.way}"] = reason or ""
@@ -161,11 +173,11 @@ def run_contenders(run: Run, ready: Prepared, bars: list[Bar], *, quick: bool) -
                 break  # the next capture needs a new process
         else:
             calls[name] = call
-    errors = {name: ready.expected.check(name, calls[name], run.batch) for name in calls if name != UNCOMPRESSED}
+    errors = {name: ready.expected.check(name, calls[name], run.batch) for name in calls if name not in (UNCOMPRESSED, TOME)}
     record: dict[str, Any] = {"rounds": 0, "seconds": {}, "speed_up": {}, "ratio": {}}
     if calls:
         limit = 20 if images.is_cuda else 300
-        rounds = 3 if quick else 21
+        rounds = 3 if quick else 11 if images.is_cuda else 21
         timings = measure(calls, [(images,)], device=images.device, rounds=rounds, min_seconds=0.1, max_seconds=limit)
         record["rounds"] = timings.rounds
         record["seconds"] = {name: vars(timings.time(name)) for name in calls}

@@ -24,17 +24,15 @@ def test_plan_of_a_gpu_run() -> None:
     gpu = torch.device("cuda")
     half = models.plan(gpu, torch.bfloat16, quick=False, compile_models=False)
     assert len({tuple(item.key.values()) for item in half}) == len(half) == 4 * 4 + 2
-    gains = {item.model.name: item.gains for item in half if item.gains}
+    sized = (models.DEIT_S, models.DEIT_B, models.VIT_L, models.VIT_H)
+    gains = {(item.model, item.way): item.gains for item in half if item.gains}
     assert gains == {
-        model.name: ((0.90, "bar"), (0.95, "aim")) for model in (models.DEIT_B, models.VIT_L, models.VIT_H)
+        **{(model, harness.PLAIN): ((1.05, "bar"), (1.15, "aim")) for model in sized},
+        **{(model, harness.COMPILED): ((1.0, "bar"),) for model in (models.DEIT_B, models.VIT_L)},
     }
-    assert all(item.batch == 256 and item.way == harness.PLAIN for item in half if item.gains)
-    alone = {(item.way, bar.ratio) for item in half if item.batch == 1 for bar in item.bars}
-    assert alone == {(harness.PLAIN, 1 / 1.1), (harness.GRAPH, 1.0)}
-    assert {(item.model, item.batch) for item in half if item.way == harness.COMPILED} == {
-        (models.DEIT_B, 256),
-        (models.VIT_L, 256),
-    }
+    assert all(item.batch == 256 for item in half if item.gains)
+    small = {(item.batch, item.way, bar.ratio) for item in half for bar in item.bars}
+    assert small == {(1, harness.PLAIN, 1 / 1.15), (1, harness.GRAPH, 1.0), (32, harness.GRAPH, 1.0)}
     full = models.plan(gpu, torch.float32, quick=False, compile_models=False)
     assert {item.model for item in full} == {models.DEIT_S}
     assert not any(item.bars or item.gains for item in full)
@@ -69,6 +67,19 @@ def test_realised_gain_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(graph["seconds"]) == {models.UNCOMPRESSED, cases.OURS, cases.EAGER}
     assert graph["peak_bytes"] == {}
     assert "| CUDA graph | diffrate_ext |" in report.models_table([graph])
+
+
+def test_a_full_run_tells_compression_from_the_patch_embedding() -> None:
+    item = models.Run(models.EMBEDDED, 2, contenders=models.IN_FULL_RUNS)
+    record = models.run_model(item, CPU, torch.float32, quick=True)
+    assert set(record["seconds"]) == set(models.IN_FULL_RUNS)
+    contenders = models.prepared(models.EMBEDDED, CPU, torch.float32).contenders
+    kinds = {
+        name: type(contender.patch_embed.proj).__name__  # type: ignore[union-attr]
+        for name, contender in contenders.items()
+        if name in (models.UNCOMPRESSED, cases.OURS, models.ALONE)
+    }
+    assert kinds == {models.UNCOMPRESSED: "Conv2d", cases.OURS: "CompressedConv2d", models.ALONE: "Conv2d"}
 
 
 def test_there_are_no_graphs_on_a_cpu() -> None:
