@@ -8,6 +8,8 @@
 #   operators   times every operator
 #   models      times whole models
 #   search      times the step of the rate search
+#   bars        of operators and models only those that have a bar to reach
+#   tune        times all variants of the kernels that come in several
 # Options:
 #   --resume          operators, models, search: keep the records that are there, and go on
 #   --output FOLDER   where results go, instead of benchmarks/results
@@ -24,7 +26,7 @@ while [ $# -gt 0 ]; do
     case $1 in
     --resume) resume=$1 ;;
     --output) output=${2:?"--output needs a folder"} && shift ;;
-    build | test | sanitize | operators | models | search) stages="$stages $1" ;;
+    build | test | sanitize | operators | models | search | bars | tune) stages="$stages $1" ;;
     *) usage >&2 && exit 2 ;;
     esac
     shift
@@ -73,6 +75,13 @@ sanitize() {
     done
 }
 
+tune() {
+    for kernel in attention prune_merge; do
+        "$python" -P "benchmarks/tune_$kernel.py" >"$log" 2>&1 || { cat "$log" && return 1; }
+        sed 's/^/    /' "$log" | page "cuda_tune_$kernel" "$(tail -n 1 "$log")"
+    done
+}
+
 # What fails is listed among the results, and the rest is measured all the same.
 measure() { "$python" benchmarks/run.py --device cuda --output "$output" $resume --only "$@" || failed=1; }
 
@@ -86,6 +95,8 @@ for stage in $stages; do
     operators) measure ops --dtype bfloat16; measure ops --operators masked_attention masked_prune_merge compression_rate ;;
     models) measure models --dtype bfloat16; measure models ;;
     search) measure search ;;
+    bars) measure ops --dtype bfloat16 --bars; measure models --dtype bfloat16 --bars ;;
+    tune) tune ;;
     esac
 done
 "$python" benchmarks/report.py "$output"

@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     machine = describe(device)
 
     parts: dict[str, Callable[[], Iterable[Job]]] = {
-        "ops": partial(operator_jobs, Settings(device, dtype, arguments.quick), arguments.operators),
-        "models": partial(model_jobs, device, dtype, arguments.quick, arguments.compile_models),
+        "ops": partial(operator_jobs, Settings(device, dtype, arguments.quick), arguments.operators, arguments.bars),
+        "models": partial(model_jobs, device, dtype, arguments.quick, arguments.compile_models, arguments.bars),
     }
     if dtype == torch.float32:
         parts["search"] = partial(search_jobs, device, arguments.quick)
@@ -119,6 +119,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile-models", action="store_true", help="also time torch.compile'd models (minutes per model on a CPU)"
     )
+    parser.add_argument("--bars", action="store_true", help="only operators and models that have a bar to reach")
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, help="only these operators")
     parser.add_argument("--resume", action="store_true", help="keep the records of an interrupted run and go on")
     parser.add_argument("--restarted", action="store_true", help=argparse.SUPPRESS)
@@ -126,19 +127,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def operator_jobs(settings: Settings, operators: list[str] | None) -> Iterator[Job]:
+def operator_jobs(settings: Settings, operators: list[str] | None, with_bars: bool) -> Iterator[Job]:
     ceilings = Ceilings.measured(settings.device, settings.dtype)
     progress(f"ceilings: copy {ceilings.bandwidth / 1e9:.1f} GB/s, matrix product {ceilings.rate / 1e9:.0f} GFLOP/s")
     for name in operators or OPERATORS:
         cases: Iterable[Case] = importlib.import_module(f"ops.bench_{name}").cases(settings)
         for case in cases:
+            if with_bars and not case.bars:
+                continue
             yield {"operator": case.operator, "case": case.label}, partial(run_case, case, settings, ceilings)
 
 
-def model_jobs(device: torch.device, dtype: torch.dtype, quick: bool, compile_models: bool) -> Iterator[Job]:
+def model_jobs(device: torch.device, dtype: torch.dtype, quick: bool, compile_models: bool, with_bars: bool) -> Iterator[Job]:
     from models import plan, run_model
 
     for run in plan(device, dtype, quick=quick, compile_models=compile_models):
+        if with_bars and not (run.bars or run.gains):
+            continue
         yield run.key, partial(run_model, run, device, dtype, quick=quick)
 
 

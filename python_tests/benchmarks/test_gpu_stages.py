@@ -26,6 +26,7 @@ case "$*" in
 *"-m pytest"*) echo test >>log; echo "12 of the tests"; exit "${STATUS:-0}" ;;
 *--kernels*) echo kernels >>log; echo "one_kernel" ;;
 *run.py*) echo "run $*" >>log; exit "${STATUS:-0}" ;;
+*tune_*) echo "tune $*" >>log; echo "a table"; echo "a line that sums up"; exit "${STATUS:-0}" ;;
 *report.py*) echo report >>log ;;
 esac
 """
@@ -70,7 +71,7 @@ def test_usage(checkout: Path, arguments: tuple[str, ...]) -> None:
     if arguments != ("--output",):
         assert printed.startswith("usage: sh benchmarks/gpu.sh [--resume] [--output FOLDER] STAGE...\n")
         assert all(
-            f"\n  {stage} " in printed for stage in ("build", "test", "sanitize", "operators", "models", "search")
+            f"\n  {stage} " in printed for stage in ("build", "test", "sanitize", "operators", "models", "search", "bars", "tune")
         )
         assert printed.endswith("CUDA toolkit.\n")
     assert not (checkout / "benchmarks" / "results").exists()
@@ -168,3 +169,23 @@ def test_sanitizer_cases_call_every_operator(monkeypatch: pytest.MonkeyPatch) ->
 def test_sanitizer_cases_run() -> None:
     cases = list(sanitize_cases.cases(CPU, torch.float32, 17, 32))
     assert sanitize_cases.run_all(CPU) == 9 * len(cases)
+
+
+def test_variants_are_a_page_each(checkout: Path) -> None:
+    status, asked, _ = gpu_stages(checkout, "tune")
+    assert status == 0
+    scripts = [f"benchmarks/tune_{kernel}.py" for kernel in ("attention", "prune_merge")]
+    assert asked == [*(f"tune -P {script}" for script in scripts), "report"]
+    for script in scripts:
+        assert (BENCHMARKS.parent / script).exists()
+        name = f"cuda_{Path(script).stem}"
+        assert page(checkout, name) == "a line that sums up; a GPU, today\n\n    a table\n    a line that sums up\n"
+
+
+def test_bars_alone(checkout: Path) -> None:
+    assert gpu_stages(checkout, "bars")[0] == 0
+    asked = [run.parse(line.split()[2:]) for line in gpu_stages(checkout, "bars")[1][:2]]
+    assert [(arguments.only, arguments.bars, arguments.dtype) for arguments in asked] == [
+        ("ops", True, "bfloat16"),
+        ("models", True, "bfloat16"),
+    ]
