@@ -14,6 +14,7 @@
 
 #include "cpu/access.h"
 #include "cpu/images.h"
+#include "cpu/layer_norm.h"
 #include "cpu/memory.h"
 #include "cpu/simd.h"
 #include "cpu/sort.h"
@@ -151,6 +152,12 @@ struct PruneMerge {
     return static_cast<T*>(a.out) + (image * out_tokens + position) * a.channels;
   }
 
+  void normalize(int64_t image, int64_t position) const {
+    if (!a.norm.out) return;
+    int64_t at = (image * out_tokens + position) * a.channels;
+    normalize_row(a.norm, out_row(image, position), static_cast<T*>(a.norm.out) + at, a.channels);
+  }
+
   // Sorts, and loads the sources.
   void prepare(int64_t image, char* memory) const {
     Scratch s(*this, 1, memory);
@@ -167,8 +174,10 @@ struct PruneMerge {
     Best<W>* best = s.best + p * source_groups;
     for (int64_t j = 0; j < source_groups; ++j)
       best[j] = {typename Best<W>::Cosines{} - std::numeric_limits<W>::infinity(), typename Best<W>::Positions{} - 1};
-    for (; begin < end && (begin < a.prefix || sources == 0); ++begin)
+    for (; begin < end && (begin < a.prefix || sources == 0); ++begin) {
       copy_token(image, s.order[begin], out_row(image, begin));
+      normalize(image, begin);
+    }
 
     W* block = s.block + p * kBlock * stride;
     for (; begin < end; begin += kBlock) {
@@ -198,6 +207,8 @@ struct PruneMerge {
         for (int64_t i = 0; i < rows; i += kRows)
           compare(compared + i * stride, inverse + i, begin + i, group, stride, ahead(calls++), best[j]);
       }
+      // at once, while the rows are near: those that something is merged into once more
+      for (int64_t i = 0; i < rows; ++i) normalize(image, begin + i);
     }
   }
 
@@ -255,6 +266,7 @@ struct PruneMerge {
       for (int32_t i = s.head[to]; i >= 0; i = s.next[i]) mean += load(s.source + i * stride + c) * weight(a.k_m + i);
       store_at(out + c, mean / total);
     });
+    normalize(image, to);
   }
 };
 
