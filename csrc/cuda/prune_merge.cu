@@ -38,14 +38,14 @@ __global__ void __launch_bounds__(kPruneMergeThreads, kBlocksAtOnce<T, kReading>
 
 const char* prune_merge(const PruneMergeArgs& a, const Scratch& scratch, void* on) {
   Stream stream = static_cast<Stream>(on);
-  return with_layout(a, a.k_p - a.k_m, scratch, stream,
-                     [&](auto example, auto reading, Blocks blocks, int64_t shared, auto layout) {
-                       using T = decltype(example);
-                       constexpr Reading kReading = decltype(reading)::value;
-                       return launch(a.norm.out == nullptr ? prune_merge_kernel<T, kReading, false>
-                                                           : prune_merge_kernel<T, kReading, true>,
-                                     blocks, kPruneMergeThreads, shared, stream, a, layout);
-                     });
+  return with_layout(
+      a, a.k_p - a.k_m, scratch, stream, [&](auto example, auto reading, Blocks blocks, int64_t shared, auto layout) {
+        using T = decltype(example);
+        constexpr Reading kReading = decltype(reading)::value;
+        return launch(
+            a.norm.out == nullptr ? prune_merge_kernel<T, kReading, false> : prune_merge_kernel<T, kReading, true>,
+            blocks, kPruneMergeThreads, shared, stream, a, layout);
+      });
 }
 
 }  // namespace diffrate::cuda

@@ -1,9 +1,9 @@
 // Layer normalization of rows that were written before: by prune_merge's warps of what they have just written, or by a
 // kernel of its own.
 //
-// A warp takes a row at a time, and asks for its next row before it computes with this one. Rows stay in registers; those
-// that are too long, or double, or not aligned are read three times. The mean is subtracted before anything is squared,
-// and what rounding left of it is made up for: rows far from zero lose nothing, and constant ones become zero.
+// A warp takes a row at a time, and asks for its next row before it computes with this one. Rows stay in registers;
+// those that are too long, or double, or not aligned are read three times. The mean is subtracted before anything is
+// squared, and what rounding left of it is made up for: rows far from zero lose nothing, and constant ones become zero.
 #pragma once
 
 #include "cuda/common.cuh"

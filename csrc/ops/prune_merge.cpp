@@ -16,11 +16,12 @@ struct Merged {
   std::optional<Tensor> normalized;  // with a norm alone
 };
 
-// A weight or a bias, (C).
-const void* per_channel(const Tensor& tensor, const Tensor& x, const char* name) {
+// A weight or a bias, (C). It may be replaced by a copy, which must outlive the call.
+const void* per_channel(Tensor& tensor, const Tensor& x, const char* name) {
   check_same_device(tensor, x, name);
   check_shape(tensor, {x.size(2)}, name);
   DIFFRATE_CHECK(tensor.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+  tensor = with_unit_last_stride(tensor);
   return tensor.const_data_ptr();
 }
 
@@ -43,8 +44,6 @@ Merged merged(Tensor x, const Tensor& attn, int64_t k_p, int64_t k_m, const std:
   }
   LayerNorm layer_norm{};
   if (norm) {
-    norm->weight = with_unit_last_stride(norm->weight);
-    if (norm->bias) norm->bias = with_unit_last_stride(*norm->bias);
     DIFFRATE_CHECK(norm->eps >= 0 && norm->eps <= std::numeric_limits<double>::max(),
                    "norm_eps must be finite and at least 0, got ", norm->eps);
     layer_norm = {.weight = per_channel(norm->weight, x, "norm_weight"),

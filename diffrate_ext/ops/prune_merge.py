@@ -10,8 +10,8 @@ from ..errors import InputTypeError, InputValueError
 from ..numeric import TINY, wide_dtype
 from ._autograd import refuse_gradient
 from ._checks import (
-    check_eps,
     check_choice,
+    check_eps,
     check_importance,
     check_int,
     check_like,
@@ -175,9 +175,9 @@ def _check_norm(norm: object, x: Tensor) -> None:
     for name, value in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
         if value is None and name == "norm.bias":
             continue
-        check_tensor(name, value, 1, "(C,)")
-        check_shape(name, value, (x.shape[2],), "(C,)")
-        check_like(name, value, "x", x)
+        tensor = check_tensor(name, value, 1, "(C,)")
+        check_shape(name, tensor, (x.shape[2],), "(C,)")
+        check_like(name, tensor, "x", x)
     check_eps("norm.eps", norm.eps)
 
 
