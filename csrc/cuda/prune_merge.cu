@@ -13,7 +13,9 @@ __global__ void __launch_bounds__(kPruneMergeThreads, kBlocksAtOnce<T, kReading>
   auto done = [&](int64_t first, int64_t end) {
     if constexpr (kNorm) {  // at once, while the rows are near: those that something is merged into once more
       __syncwarp();
-      NormStep<T, ImageBlock<T, kReading>::kAligned>{a.norm, a.channels}.run(block.out_row(0), first, end, 1);
+      int64_t start = block.image * a.k_m;
+      NormStep<T, ImageBlock<T, kReading>::kAligned>{a.norm, a.channels}.run(static_cast<const T*>(a.out),
+                                                                             start + first, start + end, 1);
     }
   };
   sort_image(block);

@@ -9,11 +9,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from called_operators import CalledOperators
 from compare import assert_as_accurate_as_eager, assert_same
 from hypothesis import given
 from strategies import DTYPES, TokenCase, kept_numbers, token_cases
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffrate_ext import InputTypeError, InputValueError, ops, reference
 
@@ -30,19 +30,6 @@ def check_normalized(normalized: Tensor, x: Tensor, norm: ops.Norm) -> None:
         return F.layer_norm(x, weight.shape, weight, bias, norm.eps)
 
     assert_as_accurate_as_eager("normalized", normalized, compute, [x, norm.weight, norm.bias], dtype=x.dtype)
-
-
-class Called(TorchDispatchMode):
-    """The names of our operators that were called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "diffrate":
-            self.names.append(func.__name__.split(".")[0])
-        return func(*args, **(kwargs or {}))
 
 
 @given(
@@ -163,7 +150,7 @@ def test_fused_where_no_gradient_is_needed(device: torch.device, leaf: str) -> N
     norm, importance = norm_of(8, torch.float32, device), torch.rand(2, 16, device=device)
     tensors = {"x": x, "residual": residual, "weight": norm.weight, "bias": norm.bias}
     tensors[leaf].requires_grad_()  # type: ignore[union-attr]
-    with Called() as called:
+    with CalledOperators() as called:
         smooth = ops.prune_merge(x, importance, 12, 9, residual=residual, norm=norm)
         with torch.no_grad():
             fused = ops.prune_merge(x, importance, 12, 9, residual=residual, norm=norm)
