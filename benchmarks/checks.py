@@ -123,7 +123,7 @@ def check_prune_merge(
 
 
 def check_prune_merge_norm(
-    actual: tuple[Tensor, ...], norm: tuple[Tensor, Tensor, float], *arguments: Any, **options: Any
+    actual: tuple[Tensor, ...], norm: tuple[Tensor, Tensor | None, float], *arguments: Any, **options: Any
 ) -> float:
     """The same, and the norm of the contender's own features."""
     *merged, normalized = actual
