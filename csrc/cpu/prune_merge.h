@@ -152,10 +152,12 @@ struct PruneMerge {
     return static_cast<T*>(a.out) + (image * out_tokens + position) * a.channels;
   }
 
-  void normalize(int64_t image, int64_t position) const {
+  // `row` is a row of `out`, or the same widened.
+  template <class From>
+  void normalize(int64_t image, int64_t position, const From* row) const {
     if (!a.norm.out) return;
-    int64_t at = (image * out_tokens + position) * a.channels;
-    normalize_row(a.norm, out_row(image, position), static_cast<T*>(a.norm.out) + at, a.channels);
+    T* out = static_cast<T*>(a.norm.out) + (image * out_tokens + position) * a.channels;
+    normalize_row(a.norm, row, out, a.channels);
   }
 
   // Sorts, and loads the sources.
@@ -176,7 +178,7 @@ struct PruneMerge {
       best[j] = {typename Best<W>::Cosines{} - std::numeric_limits<W>::infinity(), typename Best<W>::Positions{} - 1};
     for (; begin < end && (begin < a.prefix || sources == 0); ++begin) {
       copy_token(image, s.order[begin], out_row(image, begin));
-      normalize(image, begin);
+      normalize(image, begin, out_row(image, begin));
     }
 
     W* block = s.block + p * kBlock * stride;
@@ -208,7 +210,7 @@ struct PruneMerge {
           compare(compared + i * stride, inverse + i, begin + i, group, stride, ahead(calls++), best[j]);
       }
       // at once, while the rows are near: those that something is merged into once more
-      for (int64_t i = 0; i < rows; ++i) normalize(image, begin + i);
+      for (int64_t i = 0; i < rows; ++i) normalize(image, begin + i, compared + i * stride);
     }
   }
 
@@ -266,7 +268,7 @@ struct PruneMerge {
       for (int32_t i = s.head[to]; i >= 0; i = s.next[i]) mean += load(s.source + i * stride + c) * weight(a.k_m + i);
       store_at(out + c, mean / total);
     });
-    normalize(image, to);
+    normalize(image, to, out_row(image, to));
   }
 };
 
