@@ -122,6 +122,17 @@ def check_prune_merge(
     return max(features_error, size_error)
 
 
+def check_prune_merge_norm(
+    actual: tuple[Tensor, ...], norm: tuple[Tensor, Tensor | None, float], *arguments: Any, **options: Any
+) -> float:
+    """The same, and the norm of the contender's own features."""
+    *merged, normalized = actual
+    error = check_prune_merge(tuple(merged), *arguments, **options)  # type: ignore[arg-type]
+    return max(
+        error, check_function("prune_merge: normalized", reference.layer_norm, normalized, (merged[0], *norm), {})
+    )
+
+
 def check_masked_prune_merge(
     actual: tuple[Tensor, ...],
     grad_x: Tensor,

@@ -20,7 +20,7 @@ class AttentionOperator(Protocol):
 class PruneMergeOperator(Protocol):
     def __call__(
         self, x: Tensor, attn: Tensor, k_p: int, k_m: int, size: Tensor | None = None, *, prefix: int
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, ...]: ...
 
 
 class EagerCompressed(nn.Module):

@@ -93,7 +93,8 @@ def prune_merge(
     mean_rule: str = "mean",
     size_rule: str = "cosine",
     residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    norm: tuple[Tensor, Tensor | None, float] | None = None,
+) -> tuple[Tensor, ...]:
     """Sort, prune to k_p tokens, merge to k_m, as at inference (section 3 of the paper)."""
     if residual is not None:
         x = x + residual
@@ -110,7 +111,15 @@ def prune_merge(
         merged_size = merged_size.scatter_add(1, match, gained.to(merged_size.dtype))
     out = merge_reduce(x, target, k_m, weights=size.clamp_min(TINY) if mean_rule == "weighted" else None)
     slot = torch.empty_like(target).scatter_(1, order, target)
-    return out, merged_size, slot
+    return (out, merged_size, slot) if norm is None else (out, merged_size, slot, layer_norm(out, *norm))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer normalization over the channels of the tokens, as they were rounded to their dtype."""
+    wide = x.to(wide_dtype(x))
+    centred = wide - wide.mean(-1, keepdim=True)
+    unit = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return (unit * weight + (0 if bias is None else bias)).to(x.dtype)
 
 
 def merge_reduce(x: Tensor, dst: Tensor, kept: int, *, weights: Tensor | None = None) -> Tensor:

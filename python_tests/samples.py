@@ -45,6 +45,9 @@ def _samples() -> list[Sample]:
     def prune_merge(x: Tensor, residual: Tensor, attn: Tensor, size: Tensor) -> Any:
         return ops.prune_merge(x, attn, 14, 9, size, residual=residual)
 
+    def normalized(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, attn: Tensor, size: Tensor) -> Any:
+        return ops.prune_merge(x, attn, 14, 9, size, residual=residual, norm=ops.Norm(weight, bias, 1e-6))
+
     def weighted(x: Tensor, attn: Tensor, size: Tensor) -> Any:
         options: dict[str, Any] = {"importance_from": "received", "mean_rule": "weighted", "size_rule": "sum"}
         return ops.prune_merge(x, attn, 17, 9, size, prefix=0, **options)
@@ -80,6 +83,19 @@ def _samples() -> list[Sample]:
                 _positive(images, 17),
             ),
             2,
+        ),
+        Sample(
+            "prune_merge with a norm",
+            normalized,
+            lambda images: (
+                _tensor(images, 17, 8),
+                _tensor(images, 17, 8, seed=1),
+                _positive(8),
+                _tensor(8),
+                _tensor(images, 2, 17),
+                _positive(images, 17),
+            ),
+            4,
         ),
         Sample(
             "prune_merge, weighted and received",

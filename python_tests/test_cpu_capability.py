@@ -34,13 +34,14 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         x = torch.randn(2, 65, channels, generator=random).to(dtype)
         residual = torch.randn(2, 65, channels, generator=random).to(dtype)
         importance = torch.randint(9, (2, 3, 65), generator=random) / 8
+        norm = ops.Norm(*torch.rand(2, channels, generator=random).to(dtype))
         size = 1 + torch.rand(2, 65, generator=random, dtype=torch.float64)
         results[f"sort_tokens {dtype} {channels}"] = tuple(ops.sort_tokens(x, importance[:, 0], size))
         # one channel: all cosines are 1 or -1, up to rounding
         if channels > 1:
             for mean_rule in ("mean", "weighted"):
                 results[f"prune_merge {mean_rule} {dtype} {channels}"] = tuple(
-                    ops.prune_merge(x, importance, 60, 40, size, mean_rule=mean_rule, residual=residual)
+                    ops.prune_merge(x, importance, 60, 40, size, mean_rule=mean_rule, residual=residual, norm=norm)
                 )
         dst = torch.randint(-1, 20, (2, 65), generator=random)
         results[f"merge_reduce {dtype} {channels}"] = [

@@ -48,6 +48,14 @@ struct SortArgs {
   int64_t* order;
 };
 
+// Layer normalization of rows that are written: (x - mean) / sqrt(variance + eps) * weight + bias, in wide numbers.
+struct LayerNorm {
+  const void* weight;  // (C), of the features' dtype like the bias
+  const void* bias;    // (C), or null: zeros
+  double eps;
+  void* out;  // as large as the rows; null: not wanted
+};
+
 struct PruneMergeArgs {
   Type type;
   int64_t images, tokens, channels, prefix, k_p, k_m;
@@ -60,6 +68,7 @@ struct PruneMergeArgs {
   void* out;           // (B, k_m, C)
   void* out_size;      // (B, k_m)
   int64_t* slot;       // (B, N)
+  LayerNorm norm;      // of `out`
 };
 
 struct MaskedPruneMergeArgs {
@@ -96,7 +105,8 @@ DIFFRATE_INLINE PruneMergeArgs alive_part(const MaskedPruneMergeArgs& a) {
           .cosine_sizes = a.cosine_sizes,
           .out = a.out,
           .out_size = nullptr,
-          .slot = nullptr};
+          .slot = nullptr,
+          .norm = {}};
 }
 
 struct MergeReduceArgs {  // forward: x (B, N, C) -> out (B, kept, C); backward: x (B, kept, C) -> out (B, N, C)

@@ -14,6 +14,7 @@
 
 #include "cpu/access.h"
 #include "cpu/images.h"
+#include "cpu/layer_norm.h"
 #include "cpu/memory.h"
 #include "cpu/simd.h"
 #include "cpu/sort.h"
@@ -151,6 +152,14 @@ struct PruneMerge {
     return static_cast<T*>(a.out) + (image * out_tokens + position) * a.channels;
   }
 
+  // `row` is a row of `out`, or the same widened.
+  template <class From>
+  void normalize(int64_t image, int64_t position, const From* row) const {
+    if (!a.norm.out) return;
+    T* out = static_cast<T*>(a.norm.out) + (image * out_tokens + position) * a.channels;
+    normalize_row(a.norm, row, out, a.channels);
+  }
+
   // Sorts, and loads the sources.
   void prepare(int64_t image, char* memory) const {
     Scratch s(*this, 1, memory);
@@ -167,8 +176,10 @@ struct PruneMerge {
     Best<W>* best = s.best + p * source_groups;
     for (int64_t j = 0; j < source_groups; ++j)
       best[j] = {typename Best<W>::Cosines{} - std::numeric_limits<W>::infinity(), typename Best<W>::Positions{} - 1};
-    for (; begin < end && (begin < a.prefix || sources == 0); ++begin)
+    for (; begin < end && (begin < a.prefix || sources == 0); ++begin) {
       copy_token(image, s.order[begin], out_row(image, begin));
+      normalize(image, begin, out_row(image, begin));
+    }
 
     W* block = s.block + p * kBlock * stride;
     for (; begin < end; begin += kBlock) {
@@ -198,6 +209,8 @@ struct PruneMerge {
         for (int64_t i = 0; i < rows; i += kRows)
           compare(compared + i * stride, inverse + i, begin + i, group, stride, ahead(calls++), best[j]);
       }
+      // at once, while the rows are near: those that something is merged into once more
+      for (int64_t i = 0; i < rows; ++i) normalize(image, begin + i, compared + i * stride);
     }
   }
 
@@ -255,6 +268,7 @@ struct PruneMerge {
       for (int32_t i = s.head[to]; i >= 0; i = s.next[i]) mean += load(s.source + i * stride + c) * weight(a.k_m + i);
       store_at(out + c, mean / total);
     });
+    normalize(image, to, out_row(image, to));
   }
 };
 

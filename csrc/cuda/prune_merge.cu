@@ -1,19 +1,28 @@
 // Sort, prune and merge: what stays is written without gaps.
 #include "cuda/prune_merge_launch.cuh"
+#include "cuda/prune_merge_norm.cuh"
 
 namespace diffrate::cuda {
 namespace {
 
-template <class T, Reading kReading>
+template <class T, Reading kReading, bool kNorm>
 __global__ void __launch_bounds__(kPruneMergeThreads, kBlocksAtOnce<T, kReading>)
     prune_merge_kernel(PruneMergeArgs a, Layout<Wide<T>> layout) {
   using W = Wide<T>;
   ImageBlock<T, kReading> block(a, layout, a.k_p, a.k_m, a.k_m);
+  auto done = [&](int64_t first, int64_t end) {
+    if constexpr (kNorm) {  // at once, while the rows are near: those that something is merged into once more
+      __syncwarp();
+      int64_t start = block.image * a.k_m;
+      NormStep<T, ImageBlock<T, kReading>::kAligned>{a.norm, a.channels}.run(static_cast<const T*>(a.out),
+                                                                             start + first, start + end, 1);
+    }
+  };
   sort_image(block);
-  block.copy_tokens(0, block.sources > 0 ? a.prefix : a.k_m);
+  block.copy_tokens(0, block.sources > 0 ? a.prefix : a.k_m, done);
   if (block.sources > 0) {
-    match_sources(block);
-    merge_sources(block);
+    match_sources(block, done);
+    merge_sources(block, done);
   }
   int64_t* slot = a.slot + block.image * a.tokens;
   W* size = static_cast<W*>(a.out_size) + block.image * a.k_m;
@@ -31,11 +40,14 @@ __global__ void __launch_bounds__(kPruneMergeThreads, kBlocksAtOnce<T, kReading>
 
 const char* prune_merge(const PruneMergeArgs& a, const Scratch& scratch, void* on) {
   Stream stream = static_cast<Stream>(on);
-  return with_layout(a, a.k_p - a.k_m, scratch, stream,
-                     [&](auto example, auto reading, Blocks blocks, int64_t shared, auto layout) {
-                       return launch(prune_merge_kernel<decltype(example), decltype(reading)::value>, blocks,
-                                     kPruneMergeThreads, shared, stream, a, layout);
-                     });
+  return with_layout(
+      a, a.k_p - a.k_m, scratch, stream, [&](auto example, auto reading, Blocks blocks, int64_t shared, auto layout) {
+        using T = decltype(example);
+        constexpr Reading kReading = decltype(reading)::value;
+        return launch(
+            a.norm.out == nullptr ? prune_merge_kernel<T, kReading, false> : prune_merge_kernel<T, kReading, true>,
+            blocks, kPruneMergeThreads, shared, stream, a, layout);
+      });
 }
 
 }  // namespace diffrate::cuda

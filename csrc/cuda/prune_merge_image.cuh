@@ -112,6 +112,11 @@ int source_stride(int64_t channels) {
   return static_cast<int>((bytes % 128 == 0 ? bytes + 64 : bytes) / static_cast<int64_t>(sizeof(T)));
 }
 
+// What a warp does with rows of the output that it has just written: those at positions first .. end-1.
+struct Nothing {
+  __device__ void operator()(int64_t, int64_t) const {}
+};
+
 // One block and its image.
 template <class T, Reading kReading>
 struct ImageBlock {
@@ -205,8 +210,12 @@ struct ImageBlock {
   }
 
   // Copies the tokens at the positions begin .. end-1.
-  __device__ void copy_tokens(int64_t begin, int64_t end) const {
-    for (int64_t position = begin + first_warp(); position < end; position += all_warps()) copy_token(position);
+  template <class Done = Nothing>
+  __device__ void copy_tokens(int64_t begin, int64_t end, Done done = {}) const {
+    for (int64_t position = begin + first_warp(); position < end; position += all_warps()) {
+      copy_token(position);
+      done(position, position + 1);
+    }
   }
   __device__ void copy_token(int64_t position) const {
     Row row = input_row(position);

@@ -51,7 +51,8 @@ Layout<Wide<T>> layout_of(const PruneMergeArgs& a, int64_t most, const Scratch& 
 template <class T>
 bool all_aligned(const PruneMergeArgs& a) {
   auto aligned = [&](const Tokens& x) { return aligned_rows<T>(x.data, a.channels, x.stride_image, x.stride_token); };
-  return aligned(a.x) && (a.residual.data == nullptr || aligned(a.residual)) && aligned({a.out, 0, 0});
+  return aligned(a.x) && (a.residual.data == nullptr || aligned(a.residual)) && aligned({a.out, 0, 0}) &&
+         aligned({a.norm.weight, 0, 0}) && aligned({a.norm.bias, 0, 0}) && aligned({a.norm.out, 0, 0});
 }
 
 // Calls run(T{}, reading, blocks, bytes of shared memory, layout), with the sort order of large images ready. Sources

@@ -16,7 +16,7 @@ namespace diffrate::cuda {
 
 constexpr int kDestinations = 8;  // of a warp at a time: a lane holds 16 bytes of the row of destination lane / 4
 
-template <class T, Reading kReading>
+template <class T, Reading kReading, class Done>
 struct MatchStep {
   using W = Wide<T>;
   using Block = ImageBlock<T, kReading>;
@@ -29,6 +29,7 @@ struct MatchStep {
   using Sums = W[kSums][4];
 
   const Block& block;
+  Done done;
 
   __device__ void run() const {
     const int resident = block.layout.resident;
@@ -119,6 +120,7 @@ struct MatchStep {
       // past the last destination there is no cosine: NaN is never better
       W inverse = inside ? inverse_norm(squares) : not_a_number<W>();
       keep_best(sums, inverse, start, count, best);
+      if (first_pass) done(start, start + kDestinations < block.k_m ? start + kDestinations : block.k_m);
     }
     write_best(best, count);
   }
@@ -230,9 +232,9 @@ struct MatchStep {
   }
 };
 
-template <class T, Reading kReading>
-__device__ void match_sources(const ImageBlock<T, kReading>& block) {
-  MatchStep<T, kReading>{block}.run();
+template <class T, Reading kReading, class Done = Nothing>
+__device__ void match_sources(const ImageBlock<T, kReading>& block, Done done = {}) {
+  MatchStep<T, kReading, Done>{block, done}.run();
 }
 
 }  // namespace diffrate::cuda

@@ -5,13 +5,14 @@
 
 namespace diffrate::cuda {
 
-template <class T, Reading kReading>
+template <class T, Reading kReading, class Done>
 struct MergeStep {
   using W = Wide<T>;
   using Block = ImageBlock<T, kReading>;
   static constexpr int kCount = Chunk<T>::kCount;
 
   const Block& block;
+  Done done;
 
   // Gives each destination the mean over itself and its sources: a warp for each, the one at its first source.
   __device__ void run() const {
@@ -38,6 +39,7 @@ struct MergeStep {
         for (int i = 0; i < kCount; ++i) sum[i] /= total;
         store_chunk(Chunk<T>::of(sum), block.out_row(to), c, a.channels, Block::kAligned);
       }
+      done(to, to + 1);
     }
   }
 
@@ -64,9 +66,9 @@ struct MergeStep {
   }
 };
 
-template <class T, Reading kReading>
-__device__ void merge_sources(const ImageBlock<T, kReading>& block) {
-  MergeStep<T, kReading>{block}.run();
+template <class T, Reading kReading, class Done = Nothing>
+__device__ void merge_sources(const ImageBlock<T, kReading>& block, Done done = {}) {
+  MergeStep<T, kReading, Done>{block, done}.run();
 }
 
 }  // namespace diffrate::cuda

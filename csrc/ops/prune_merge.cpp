@@ -1,12 +1,33 @@
+#include <limits>
+
 #include "ops/run.h"
 
 namespace diffrate::ops {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> prune_merge(Tensor x, Tensor attn, int64_t k_p, int64_t k_m,
-                                               std::optional<Tensor> size, int64_t prefix, std::string importance_from,
-                                               std::string mean_rule, std::string size_rule,
-                                               std::optional<Tensor> residual) {
+struct Norm {
+  Tensor weight;
+  std::optional<Tensor> bias;
+  double eps;
+};
+
+struct Merged {
+  Tensor x, size, slot;
+  std::optional<Tensor> normalized;  // with a norm alone
+};
+
+// A weight or a bias, (C). It may be replaced by a copy, which must outlive the call.
+const void* per_channel(Tensor& tensor, const Tensor& x, const char* name) {
+  check_same_device(tensor, x, name);
+  check_shape(tensor, {x.size(2)}, name);
+  DIFFRATE_CHECK(tensor.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+  tensor = with_unit_last_stride(tensor);
+  return tensor.const_data_ptr();
+}
+
+Merged merged(Tensor x, const Tensor& attn, int64_t k_p, int64_t k_m, const std::optional<Tensor>& size, int64_t prefix,
+              const std::string& importance_from, const std::string& mean_rule, const std::string& size_rule,
+              std::optional<Tensor> residual, std::optional<Norm> norm) {
   check_tokens(x, prefix);
   DIFFRATE_CHECK(attn.dim() >= 2 && attn.dim() <= 4, "attn must be (B, H, N, N), (B, H, N), (B, N) or (B, N - prefix)");
   x = with_unit_last_stride(x);
@@ -21,9 +42,23 @@ std::tuple<Tensor, Tensor, Tensor> prune_merge(Tensor x, Tensor attn, int64_t k_
     residual = with_unit_last_stride(*residual);
     residual_tokens = tokens_of(*residual);
   }
+  LayerNorm layer_norm{};
+  if (norm) {
+    DIFFRATE_CHECK(norm->eps >= 0 && norm->eps <= std::numeric_limits<double>::max(),
+                   "norm_eps must be finite and at least 0, got ", norm->eps);
+    layer_norm = {.weight = per_channel(norm->weight, x, "norm_weight"),
+                  .bias = norm->bias ? per_channel(*norm->bias, x, "norm_bias") : nullptr,
+                  .eps = norm->eps,
+                  .out = nullptr};
+  }
   Tensor out = empty_like(x, {images, k_m, channels}, x.scalar_type());
   Tensor out_size = empty_like(x, {images, k_m}, wide_type(x));
   Tensor slot = empty_like(x, {images, tokens}, ScalarType::Long);
+  std::optional<Tensor> normalized;
+  if (norm) {
+    normalized = empty_like(x, {images, k_m, channels}, x.scalar_type());
+    layer_norm.out = normalized->mutable_data_ptr();
+  }
   const bool received = is_second(importance_from, "class", "received", "importance_from");
   run::prune_merge(x, {.type = type_of(x, "x"),
                        .images = images,
@@ -40,8 +75,27 @@ std::tuple<Tensor, Tensor, Tensor> prune_merge(Tensor x, Tensor attn, int64_t k_
                        .cosine_sizes = is_second(size_rule, "sum", "cosine", "size_rule"),
                        .out = out.mutable_data_ptr(),
                        .out_size = out_size.mutable_data_ptr(),
-                       .slot = static_cast<int64_t*>(slot.mutable_data_ptr())});
-  return {out, out_size, slot};
+                       .slot = static_cast<int64_t*>(slot.mutable_data_ptr()),
+                       .norm = layer_norm});
+  return {out, out_size, slot, normalized};
+}
+
+std::tuple<Tensor, Tensor, Tensor> prune_merge(Tensor x, Tensor attn, int64_t k_p, int64_t k_m,
+                                               std::optional<Tensor> size, int64_t prefix, std::string importance_from,
+                                               std::string mean_rule, std::string size_rule,
+                                               std::optional<Tensor> residual) {
+  Merged found = merged(x, attn, k_p, k_m, size, prefix, importance_from, mean_rule, size_rule, residual, {});
+  return {found.x, found.size, found.slot};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> prune_merge_norm(Tensor x, Tensor attn, int64_t k_p, int64_t k_m,
+                                                            Tensor norm_weight, std::optional<Tensor> norm_bias,
+                                                            double norm_eps, std::optional<Tensor> size, int64_t prefix,
+                                                            std::string importance_from, std::string mean_rule,
+                                                            std::string size_rule, std::optional<Tensor> residual) {
+  Merged found = merged(x, attn, k_p, k_m, size, prefix, importance_from, mean_rule, size_rule, residual,
+                        Norm{.weight = norm_weight, .bias = norm_bias, .eps = norm_eps});
+  return {found.x, found.size, found.slot, *found.normalized};
 }
 
 }  // namespace
@@ -52,8 +106,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(diffrate, library) {
       "prune_merge(Tensor x, Tensor attn, SymInt k_p, SymInt k_m, Tensor? size=None, int prefix=1, "
       "str importance_from='class', str mean_rule='mean', str size_rule='cosine', Tensor? residual=None) "
       "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "prune_merge_norm(Tensor x, Tensor attn, SymInt k_p, SymInt k_m, Tensor norm_weight, Tensor? norm_bias, "
+      "float norm_eps, Tensor? size=None, int prefix=1, str importance_from='class', str mean_rule='mean', "
+      "str size_rule='cosine', Tensor? residual=None) -> (Tensor, Tensor, Tensor, Tensor)");
 }
-STABLE_TORCH_LIBRARY_IMPL(diffrate, CPU, library) { library.impl("prune_merge", TORCH_BOX(&prune_merge)); }
-STABLE_TORCH_LIBRARY_IMPL(diffrate, CUDA, library) { library.impl("prune_merge", TORCH_BOX(&prune_merge)); }
+STABLE_TORCH_LIBRARY_IMPL(diffrate, CPU, library) {
+  library.impl("prune_merge", TORCH_BOX(&prune_merge));
+  library.impl("prune_merge_norm", TORCH_BOX(&prune_merge_norm));
+}
+STABLE_TORCH_LIBRARY_IMPL(diffrate, CUDA, library) {
+  library.impl("prune_merge", TORCH_BOX(&prune_merge));
+  library.impl("prune_merge_norm", TORCH_BOX(&prune_merge_norm));
+}
 
 }  // namespace diffrate::ops

@@ -76,8 +76,24 @@ bool sources_are_matched(const Case& c, int64_t image, const float* x, const flo
   return good;
 }
 
+// Whether rows (rows, C) are normalised.
+bool rows_are_normalized(const LayerNorm& norm, const float* rows, int64_t count, int64_t channels) {
+  auto at = [](const void* data, int64_t i) { return double(static_cast<const float*>(data)[i]); };
+  bool good = true;
+  for (int64_t row = 0; row < count; ++row) {
+    double mean = 0, variance = 0;
+    for (int64_t k = 0; k < channels; ++k) mean += at(rows, row * channels + k) / double(channels);
+    for (int64_t k = 0; k < channels; ++k) variance += std::pow(at(rows, row * channels + k) - mean, 2);
+    double scale = 1 / std::sqrt(variance / double(channels) + norm.eps);
+    for (int64_t k = 0; k < channels; ++k)
+      good = good && near(at(norm.out, row * channels + k),
+                          (at(rows, row * channels + k) - mean) * scale * at(norm.weight, k) + at(norm.bias, k));
+  }
+  return good;
+}
+
 // The mean of the tokens that share a slot, and every source in the slot of its most similar destination.
-void test_prune_merge(const Case& c, const cpu::Threads& threads, bool with_residual) {
+void test_prune_merge(const Case& c, const cpu::Threads& threads, bool with_residual, bool with_norm) {
   auto x = random_floats(c.images * c.tokens * c.channels, 3);
   auto residual = random_floats(c.images * c.tokens * c.channels, 4);
   auto importance = random_floats(c.images * (c.tokens - c.prefix), 5);
@@ -85,6 +101,9 @@ void test_prune_merge(const Case& c, const cpu::Threads& threads, bool with_resi
   auto out = exact<float>(c.images * c.k_m * c.channels);
   auto out_size = exact<float>(c.images * c.k_m);
   auto slot = exact<int64_t>(c.images * c.tokens);
+  auto weight = random_floats(c.channels, 7), bias = random_floats(c.channels, 8);
+  auto normalized = exact<float>(c.images * c.k_m * c.channels);
+  LayerNorm norm{.weight = weight.get(), .bias = bias.get(), .eps = 1e-5, .out = normalized.get()};
   PruneMergeArgs args{.type = Type::f32,
                       .images = c.images,
                       .tokens = c.tokens,
@@ -100,7 +119,8 @@ void test_prune_merge(const Case& c, const cpu::Threads& threads, bool with_resi
                       .cosine_sizes = false,
                       .out = out.get(),
                       .out_size = out_size.get(),
-                      .slot = slot.get()};
+                      .slot = slot.get(),
+                      .norm = with_norm ? norm : LayerNorm{}};
   cpu::kernels().prune_merge(args, threads);
   bool counts = true, means = true, sizes = true, matches = true;
   for (int64_t b = 0; b < c.images; ++b) {
@@ -134,6 +154,9 @@ void test_prune_merge(const Case& c, const cpu::Threads& threads, bool with_resi
   check(matches, "prune_merge: matches", c.tokens, c.channels);
   check(means, "prune_merge: features", c.tokens, c.channels);
   check(sizes, "prune_merge: sizes", c.tokens, c.channels);
+  if (with_norm)
+    check(rows_are_normalized(norm, out.get(), c.images * c.k_m, c.channels), "prune_merge: norm", c.tokens,
+          c.channels);
 }
 
 void test_merge_reduce(const Case& c, const cpu::Threads& threads) {
@@ -315,13 +338,13 @@ int main() {
   for (const auto& threads : pools()) {
     for (const Case& c : kCases) {
       test_sort_tokens(c, threads);
-      test_prune_merge(c, threads, false);
-      test_prune_merge(c, threads, true);
+      for (bool with_residual : {false, true})
+        for (bool with_norm : {false, true}) test_prune_merge(c, threads, with_residual, with_norm);
       test_merge_reduce(c, threads);
       test_masked_prune_merge(c, threads);
     }
     test_sort_tokens(kManyTokens, threads);
-    test_prune_merge(kManyTokens, threads, true);
+    test_prune_merge(kManyTokens, threads, true, true);
     test_masked_prune_merge(kManyTokens, threads);
     test_kept_number(5.5f, 2.5f, 3, threads);
     test_kept_number(5, 2.25f, 2, threads);

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..models.adapter import TokenRules
 from ..models.compressed import NewStep, Plan, Step, TokenState
+from ..models.fusing import fusable_norm
 from ..schedule import KeptNumbers, scale_kept_numbers
 
 
@@ -32,22 +33,37 @@ class DropTokens(Step):
         return out
 
     def reduce(self, x: Tensor, branch: Tensor) -> Tensor:
-        rules, size, importance = self.rules, self.before.on(x.device).size, self.importance
+        return self._reduce(x, branch, None)[0]
+
+    def reduce_and_norm(self, x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        x, normalized = self._reduce(x, branch, None if self.importance is None else fusable_norm(norm, x, branch))
+        return x, norm(x) if normalized is None else normalized
+
+    def _reduce(self, x: Tensor, branch: Tensor, norm: ops.Norm | None) -> tuple[Tensor, Tensor | None]:
+        rules, size, importance, order = self.rules, self.before.on(x.device).size, self.importance, None
+        residual: Tensor | None = branch
         if importance is None:
             self.after, self.slot = self.before, None
-            return x + branch
-        if not rules.spares_most_important:
-            x, size, self.slot = ops.prune_merge(
-                x, importance, self.k_p, self.k_m, size, prefix=rules.prefix, size_rule=rules.size_rule, residual=branch
-            )
-        else:  # in sorted order, as if the first token were a prefix
-            x, size, order = ops.sort_tokens(x + branch, importance, size, prefix=rules.prefix)
-            x, size, slot = ops.prune_merge(
-                x, keep_order(size, 1), self.k_p, self.k_m, size, prefix=1, size_rule=rules.size_rule
-            )
-            self.slot = torch.empty_like(slot).scatter_(1, order, slot)
-        self.after = TokenState(size)
-        return x
+            return x + branch, None
+        prefix = rules.prefix
+        if rules.spares_most_important:  # in sorted order, as if the first token were a prefix
+            x, size, order = ops.sort_tokens(x + branch, importance, size, prefix=prefix)
+            prefix, residual, importance = 1, None, keep_order(size, 1)
+        merged = ops.prune_merge(
+            x,
+            importance,
+            self.k_p,
+            self.k_m,
+            size,
+            prefix=prefix,
+            size_rule=rules.size_rule,
+            residual=residual,
+            norm=norm,
+        )
+        slot = merged.slot
+        self.slot = slot if order is None else torch.empty_like(slot).scatter_(1, order, slot)
+        self.after = TokenState(merged.size)
+        return merged.x, merged.normalized if isinstance(merged, ops.NormalizedTokens) else None
 
 
 def keep_order(size: Tensor, prefix: int) -> Tensor:

@@ -54,6 +54,11 @@ class Step(ABC):
     def reduce(self, x: Tensor, branch: Tensor) -> Tensor:
         """Add the attention branch to the tokens, both (B, N, C), and reduce them to (B, K, C)."""
 
+    def reduce_and_norm(self, x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """The same, and what the block's next module makes of the tokens that are left."""
+        x = self.reduce(x, branch)
+        return x, norm(x)
+
 
 NewStep = Callable[[TokenState], Step]
 """Makes a block's step for the state that its tokens come in."""

@@ -34,8 +34,8 @@ class CompressedMetaFormerBlock(CompressedModule, MetaFormerBlock):
         if step is None:
             raise InputTypeError(NO_STEP)
         branch = self.layer_scale1(self.drop_path1(self.token_mixer(self.norm1(x), step)))
-        x = step.reduce(self.res_scale1(x), branch)
-        return self.res_scale2(x) + self.layer_scale2(self.drop_path2(self.mlp(self.norm2(x))))
+        x, normalized = step.reduce_and_norm(self.res_scale1(x), branch, self.norm2)
+        return self.res_scale2(x) + self.layer_scale2(self.drop_path2(self.mlp(normalized)))
 
 
 class CompressedMetaFormerStage(CompressedModule, MetaFormerStage):

@@ -49,8 +49,9 @@ class CompressedBlock(CompressedModule, Block):
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:  # type: ignore[override]
         if step is None:
             raise InputTypeError(NO_STEP)
-        x = step.reduce(x, self.drop_path1(self.ls1(self.attn(self.norm1(x), step))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        branch = self.drop_path1(self.ls1(self.attn(self.norm1(x), step)))
+        x, normalized = step.reduce_and_norm(x, branch, self.norm2)
+        return x + self.drop_path2(self.ls2(self.mlp(normalized)))
 
 
 class CompressedResPostBlock(CompressedModule, ResPostBlock):

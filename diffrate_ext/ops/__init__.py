@@ -19,7 +19,7 @@ from .masked_attention import masked_attention
 from .masked_prune_merge import MaskedTokens, masked_prune_merge
 from .merge_reduce import merge_reduce
 from .proportional_attention import proportional_attention
-from .prune_merge import MergedTokens, prune_merge
+from .prune_merge import MergedTokens, Norm, NormalizedTokens, prune_merge
 from .received_attention import received_attention
 from .restore_tokens import restore_tokens
 from .sort_tokens import SortedTokens, sort_tokens
@@ -27,6 +27,8 @@ from .sort_tokens import SortedTokens, sort_tokens
 __all__ = [
     "MaskedTokens",
     "MergedTokens",
+    "Norm",
+    "NormalizedTokens",
     "SortedTokens",
     "class_attention",
     "compose_slots",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -60,6 +61,13 @@ def check_int(name: str, value: object, least: int | None = None) -> int:
     if least is not None and value < least:
         raise InputValueError(f"{name} must be at least {least}, got {value}")
     return value  # type: ignore[return-value]
+
+
+def check_eps(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputTypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise InputValueError(f"{name} must be finite and at least 0, got {value}")
 
 
 def check_prefix(prefix: object, tokens: int) -> int:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputValueError
+from ..errors import InputTypeError, InputValueError
 from ..numeric import TINY, wide_dtype
+from ._autograd import refuse_gradient
 from ._checks import (
     check_choice,
+    check_eps,
     check_importance,
     check_int,
     check_like,
@@ -28,6 +31,26 @@ class MergedTokens(NamedTuple):
     slot: Tensor
 
 
+class NormalizedTokens(NamedTuple):
+    """What :func:`prune_merge` returns with a ``norm``."""
+
+    x: Tensor
+    size: Tensor
+    slot: Tensor
+    normalized: Tensor
+
+
+class Norm(NamedTuple):
+    """Layer normalization over the channels, as ``torch.nn.LayerNorm`` has it."""
+
+    weight: Tensor
+    """(C), of the features' dtype."""
+    bias: Tensor | None = None
+    """The same; None: zeros."""
+    eps: float = 1e-5
+
+
+@overload
 def prune_merge(
     x: Tensor,
     attn: Tensor,
@@ -40,7 +63,41 @@ def prune_merge(
     mean_rule: Literal["mean", "weighted"] = "mean",
     size_rule: Literal["cosine", "sum"] = "cosine",
     residual: Tensor | None = None,
-) -> MergedTokens:
+    norm: None = None,
+) -> MergedTokens: ...
+
+
+@overload
+def prune_merge(
+    x: Tensor,
+    attn: Tensor,
+    k_p: int,
+    k_m: int,
+    size: Tensor | None = None,
+    *,
+    prefix: int = 1,
+    importance_from: Literal["class", "received"] = "class",
+    mean_rule: Literal["mean", "weighted"] = "mean",
+    size_rule: Literal["cosine", "sum"] = "cosine",
+    residual: Tensor | None = None,
+    norm: Norm,
+) -> NormalizedTokens: ...
+
+
+def prune_merge(
+    x: Tensor,
+    attn: Tensor,
+    k_p: int,
+    k_m: int,
+    size: Tensor | None = None,
+    *,
+    prefix: int = 1,
+    importance_from: Literal["class", "received"] = "class",
+    mean_rule: Literal["mean", "weighted"] = "mean",
+    size_rule: Literal["cosine", "sum"] = "cosine",
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+) -> MergedTokens | NormalizedTokens:
     """Prune the least important tokens, then merge the next ones into their most similar neighbours.
 
     Tokens are sorted by importance. The first ``k_p`` stay; the rest are pruned. Of the tokens that stay, those at
@@ -62,10 +119,13 @@ def prune_merge(
         size_rule: a merged token adds to its destination's size ``"cosine"``, its own size times their cosine (the
             paper), or ``"sum"``, its own size.
         residual: (B, N, C), added to x on the way in.
+        norm: also return the result's x layer-normalised, as what follows in a block wants it. Its weight and bias have
+            the dtype of x, after the residual.
 
     Returns:
         x (B, k_m, C) and size (B, k_m) in sorted order, and slot (B, N) int64: the output position that holds each
-        input token, -1 = pruned. Gradients reach x and residual; sizes and the matching are constants.
+        input token, -1 = pruned. With ``norm`` also normalized (B, k_m, C), of the dtype of x. Gradients reach x,
+        residual, and the norm's weight and bias; sizes and the matching are constants.
 
     Raises:
         InputValueError, InputTypeError: an argument has another shape, dtype or device, or the kept numbers do not fit.
@@ -86,8 +146,15 @@ def prune_merge(
         if residual.dtype != x.dtype:  # as x + residual would: under autocast the two differ
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
-    arguments = (x, attn, k_p, k_m, size, prefix, importance_from, mean_rule, size_rule, residual)
-    return MergedTokens(*torch.ops.diffrate.prune_merge(*arguments))
+    options = (size, prefix, importance_from, mean_rule, size_rule, residual)
+    if norm is None:
+        return MergedTokens(*torch.ops.diffrate.prune_merge(x, attn, k_p, k_m, *options))
+    _check_norm(norm, x)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *norm[:2])):
+        merged = MergedTokens(*torch.ops.diffrate.prune_merge(x, attn, k_p, k_m, *options))
+        normalized = F.layer_norm(merged.x, (x.shape[2],), *norm)
+        return NormalizedTokens(*merged, normalized.to(x.dtype))  # under autocast it is float32
+    return NormalizedTokens(*torch.ops.diffrate.prune_merge_norm(x, attn, k_p, k_m, *norm, *options))
 
 
 def _check_kept(k_p: object, k_m: object, prefix: int, tokens: int) -> None:
@@ -100,6 +167,18 @@ def _check_kept(k_p: object, k_m: object, prefix: int, tokens: int) -> None:
     if merged < least:
         reason = "the prefix" if merged == pruned else "the prefix and one token to merge into"
         raise InputValueError(f"k_m must be at least {least} ({reason}), got {merged}")
+
+
+def _check_norm(norm: object, x: Tensor) -> None:
+    if not isinstance(norm, Norm):
+        raise InputTypeError(f"norm must be a Norm(weight, bias, eps), got {type(norm).__name__}")
+    for name, value in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
+        if value is None and name == "norm.bias":
+            continue
+        tensor = check_tensor(name, value, 1, "(C,)")
+        check_shape(name, tensor, (x.shape[2],), "(C,)")
+        check_like(name, tensor, "x", x)
+    check_eps("norm.eps", norm.eps)
 
 
 def _check_attention(attn: Tensor, x: Tensor, prefix: int, importance_from: str) -> Tensor:
@@ -120,24 +199,19 @@ def _check_attention(attn: Tensor, x: Tensor, prefix: int, importance_from: str)
 
 
 @torch.library.register_fake("diffrate::prune_merge")
-def _(
-    x: Tensor,
-    attn: Tensor,
-    k_p: int,
-    k_m: int,
-    size: Tensor | None = None,
-    prefix: int = 1,
-    importance_from: str = "class",
-    mean_rule: str = "mean",
-    size_rule: str = "cosine",
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, attn: Tensor, k_p: int, k_m: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
     images, tokens, channels = x.shape
     return (
         x.new_empty(images, k_m, channels),
         x.new_empty((images, k_m), dtype=wide_dtype(x)),
         x.new_empty((images, tokens), dtype=torch.int64),
     )
+
+
+@torch.library.register_fake("diffrate::prune_merge_norm")
+def _(x: Tensor, attn: Tensor, k_p: int, k_m: int, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+    merged = _fake(x, attn, k_p, k_m)
+    return (*merged, torch.empty_like(merged[0]))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -156,3 +230,5 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
 
 
 torch.library.register_autograd("diffrate::prune_merge", _backward, setup_context=_setup_context)
+
+refuse_gradient("prune_merge_norm", "prune_merge_norm has no gradient: ops.prune_merge(norm=...) has one")

@@ -167,6 +167,8 @@ def test_bars_of_a_gpu_run() -> None:
     wanted = [("floor", 1 / 2), ("eager", 10), ("eager tuned", 10)]
     merging = bars("prune_merge")
     assert merging.pop("ViT-S batch 256 + residual") == []
+    for size in "SBLH":
+        assert merging.pop(f"ViT-{size} batch 256 + residual + norm") == []
     assert merging == {f"ViT-{size} batch 256": wanted for size in "SBLH"}
     attending = bars("proportional_attention")
     assert len(attending) == 6

@@ -58,6 +58,12 @@ def opcheck_cases() -> list[Any]:
             cases[f"sort_tokens, {label}"] = (_raw.sort_tokens, (x, floats(2, 8), size, 1))
             options = ("class", "weighted", "cosine", floats(2, 9, 6, dtype=dtype, gradient=gradient))
             cases[f"prune_merge, {label}"] = (_raw.prune_merge, (x, floats(2, 3, 9), 8, 5, size, 1, *options))
+            if not gradient:  # it refuses to be differentiated
+                norm = floats(6, dtype=dtype), floats(6, dtype=dtype), 1e-6
+                cases[f"prune_merge_norm, {label}"] = (
+                    _raw.prune_merge_norm,
+                    (x, floats(2, 3, 9), 8, 5, *norm, size, 1, *options),
+                )
             cases[f"merge_reduce, {label}"] = (_raw.merge_reduce, (x, dst, 5, size))
             grad = floats(2, 5, 6, dtype=dtype, gradient=gradient)
             cases[f"merge_reduce_backward, {label}"] = (_raw.merge_reduce_backward, (grad, dst, size))
@@ -67,6 +73,11 @@ def opcheck_cases() -> list[Any]:
         received = (x.transpose(1, 2), attn, 9, 2, None, 0, "received", "mean", "sum")
         cases[f"prune_merge, received, {kind}"] = (_raw.prune_merge, received)
         cases[f"prune_merge, only pruning, {kind}"] = (_raw.prune_merge, (x.transpose(1, 2), floats(2, 8), 4, 4))
+        norm = floats(6), None, 0.1
+        cases["prune_merge_norm, bare"] = (
+            _raw.prune_merge_norm,
+            (x.detach().transpose(1, 2), floats(2, 8), 4, 4, *norm),
+        )
         cases[f"merge_reduce, bare, {kind}"] = (_raw.merge_reduce, (x.transpose(1, 2), dst, 7))
         cases[f"merge_reduce_backward, bare, {kind}"] = (_raw.merge_reduce_backward, (x, dst))
     for dtype in (torch.float32, half, double):

@@ -27,7 +27,8 @@ def far_apart(x: Tensor) -> Tensor:
 
 def prune_merge(x: Tensor) -> tuple[Tensor, ...]:
     importance = torch.linspace(0, 1, TOKENS, device=x.device).expand(IMAGES, -1)
-    return ops.prune_merge(x, importance, 14, 9, residual=x)
+    norm = ops.Norm(torch.ones(CHANNELS, device=x.device, dtype=x.dtype))
+    return ops.prune_merge(x, importance, 14, 9, residual=x, norm=norm)
 
 
 def sort_tokens(x: Tensor) -> tuple[Tensor, ...]:

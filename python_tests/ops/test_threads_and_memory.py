@@ -52,6 +52,8 @@ def test_tokens(case: TokenCase, data: st.DataObject) -> None:
     options: dict[str, Any] = {"prefix": case.prefix, "mean_rule": data.draw(st.sampled_from(["mean", "weighted"]))}
     check_threads(lambda: ops.sort_tokens(x, importance, size, prefix=case.prefix))
     check_threads(lambda: ops.prune_merge(x, importance, k_p, k_m, size, residual=residual, **options))
+    norm = ops.Norm(torch.linspace(0, 1, case.channels).to(case.dtype))
+    check_threads(lambda: ops.prune_merge(x, importance, k_p, k_m, size, residual=residual, norm=norm, **options))
     check_threads(lambda: ops.merge_reduce(x, dst, k_m, weights=size))
     check_threads(lambda: torch.ops.diffrate.merge_reduce_backward(gradient, dst, size))
 

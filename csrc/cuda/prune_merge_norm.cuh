@@ -1,0 +1,153 @@
+// Layer normalization of rows that were written before: by prune_merge's warps of what they have just written, or by a
+// kernel of its own.
+//
+// A warp takes a row at a time, and asks for its next row before it computes with this one. Rows stay in registers;
+// those that are too long, or double, or not aligned are read three times. The mean is subtracted before anything is
+// squared, and what rounding left of it is made up for: rows far from zero lose nothing, and constant ones become zero.
+#pragma once
+
+#include "cuda/common.cuh"
+
+namespace diffrate::cuda {
+
+template <class T, bool kAligned>
+struct NormStep {
+  using W = Wide<T>;
+  static constexpr int kCount = Chunk<T>::kCount;
+  static constexpr int kSpan = kWarp * kCount;  // channels that a warp reads at once
+  static constexpr bool kHolds = kAligned && sizeof(T) <= 4;
+  static constexpr int kHeld = kHolds ? 1280 / kSpan : 1;  // so often, for a row that it holds: ViT-H has 1280 channels
+
+  const LayerNorm& norm;
+  int64_t channels;
+
+  // Normalises the rows first, first + step, .. before `end` of `rows` into norm.out; by a whole warp.
+  __device__ void run(const T* rows, int64_t first, int64_t end, int64_t step) const {
+    if constexpr (kHolds)
+      if (channels <= kHeld * kSpan) return run_held(rows, first, end, step);
+    for (int64_t row = first; row < end; row += step)
+      normalize_long(rows + row * channels, static_cast<T*>(norm.out) + row * channels);
+  }
+
+  __device__ void run_held(const T* rows, int64_t first, int64_t end, int64_t step) const {
+    Chunk<T> next[kHeld];
+    if (first < end) load(next, rows + first * channels);
+    for (int64_t row = first; row < end; row += step) {
+      W value[kHeld][kCount];
+#pragma unroll
+      for (int u = 0; u < kHeld; ++u)
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) value[u][i] = next[u][i];
+      if (row + step < end) load(next, rows + (row + step) * channels);
+      normalize(value, static_cast<T*>(norm.out) + row * channels);
+    }
+  }
+
+  __device__ int channel(int u) const { return u * kSpan + lane_id() * kCount; }
+  // Whether there is number i of the chunk at channel c.
+  __device__ bool inside(int64_t c, int i) const { return c + (kAligned ? 0 : i) < channels; }
+
+  __device__ void load(Chunk<T> (&chunk)[kHeld], const T* row) const {
+#pragma unroll
+    for (int u = 0; u < kHeld; ++u) chunk[u] = load_chunk(row, channel(u), channels, kAligned);
+  }
+
+  // Values past the last channel are zero.
+  __device__ void normalize(W (&value)[kHeld][kCount], T* out) const {
+    W sum = 0;
+#pragma unroll
+    for (int u = 0; u < kHeld; ++u) {
+      if (u * kSpan >= channels) break;  // for all lanes at once
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sum += value[u][i];
+    }
+    W mean = warp_sum(sum) / static_cast<W>(channels), rest = 0, squares = 0;
+#pragma unroll
+    for (int u = 0; u < kHeld; ++u) {
+      if (u * kSpan >= channels) break;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        value[u][i] = inside(channel(u), i) ? value[u][i] - mean : W(0);
+        rest += value[u][i];
+        squares += value[u][i] * value[u][i];
+      }
+    }
+    Scaling by = scaling(rest, squares);
+#pragma unroll
+    for (int u = 0; u < kHeld; ++u) {
+      if (u * kSpan >= channels) break;
+      store(value[u], by, channel(u), out);
+    }
+  }
+
+  __device__ void normalize_long(const T* row, T* out) const {
+    W sum = 0, rest = 0, squares = 0;
+    for (int64_t c = channel(0); c < channels; c += kSpan) {
+      Chunk<T> chunk = load_chunk(row, c, channels, kAligned);
+      for (int i = 0; i < kCount; ++i) sum += chunk[i];
+    }
+    W mean = warp_sum(sum) / static_cast<W>(channels);
+    auto centred = [&](int64_t c, W(&value)[kCount]) {
+      Chunk<T> chunk = load_chunk(row, c, channels, kAligned);
+      for (int i = 0; i < kCount; ++i) value[i] = inside(c, i) ? chunk[i] - mean : W(0);
+    };
+    for (int64_t c = channel(0); c < channels; c += kSpan) {
+      W value[kCount];
+      centred(c, value);
+      for (int i = 0; i < kCount; ++i) {
+        rest += value[i];
+        squares += value[i] * value[i];
+      }
+    }
+    Scaling by = scaling(rest, squares);
+    for (int64_t c = channel(0); c < channels; c += kSpan) {
+      W value[kCount];
+      centred(c, value);
+      store(value, by, c, out);
+    }
+  }
+
+  // A value, less the mean, is multiplied with `scale` and then moved.
+  struct Scaling {
+    W scale, move;
+  };
+  // From each lane's sums of the values, less the mean, and of their squares.
+  __device__ Scaling scaling(W rest, W squares) const {
+    rest = warp_sum(rest) / static_cast<W>(channels);
+    W variance = warp_sum(squares) / static_cast<W>(channels) - rest * rest;
+    if (variance < 0) variance = 0;  // by rounding; NaN stays
+    W scale = 1 / sqrt(variance + static_cast<W>(norm.eps));
+    return {scale, -rest * scale};
+  }
+
+  __device__ void store(const W (&value)[kCount], Scaling by, int64_t c, T* out) const {
+    Chunk<T> weight = load_chunk(static_cast<const T*>(norm.weight), c, channels, kAligned), bias{};
+    if (norm.bias != nullptr) bias = load_chunk(static_cast<const T*>(norm.bias), c, channels, kAligned);
+    W result[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) result[i] = (value[i] * by.scale + by.move) * weight[i] + bias[i];
+    store_chunk(Chunk<T>::of(result), out, c, channels, kAligned);
+  }
+};
+
+constexpr int kNormThreads = 256;
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kNormThreads)
+    normalize_kernel(LayerNorm norm, const T* rows, int64_t count, int64_t channels) {
+  int64_t first = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_id();
+  NormStep<T, kAligned>{norm, channels}.run(rows, first, count, static_cast<int64_t>(gridDim.x) * warps_in_block());
+}
+
+// Normalises `count` contiguous rows by a launch of its own, for those who wrote them in another.
+template <class T>
+const char* normalize_rows(const LayerNorm& norm, const void* rows, int64_t count, int64_t channels, Stream stream) {
+  auto aligned = [&](const void* data) { return aligned_rows<T>(data, channels, 0, 0); };
+  bool all = aligned(rows) && aligned(norm.weight) && aligned(norm.bias) && aligned(norm.out);
+  constexpr int64_t warps = kNormThreads / kWarp;
+  int64_t blocks = (count + warps - 1) / warps, most = 8 * multiprocessors();
+  return launch(all ? normalize_kernel<T, true> : normalize_kernel<T, false>, blocks < most ? blocks : most,
+                kNormThreads, 0, stream, norm, static_cast<const T*>(rows), count, channels);
+}
+
+}  // namespace diffrate::cuda

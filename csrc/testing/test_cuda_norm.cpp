@@ -1,0 +1,72 @@
+// Test of the CUDA kernel that normalises rows by itself, on the emulated device: values against plain loops in double,
+// in several orders of threads.
+#include <cmath>
+
+#include "cuda/prune_merge_norm.cuh"
+#include "testing/emulation_cases.h"
+
+namespace diffrate::cuda {
+namespace {
+
+using testing::exact;
+
+template <class T>
+constexpr double kRounding = sizeof(T) == 8   ? 1e-12
+                             : sizeof(T) == 4 ? 2e-6
+                                              : 1e-2;
+
+template <class T>
+std::unique_ptr<T[]> values(int64_t count, double offset, int64_t step) {
+  auto result = exact<T>(count);
+  for (int64_t i = 0; i < count; ++i)
+    result[i] = from_wide<T>(static_cast<Wide<T>>(offset + double(i * step % 251) / 64));
+  return result;
+}
+
+// Rows far from zero: of the squares alone nothing would be left. `shift` elements lie before the weight.
+template <class T>
+bool rows_are_normalized(int64_t count, int64_t channels, int64_t shift, bool with_bias) {
+  auto rows = values<T>(count * channels, sizeof(T) == 2 ? 10 : 1000, 89);
+  auto weight = values<T>(channels + shift, 1, 17), bias = values<T>(channels, -2, 31);
+  auto out = exact<T>(count * channels, not_a_number<T>());
+  LayerNorm norm{
+      .weight = weight.get() + shift, .bias = with_bias ? bias.get() : nullptr, .eps = 1e-6, .out = out.get()};
+  if (normalize_rows<T>(norm, rows.get(), count, channels, Stream{}) != nullptr) return false;
+  bool right = true;
+  for (int64_t row = 0; row < count; ++row) {
+    auto at = [&](const T* data, int64_t c) { return double(to_wide(data[row * channels + c])); };
+    double mean = 0, variance = 0;
+    for (int64_t c = 0; c < channels; ++c) mean += at(rows.get(), c) / double(channels);
+    for (int64_t c = 0; c < channels; ++c) variance += std::pow(at(rows.get(), c) - mean, 2) / double(channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      double expected =
+          (at(rows.get(), c) - mean) / std::sqrt(variance + norm.eps) * double(to_wide(weight[shift + c]));
+      if (with_bias) expected += double(to_wide(bias[c]));
+      right = right && std::abs(at(out.get(), c) - expected) <= kRounding<T> * 10 * (1 + std::abs(expected));
+    }
+  }
+  return right;
+}
+
+template <class T>
+void test_rows(const std::string& type) {
+  for (int64_t channels : {1, 8, 37, 384, 1280, 1288, 1290})
+    for (int64_t count : {0, 1, 13}) {
+      std::string what = type + ", " + std::to_string(count) + " rows of " + std::to_string(channels);
+      in_all_orders(what, [=] { return rows_are_normalized<T>(count, channels, 0, true); });
+      check(rows_are_normalized<T>(count, channels, 0, false), what + " without a bias");
+      check(rows_are_normalized<T>(count, channels, 1, true), what + " with a weight that is not aligned");
+    }
+  check(rows_are_normalized<T>(1300, 16, 0, true), type + ", more rows than warps");
+}
+
+}  // namespace
+}  // namespace diffrate::cuda
+
+int main() {
+  diffrate::cuda::test_rows<float>("float32");
+  diffrate::cuda::test_rows<double>("float64");
+  diffrate::cuda::test_rows<__half>("float16");
+  diffrate::cuda::test_rows<__nv_bfloat16>("bfloat16");
+  return diffrate::testing::report("CUDA layer normalization");
+}
