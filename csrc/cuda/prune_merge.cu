@@ -10,28 +10,27 @@ __global__ void __launch_bounds__(kPruneMergeThreads, kBlocksAtOnce<T, kReading>
   using W = Wide<T>;
   ImageBlock<T, kReading> block(a, layout, a.k_p, a.k_m, a.k_m);
   sort_image(block);
-  block.copy_tokens(0, block.sources > 0 ? a.prefix : a.k_m);
-  if (block.sources > 0) {
-    match_sources(block);
-    merge_sources(block);
-  }
   int64_t* slot = a.slot + block.image * a.tokens;
   W* size = static_cast<W*>(a.out_size) + block.image * a.k_m;
   for (int64_t j = block.first_thread(); j < a.tokens; j += block.all_threads()) {
-    slot[block.token.order[j]] = j < a.k_m ? j : j < a.k_p ? block.token.match[j - a.k_m] : -1;
-    if (j >= a.k_m) continue;
-    W total = block.size_at(j);
-    for (int64_t i = 0; i < block.sources; ++i)
-      if (block.token.match[i] == j) total += block.size_of_source(i);
-    size[j] = total;
+    if (j < a.k_m || j >= a.k_p) slot[block.token.order[j]] = j < a.k_m ? j : -1;
+    if (j < a.k_m) size[j] = block.size_at(j);
   }
+  if (block.sources == 0) return block.copy_tokens(0, a.k_m);
+  match_sources(block);
+  for (int64_t i = block.first_thread(); i < block.sources; i += block.all_threads())
+    slot[block.token.order[a.k_m + i]] = block.token.match[i];
+  merge_sources(block, size, [](W counted) { return counted; });
 }
 
 }  // namespace
 
 const char* prune_merge(const PruneMergeArgs& a, const Scratch& scratch, void* on) {
   Stream stream = static_cast<Stream>(on);
-  return with_layout(a, a.k_p - a.k_m, scratch, stream,
+  Plan plan{};
+  auto possible = [](const Plan& it) { return it.kernel == Plan::Kernel::rows && clusters_possible(it); };
+  if (const char* error = choose_plan(a.images, possible, plan)) return error;
+  return with_layout(a, plan, a.k_p - a.k_m, scratch, stream,
                      [&](auto example, auto reading, Blocks blocks, int64_t shared, auto layout) {
                        return launch(prune_merge_kernel<decltype(example), decltype(reading)::value>, blocks,
                                      kPruneMergeThreads, shared, stream, a, layout);

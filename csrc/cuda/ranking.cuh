@@ -32,15 +32,41 @@ __device__ KeyOf<W> key_at(const Importance& from, int64_t image, int64_t patch)
   }
 }
 
-// How many of `patches` keys come before that of `patch`; equal keys keep their order.
+// Keys in shared memory are read four at a time. Behind the last key stands what comes after all keys, those of NaN
+// too.
+constexpr int kKeysAtOnce = 4;
 template <class Key>
+struct alignas(16) KeyGroup {
+  Key keys[kKeysAtOnce];
+};
+constexpr int padded_keys(int keys) { return (keys + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce; }
+
+// What stands in shared memory for key `j` of `patches`.
+template <class W>
+__device__ KeyOf<W> key_or_padding(const Importance& from, int64_t image, int j, int patches) {
+  constexpr KeyOf<W> padding = ~KeyOf<W>(0);
+  if (j >= patches) return padding;
+  KeyOf<W> key = key_at<W>(from, image, j);
+  return key < padding ? key : padding - 1;  // a NaN; no number has this key
+}
+
+// How many of `patches` keys come before that of `patch`; equal keys keep their order. So many neighbouring lanes,
+// whole groups of a warp, share the work and get the same result.
+template <int kLanes, class Key>
 __device__ int rank_of(const Key* keys, int patches, int patch) {
+  const KeyGroup<Key>* groups = reinterpret_cast<const KeyGroup<Key>*>(keys);
   Key mine = keys[patch];
-  int rank = 0;
-#pragma unroll 4
-  for (int i = 0; i < patch; ++i) rank += keys[i] <= mine;
-#pragma unroll 4
-  for (int i = patch + 1; i < patches; ++i) rank += keys[i] < mine;
+  int first = static_cast<int>(threadIdx.x) % kLanes, own = patch / kKeysAtOnce, rank = 0;
+#pragma unroll 7
+  for (int g = first; g < padded_keys(patches) / kKeysAtOnce; g += kLanes) {
+    KeyGroup<Key> group = groups[g];
+    Key limit = g < own ? mine + 1 : mine;  // before its own group an equal key counts
+#pragma unroll
+    for (int i = 0; i < kKeysAtOnce; ++i) rank += group.keys[i] < limit;
+  }
+  for (int i = own * kKeysAtOnce + first; i < patch; i += kLanes) rank += keys[i] == mine;
+#pragma unroll
+  for (int offset = 1; offset < kLanes; offset *= 2) rank += __shfl_xor_sync(kAllLanes, rank, offset);
   return rank;
 }
 
