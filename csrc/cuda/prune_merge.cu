@@ -1,4 +1,5 @@
 // Sort, prune and merge: what stays is written without gaps.
+#include "cuda/prune_merge_channels.cuh"
 #include "cuda/prune_merge_launch.cuh"
 
 namespace diffrate::cuda {
@@ -28,8 +29,11 @@ __global__ void __launch_bounds__(kPruneMergeThreads, kBlocksAtOnce<T, kReading>
 const char* prune_merge(const PruneMergeArgs& a, const Scratch& scratch, void* on) {
   Stream stream = static_cast<Stream>(on);
   Plan plan{};
-  auto possible = [](const Plan& it) { return it.kernel == Plan::Kernel::rows && clusters_possible(it); };
+  auto possible = [&](const Plan& it) {
+    return it.kernel == Plan::Kernel::rows ? clusters_possible(it) : channels_possible(a, it.parts);
+  };
   if (const char* error = choose_plan(a.images, possible, plan)) return error;
+  if (plan.kernel == Plan::Kernel::channels) return launch_channels(a, plan.parts, stream);
   return with_layout(a, plan, a.k_p - a.k_m, scratch, stream,
                      [&](auto example, auto reading, Blocks blocks, int64_t shared, auto layout) {
                        return launch(prune_merge_kernel<decltype(example), decltype(reading)::value>, blocks,

@@ -113,6 +113,13 @@ int source_stride(int64_t channels) {
   return static_cast<int>((bytes % 128 == 0 ? bytes + 64 : bytes) / static_cast<int64_t>(sizeof(T)));
 }
 
+// Whether all rows can be read 16 bytes at a time.
+template <class T>
+bool all_aligned(const PruneMergeArgs& a) {
+  auto aligned = [&](const Tokens& x) { return aligned_rows<T>(x.data, a.channels, x.stride_image, x.stride_token); };
+  return aligned(a.x) && (a.residual.data == nullptr || aligned(a.residual)) && aligned({a.out, 0, 0});
+}
+
 // One block and its image.
 template <class T, Reading kReading>
 struct ImageBlock {

@@ -46,12 +46,6 @@ Layout<Wide<T>> layout_of(const PruneMergeArgs& a, int parts, int64_t most, cons
   return layout;
 }
 
-template <class T>
-bool all_aligned(const PruneMergeArgs& a) {
-  auto aligned = [&](const Tokens& x) { return aligned_rows<T>(x.data, a.channels, x.stride_image, x.stride_token); };
-  return aligned(a.x) && (a.residual.data == nullptr || aligned(a.residual)) && aligned({a.out, 0, 0});
-}
-
 // Calls run(T{}, reading, blocks, bytes of shared memory, layout), with the sort order of large images ready. Sources
 // number at most `most`.
 template <class Run>

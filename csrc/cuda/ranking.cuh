@@ -41,14 +41,43 @@ struct alignas(16) KeyGroup {
 };
 constexpr int padded_keys(int keys) { return (keys + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce; }
 
-// What stands in shared memory for key `j` of `patches`.
-template <class W>
-__device__ KeyOf<W> key_or_padding(const Importance& from, int64_t image, int j, int patches) {
-  constexpr KeyOf<W> padding = ~KeyOf<W>(0);
-  if (j >= patches) return padding;
-  KeyOf<W> key = key_at<W>(from, image, j);
-  return key < padding ? key : padding - 1;  // a NaN; no number has this key
+template <class Key>
+constexpr Key kPaddingKey = ~Key(0);
+// What stands in shared memory for a key: that of NaN makes way for the padding, and no number has what it becomes.
+template <class Key>
+__device__ Key before_padding(Key key) {
+  return key < kPaddingKey<Key> ? key : kPaddingKey<Key> - 1;
 }
+
+// The key of a patch's float importance, asked for at once but not waited for before it is used.
+class AskedKey {
+ public:
+  // Not `wanted`: nothing is read, and there is no key.
+  __device__ AskedKey(const Importance& from, int64_t image, int64_t patch, bool wanted)
+      : from_(from), image_(image), patch_(patch) {
+    if (!wanted || !single()) return;
+    int64_t at = image * from.stride_image + patch * from.stride_token;
+    if (from.type == Type::f32)
+      bits_ = static_cast<const uint32_t*>(from.data)[at];
+    else
+      bits_ = static_cast<const uint16_t*>(from.data)[at];
+  }
+  __device__ uint32_t key() const {
+    if (!single()) return key_at<float>(from_, image_, patch_);
+    if (from_.type == Type::f32) return descending_key(bits_as<float>(bits_));
+    uint16_t half = static_cast<uint16_t>(bits_);
+    return descending_key(from_.type == Type::f16 ? to_wide(bits_as<__half>(half))
+                                                  : to_wide(bits_as<__nv_bfloat16>(half)));
+  }
+
+ private:
+  // A mean has to wait for what it is made of.
+  __device__ bool single() const { return from_.heads * from_.queries == 1 && from_.type != Type::f64; }
+
+  const Importance& from_;
+  int64_t image_, patch_;
+  uint32_t bits_ = 0;
+};
 
 // How many of `patches` keys come before that of `patch`; equal keys keep their order. So many neighbouring lanes,
 // whole groups of a warp, share the work and get the same result.
