@@ -43,6 +43,11 @@ inline constexpr Choice kChoices[] = {
     {"rows-4-paired", {Plan::Kernel::rows, 4, Reading::many_images}, kOnlyByName},
 };
 
+inline bool fits(const Choice& choice, int64_t images, int64_t multiprocessors) {
+  if (choice.thirds == kOnlyByName) return false;
+  return choice.thirds == kAnyNumber || images * choice.plan.parts * 3 <= multiprocessors * choice.thirds;
+}
+
 inline const char* unknown_plan() {
   static const std::string text = [] {
     std::string names = "DIFFRATE_PRUNE_MERGE_PLAN must be one of ";
@@ -71,8 +76,7 @@ const char* choose_plan(int64_t images, Possible possible, Plan& plan) {
   const int64_t most = multiprocessors();
   for (const Choice& choice : kChoices) {
     plan = choice.plan;
-    bool fits = choice.thirds == kAnyNumber || images * plan.parts * 3 <= most * choice.thirds;
-    if (choice.thirds != kOnlyByName && fits && possible(plan)) return nullptr;
+    if (fits(choice, images, most) && possible(plan)) return nullptr;
   }
   return "no plan can run this call";  // the last always can
 }
