@@ -1,16 +1,17 @@
 """Every plan of prune_merge on CUDA (csrc/cuda/prune_merge_plan.cuh), timed side by side: which one to choose.
 
-Plans are chosen by the variable DIFFRATE_PRUNE_MERGE_PLAN, so nothing is built anew. Times are microseconds per launch in a
-CUDA graph of 20, over inputs that alternate, the median of 10 replays. A plan that fails is left out and named at the
-end; the others go on. Takes about ten seconds on an H100.
+Plans are chosen by the variable DIFFRATE_PRUNE_MERGE_PLAN, so nothing is built anew. Times are microseconds per launch
+in a CUDA graph of 20, over inputs that alternate, the median of 10 replays. A plan that fails is left out and named at
+the end; the others go on.
 
     python benchmarks/tune_prune_merge.py              # on a GPU
-    python benchmarks/tune_prune_merge.py --dry-run    # small, on the CPU: with the emulated device, to test this script
+    python benchmarks/tune_prune_merge.py --dry-run    # small, with the emulated device, to test this script
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import statistics
@@ -98,14 +99,16 @@ class Inputs:
     def call(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         """The operator on set i."""
         x, importance, size, residual = self.sets[i % len(self.sets)]
-        return tuple(ops.prune_merge(x, importance, *self.shape.kept, size, residual=residual))
+        return ops.prune_merge(x, importance, *self.shape.kept, size, residual=residual)
 
 
 def wrong(inputs: Inputs, result: tuple[Tensor, Tensor, Tensor]) -> str:
     """What is wrong with the result for set 0; nothing if all is right. Matches may differ where cosines are close."""
     x, importance, size, residual = (None if t is None else t[:8] for t in inputs.sets[0])
     out, out_size, slot = (t[:8].clone() for t in result)
-    assert x is not None and importance is not None and size is not None
+    assert x is not None
+    assert importance is not None
+    assert size is not None
     (k_p, k_m), full = inputs.shape.kept, x if residual is None else x + residual
     order = reference.sort_order(importance, 1)
     place = torch.gather(slot, 1, order)
@@ -134,6 +137,7 @@ def differing(inputs: Inputs, result: tuple[Tensor, Tensor, Tensor]) -> int:
     """Slots that differ from those of the reference: some may, where cosines are close."""
     x, importance, size, residual = (None if t is None else t[:8] for t in inputs.sets[0])
     assert x is not None
+    assert importance is not None
     full = (x if residual is None else x + residual).float()
     want = reference.prune_merge(full, importance, *inputs.shape.kept, size)
     return int((want[2] != result[2][:8]).sum())
@@ -157,7 +161,7 @@ def microseconds(call: Callable[[int], object]) -> float:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) * 1e3 / LAUNCHES
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) * 1e3 / LAUNCHES
 
 
 def bandwidth() -> float:
