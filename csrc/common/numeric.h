@@ -36,6 +36,12 @@ DIFFRATE_INLINE uint32_t descending_key(float value) {
   return ~ascending;
 }
 
+// The value of a key. Of NaN it is any NaN.
+DIFFRATE_INLINE float descending_value(uint32_t key) {
+  uint32_t ascending = ~key;
+  return bits_as<float>(ascending & 0x80000000u ? ascending ^ 0x80000000u : ~ascending);
+}
+
 DIFFRATE_INLINE uint64_t descending_key(double value) {
   if (value != value) return UINT64_MAX;
   uint64_t bits = bits_as<uint64_t>(value + 0.0);

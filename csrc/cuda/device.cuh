@@ -105,6 +105,45 @@ __device__ inline void cluster_barrier() {
 #endif
 }
 
+// --- shared memory of other blocks of the cluster
+
+// At its start every thread calls the first, and before anything is written to another block's shared memory, the
+// second: then all blocks of the cluster are running. What was written in between need not be visible.
+__device__ inline void announce_start() {
+  __syncwarp();
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void await_start() {
+  __syncwarp();
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Where block `rank` of the cluster has what this block has at `mine` in shared memory: from await_start to the last
+// cluster_barrier, after which that block may have exited.
+template <class T>
+__device__ inline T* of_block(T* mine, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(reinterpret_cast<uint64_t>(mine)), "r"(rank));
+  return reinterpret_cast<T*>(there);
+#else
+  return mine;
+#endif
+}
+
+// Asks for memory to be brought into the L2 cache. Address and bytes are multiples of 16.
+__device__ inline void prefetch_l2(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// --- the device and launches
+
 inline int64_t device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   cudaGetDevice(&device);

@@ -21,28 +21,26 @@ __global__ void __launch_bounds__(kPruneMergeThreads, kBlocksAtOnce<T, kReading>
   KeptPositions at = read_positions<W>(a);
   ImageBlock<T, kReading> block(alive, layout, at.middle, at.kept, a.tokens);
   sort_image(block);
-  block.copy_tokens(0, block.sources > 0 ? a.prefix : at.kept);
-  block.copy_tokens(at.kept, a.tokens);
-  if (block.sources > 0) {
-    match_sources(block);
-    merge_sources(block);
-  }
   int64_t first = block.image * a.tokens;
   W *mask = static_cast<W*>(a.out_mask) + first, *size = static_cast<W*>(a.out_size) + first;
   auto at_least_one = [](W value) { return value < 1 ? W(1) : value; };
+  auto is_source = [&](int64_t j) { return j >= at.kept && j < at.middle; };
   for (int64_t j = block.first_thread(); j < a.tokens; j += block.all_threads()) {
     int64_t from = block.token.order[j];
-    bool source = j >= at.kept && j < at.middle;
     a.order[first + j] = from;
-    a.dst[first + j] = source ? block.token.match[j - at.kept] : j;
     mask[j] = j >= at.kept && j < at.last ? W(0) : number_of<W>(a.mask, block.image, from);
-    W total = block.size_at(j);
-    if (block.sources > 0 && j < at.middle) total = at_least_one(source ? block.size_of_source(j - at.kept) : total);
-    if (j < at.kept)
-      for (int64_t i = 0; i < block.sources; ++i)
-        if (block.token.match[i] == j) total += at_least_one(block.size_of_source(i));
-    size[j] = total;
+    if (is_source(j)) continue;
+    a.dst[first + j] = j;
+    size[j] = block.sources > 0 && j < at.middle ? at_least_one(block.size_at(j)) : block.size_at(j);
   }
+  block.copy_tokens(at.kept, a.tokens);
+  if (block.sources == 0) return block.copy_tokens(0, at.kept);
+  match_sources(block);
+  for (int64_t i = block.first_thread(); i < block.sources; i += block.all_threads()) {
+    a.dst[first + at.kept + i] = block.token.match[i];
+    size[at.kept + i] = at_least_one(block.size_of_source(i));
+  }
+  merge_sources(block, size, at_least_one);
 }
 
 }  // namespace
@@ -50,7 +48,10 @@ __global__ void __launch_bounds__(kPruneMergeThreads, kBlocksAtOnce<T, kReading>
 const char* masked_prune_merge(const MaskedPruneMergeArgs& a, const Scratch& scratch, void* on) {
   Stream stream = static_cast<Stream>(on);
   PruneMergeArgs alive = alive_part(a);
-  return with_layout(alive, a.tokens, scratch, stream,
+  Plan plan{};
+  auto possible = [](const Plan& it) { return it.kernel == Plan::Kernel::rows && clusters_possible(it); };
+  if (const char* error = choose_plan(a.images, possible, plan)) return error;
+  return with_layout(alive, plan, a.tokens, scratch, stream,
                      [&](auto example, auto reading, Blocks blocks, int64_t shared, auto layout) {
                        return launch(masked_prune_merge_kernel<decltype(example), decltype(reading)::value>, blocks,
                                      kPruneMergeThreads, shared, stream, a, alive, layout);

@@ -1,4 +1,5 @@
 // Sort, prune and merge: what stays is written without gaps.
+#include "cuda/prune_merge_channels.cuh"
 #include "cuda/prune_merge_launch.cuh"
 #include "cuda/prune_merge_norm.cuh"
 
@@ -19,35 +20,37 @@ __global__ void __launch_bounds__(kPruneMergeThreads, kBlocksAtOnce<T, kReading>
     }
   };
   sort_image(block);
-  block.copy_tokens(0, block.sources > 0 ? a.prefix : a.k_m, done);
-  if (block.sources > 0) {
-    match_sources(block, done);
-    merge_sources(block, done);
-  }
   int64_t* slot = a.slot + block.image * a.tokens;
   W* size = static_cast<W*>(a.out_size) + block.image * a.k_m;
   for (int64_t j = block.first_thread(); j < a.tokens; j += block.all_threads()) {
-    slot[block.token.order[j]] = j < a.k_m ? j : j < a.k_p ? block.token.match[j - a.k_m] : -1;
-    if (j >= a.k_m) continue;
-    W total = block.size_at(j);
-    for (int64_t i = 0; i < block.sources; ++i)
-      if (block.token.match[i] == j) total += block.size_of_source(i);
-    size[j] = total;
+    if (j < a.k_m || j >= a.k_p) slot[block.token.order[j]] = j < a.k_m ? j : -1;
+    if (j < a.k_m) size[j] = block.size_at(j);
   }
+  if (block.sources == 0) return block.copy_tokens(0, a.k_m, done);
+  match_sources(block, done);
+  for (int64_t i = block.first_thread(); i < block.sources; i += block.all_threads())
+    slot[block.token.order[a.k_m + i]] = block.token.match[i];
+  merge_sources(block, size, [](W counted) { return counted; }, done);
 }
 
 }  // namespace
 
 const char* prune_merge(const PruneMergeArgs& a, const Scratch& scratch, void* on) {
   Stream stream = static_cast<Stream>(on);
-  return with_layout(
-      a, a.k_p - a.k_m, scratch, stream, [&](auto example, auto reading, Blocks blocks, int64_t shared, auto layout) {
-        using T = decltype(example);
-        constexpr Reading kReading = decltype(reading)::value;
-        return launch(
-            a.norm.out == nullptr ? prune_merge_kernel<T, kReading, false> : prune_merge_kernel<T, kReading, true>,
-            blocks, kPruneMergeThreads, shared, stream, a, layout);
-      });
+  Plan plan{};
+  auto possible = [&](const Plan& it) {
+    return it.kernel == Plan::Kernel::rows ? clusters_possible(it) : channels_possible(a, it.parts);
+  };
+  if (const char* error = choose_plan(a.images, possible, plan)) return error;
+  if (plan.kernel == Plan::Kernel::channels) return launch_channels(a, plan.parts, stream);
+  return with_layout(a, plan, a.k_p - a.k_m, scratch, stream,
+                     [&](auto example, auto reading, Blocks blocks, int64_t shared, auto layout) {
+                       using T = decltype(example);
+                       constexpr Reading kReading = decltype(reading)::value;
+                       return launch(a.norm.out == nullptr ? prune_merge_kernel<T, kReading, false>
+                                                           : prune_merge_kernel<T, kReading, true>,
+                                     blocks, kPruneMergeThreads, shared, stream, a, layout);
+                     });
 }
 
 }  // namespace diffrate::cuda

@@ -1,15 +1,15 @@
 // Sort, prune and merge in one launch: what prune_merge and masked_prune_merge share.
 //
-// An image has one thread block, or a cluster of them (`parts`) where at most half of the multiprocessors would have
-// one. Each block takes three steps:
+// An image has one thread block, or a cluster of them (`parts`) where images are few. Each block takes three steps:
 //
 // - prune_merge_sort.cuh: each block sorts for itself. Images of very many tokens are sorted by a launch before.
 // - prune_merge_match.cuh: the sources of the image (k_p - k_m tokens: few; if not, so many at a time) are kept in
-//   shared memory. The destinations are shared out and stream by, eight to a warp: a row is read once, copied to the
-//   output and compared with all sources while it is in registers.
+//   shared memory. The tokens that are kept are shared out and stream by, eight to a warp: a row is read once, copied
+//   to the output and compared with all sources while it is in registers.
 // - prune_merge_merge.cuh: only the destinations that received a source are read again, from the output.
 //
-// Nothing depends on the order of blocks or warps. prune_merge_launch.cuh lays out a launch.
+// Nothing depends on the order of blocks or warps. prune_merge_plan.cuh chooses how many blocks, prune_merge_launch.cuh
+// lays out a launch. Where images are few another kernel does the same with less waiting: prune_merge_channels.cuh.
 //
 // This file: a block and its image, shared memory, and how rows are read.
 #pragma once
@@ -18,10 +18,10 @@
 
 namespace diffrate::cuda {
 
-constexpr int kPruneMergeThreads = 256;
+// Ten warps have two of the twenty groups of 8 tokens each that a vision transformer of 197 tokens keeps.
+constexpr int kPruneMergeThreads = 320;
 constexpr int kPruneMergeWarps = kPruneMergeThreads / kWarp;
 constexpr int64_t kNearTokens = 2048;  // with more, what each token needs is kept in device memory
-constexpr int64_t kMostParts = 8;      // the largest cluster that every device has
 
 // What is compared at once: as many sources as registers allow.
 template <class T>
@@ -31,8 +31,7 @@ constexpr int kMostSources = sizeof(T) == 2   ? 64
 
 // How rows are read: 16 bytes at a time by lanes that have so many chunks under way, or number by number where rows are
 // not aligned. Of many images two blocks on a multiprocessor hide each other's waiting; of few there is only one, which
-// takes all registers to read ahead. Float and double, of which a lane has fewer sources to keep, always use
-// many_images.
+// takes all registers to read ahead. Float and double, whose rows are wide, always use many_images.
 enum class Reading { many_images, few_images, unaligned };
 template <Reading kReading>
 constexpr int kReadAhead = kReading == Reading::many_images  ? 4
@@ -47,6 +46,7 @@ struct PerToken {
   int32_t* order;  // (N): the input position of each sorted position
   int32_t* match;  // (sources): the sorted position of the destination
   W* cosine;       // (sources): with that destination
+  W* size;         // (N): by input position; null in device memory, where the argument has them
 };
 
 // The best destination that was found for a source: the largest cosine, before division by the source's norm, and its
@@ -71,10 +71,10 @@ struct Best {
 template <class T>
 struct ImageMemory {
   using W = Wide<T>;
-  KeyOf<W>* keys;  // (N - P); these two only for images of at most kNearTokens
+  KeyOf<W>* keys;  // (N - P, padded); these two only for images of at most kNearTokens
   PerToken<W> token;
   W* inverse;     // (resident): 1 / norm of each source
-  Best<W>* best;  // (kPruneMergeWarps, kMostSources)
+  Best<W>* best;  // (kPruneMergeWarps, kMostSources): what each warp has found
   T* sources;     // (resident, stride)
   int64_t bytes;
 
@@ -82,10 +82,11 @@ struct ImageMemory {
       : keys(nullptr), token{} {
     Shared shared(base);
     if (tokens <= kNearTokens) {
-      keys = shared.take<KeyOf<W>>(tokens);
+      keys = shared.take<KeyOf<W>>(padded_keys(static_cast<int>(tokens)));
       token.order = shared.take<int32_t>(tokens);
       token.match = shared.take<int32_t>(tokens);
       token.cosine = shared.take<W>(tokens);
+      token.size = shared.take<W>(tokens);
     }
     inverse = shared.take<W>(kMostSources<T>);
     best = shared.take<Best<W>>(kPruneMergeWarps * kMostSources<T>);
@@ -117,6 +118,14 @@ struct Nothing {
   __device__ void operator()(int64_t, int64_t) const {}
 };
 
+// Whether all rows can be read and written 16 bytes at a time.
+template <class T>
+bool all_aligned(const PruneMergeArgs& a) {
+  auto aligned = [&](const Tokens& x) { return aligned_rows<T>(x.data, a.channels, x.stride_image, x.stride_token); };
+  return aligned(a.x) && (a.residual.data == nullptr || aligned(a.residual)) && aligned({a.out, 0, 0}) &&
+         aligned({a.norm.weight, 0, 0}) && aligned({a.norm.bias, 0, 0}) && aligned({a.norm.out, 0, 0});
+}
+
 // One block and its image.
 template <class T, Reading kReading>
 struct ImageBlock {
@@ -146,7 +155,8 @@ struct ImageBlock {
         token(memory.token),
         sources(pruned - merged) {
     if (how.far.order != nullptr)
-      token = {how.far.order + image * a.tokens, how.far.match + image * a.tokens, how.far.cosine + image * a.tokens};
+      token = {how.far.order + image * a.tokens, how.far.match + image * a.tokens, how.far.cosine + image * a.tokens,
+               nullptr};
   }
 
   // The warps of all parts share out rows, the threads of all parts positions.
@@ -204,6 +214,14 @@ struct ImageBlock {
     return chunk[0];
   }
 
+  // A warp shares out a row: calls body(c) so that this lane has the kAhead chunks at c, c + kWarpStep ..., some of
+  // them perhaps past the end.
+  static constexpr int kWarpStep = kWarp * kCount;
+  template <class Body>
+  __device__ void for_chunks(Body body) const {
+    for (int64_t first = 0; first < a.channels; first += kAhead * kWarpStep) body(first + lane_id() * kCount);
+  }
+
   // The chunk at channel c of a source in shared memory, of those that are there.
   __device__ Chunk<T> source_chunk(int source, int c) const {
     return read_chunk(memory.sources + static_cast<int64_t>(source) * layout.stride + c);
@@ -219,13 +237,21 @@ struct ImageBlock {
   }
   __device__ void copy_token(int64_t position) const {
     Row row = input_row(position);
-    for (int64_t c = lane_id() * kCount; c < a.channels; c += kWarp * kCount)
-      store_chunk(input_chunk(row, c), out_row(position), c, a.channels, kAligned);
+    for_chunks([&](int64_t c) {
+      Chunk<T> chunk[kAhead];
+      read_input(chunk, [&](int u) { return Place{row, c + u * kWarpStep}; });
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u)
+        store_chunk(chunk[u], out_row(position), c + u * kWarpStep, a.channels, kAligned);
+    });
   }
 
   // --- sizes
 
-  __device__ W size_at(int64_t position) const { return size_of<W>(a.size, image, token.order[position]); }
+  __device__ W size_at(int64_t position) const {
+    int32_t from = token.order[position];
+    return token.size != nullptr ? token.size[from] : size_of<W>(a.size, image, from);
+  }
 
   // What a source counts for when sizes add up.
   __device__ W size_of_source(int64_t source) const {

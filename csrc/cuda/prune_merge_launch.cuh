@@ -5,17 +5,14 @@
 
 #include "cuda/prune_merge_match.cuh"
 #include "cuda/prune_merge_merge.cuh"
+#include "cuda/prune_merge_plan.cuh"
 #include "cuda/prune_merge_sort.cuh"
 
 namespace diffrate::cuda {
 
-// How many blocks share an image: where images are few, so many that most multiprocessors have one.
-inline int parts_of(const PruneMergeArgs& a) {
-  int64_t parts = 1, most = multiprocessors();
-  while (parts < kMostParts && a.images * parts * 2 <= most) parts *= 2;
-  // one kernel stands for all, which are compiled for the same architectures
-  return parts == 1 || has_clusters(order_kernel<float>) ? static_cast<int>(parts) : 1;
-}
+// Whether the blocks of a plan can wait for each other. One kernel stands for all, which are compiled for the same
+// architectures.
+inline bool clusters_possible(const Plan& plan) { return plan.parts == 1 || has_clusters(order_kernel<float>); }
 
 // Device memory: what each token needs where they are many, and what the parts of an image show each other.
 inline int64_t scratch_bytes_of(const PruneMergeArgs& a, int64_t parts) {
@@ -26,10 +23,11 @@ inline int64_t scratch_bytes_of(const PruneMergeArgs& a, int64_t parts) {
 
 // Where sources number at most `most`. `error` becomes what cannot be done.
 template <class T>
-Layout<Wide<T>> layout_of(const PruneMergeArgs& a, int64_t most, const Scratch& scratch, const char*& error) {
+Layout<Wide<T>> layout_of(const PruneMergeArgs& a, int parts, int64_t most, const Scratch& scratch,
+                          const char*& error) {
   using W = Wide<T>;
   Layout<W> layout{};
-  layout.parts = parts_of(a);
+  layout.parts = parts;
   layout.stride = source_stride<T>(a.channels);
   int64_t row =
       ImageMemory<T>(nullptr, a.tokens, 1, layout.stride).bytes - ImageMemory<T>(nullptr, a.tokens, 0, 0).bytes;
@@ -48,23 +46,17 @@ Layout<Wide<T>> layout_of(const PruneMergeArgs& a, int64_t most, const Scratch& 
   return layout;
 }
 
-template <class T>
-bool all_aligned(const PruneMergeArgs& a) {
-  auto aligned = [&](const Tokens& x) { return aligned_rows<T>(x.data, a.channels, x.stride_image, x.stride_token); };
-  return aligned(a.x) && (a.residual.data == nullptr || aligned(a.residual)) && aligned({a.out, 0, 0}) &&
-         aligned({a.norm.weight, 0, 0}) && aligned({a.norm.bias, 0, 0}) && aligned({a.norm.out, 0, 0});
-}
-
 // Calls run(T{}, reading, blocks, bytes of shared memory, layout), with the sort order of large images ready. Sources
 // number at most `most`.
 template <class Run>
-const char* with_layout(const PruneMergeArgs& a, int64_t most, const Scratch& scratch, Stream stream, Run run) {
+const char* with_layout(const PruneMergeArgs& a, const Plan& plan, int64_t most, const Scratch& scratch, Stream stream,
+                        Run run) {
   if (a.tokens == 0) return nullptr;
   return dispatch(a.type, [&](auto example) {
     using T = decltype(example);
     using W = Wide<T>;
     const char* error = nullptr;
-    Layout<W> layout = layout_of<T>(a, most, scratch, error);
+    Layout<W> layout = layout_of<T>(a, plan.parts, most, scratch, error);
     if (error == nullptr && layout.far.order != nullptr)
       error = launch(order_kernel<W>, ranking_blocks(a.images, a.tokens), kRankingThreads,
                      ranking_shared_bytes<W>(a.tokens), stream, a, layout.far.order);
@@ -74,7 +66,7 @@ const char* with_layout(const PruneMergeArgs& a, int64_t most, const Scratch& sc
     auto with = [&](auto reading) { return run(example, reading, blocks, shared, layout); };
     if (!all_aligned<T>(a)) return with(std::integral_constant<Reading, Reading::unaligned>{});
     if constexpr (sizeof(T) == 2)  // wide rows have enough under way
-      if (layout.parts > 1) return with(std::integral_constant<Reading, Reading::few_images>{});
+      if (plan.reading == Reading::few_images) return with(std::integral_constant<Reading, Reading::few_images>{});
     return with(std::integral_constant<Reading, Reading::many_images>{});
   });
 }

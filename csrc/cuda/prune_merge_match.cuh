@@ -1,5 +1,5 @@
-// The match step of prune_merge and masked_prune_merge: each source finds its most similar destination, and the
-// destinations are copied on the way.
+// The match step of prune_merge and masked_prune_merge: each source finds its most similar destination, and all tokens
+// before the sources are copied on the way.
 //
 // Source and destination are multiplied channel by channel whatever the order of channels, so a lane's 16 bytes can
 // stand for any channels of the tensor cores' operands: no operand is ever rearranged. In half precision the tensor
@@ -25,7 +25,7 @@ struct MatchStep {
   static constexpr int kMost = kMostSources<T>;
   static constexpr int kAhead = kReadAhead<kReading>;
   static constexpr int kSums = kOnTensorCores ? kMost / 16 : kMost / 4;  // of four numbers each, that a lane sums up
-  static constexpr int kHeld = kOnTensorCores ? 2 * kSums : kSums;       // sources whose best a lane keeps
+  static constexpr int kLoadAhead = Block::kAligned ? Block::kAhead + Block::kAhead / 2 : 1;  // of sources
   using Sums = W[kSums][4];
 
   const Block& block;
@@ -48,14 +48,14 @@ struct MatchStep {
   __device__ void load_sources(int64_t first, int count) const {
     T* sources = block.memory.sources;
     int stride = block.layout.stride, chunks = stride / kCount, total = count * chunks;
-    for (int begin = static_cast<int>(threadIdx.x); begin < total; begin += kAhead * kPruneMergeThreads) {
-      Chunk<T> chunk[kAhead];
+    for (int begin = static_cast<int>(threadIdx.x); begin < total; begin += kLoadAhead * kPruneMergeThreads) {
+      Chunk<T> chunk[kLoadAhead];
       block.read_input(chunk, [&](int u) {
         int i = begin + u * kPruneMergeThreads < total ? begin + u * kPruneMergeThreads : begin;
         return typename Block::Place{block.input_row(block.k_m + first + i / chunks), i % chunks * kCount};
       });
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
+      for (int u = 0; u < kLoadAhead; ++u) {
         int i = begin + u * kPruneMergeThreads;
         if (i < total) write_chunk(chunk[u], sources + static_cast<int64_t>(i) * kCount);
       }
@@ -63,9 +63,10 @@ struct MatchStep {
     __syncthreads();
     for (int i = warp_id(); i < count; i += kPruneMergeWarps) {
       W squares = 0;
-      for (int c = lane_id(); c < stride; c += kWarp) {
-        W value = to_wide(sources[static_cast<int64_t>(i) * stride + c]);
-        squares += value * value;
+      for (int c = lane_id() * kCount; c < stride; c += kWarp * kCount) {
+        Chunk<T> chunk = block.source_chunk(i, c);
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) squares += chunk[k] * chunk[k];
       }
       squares = warp_sum(squares);
       if (lane_id() == 0) block.memory.inverse[i] = inverse_norm(squares);
@@ -79,19 +80,18 @@ struct MatchStep {
 
   // --- destinations
 
-  // Each warp compares some groups of destinations with all resident sources, and leaves the best it found in
-  // memory.best. In the first pass it also writes the destinations.
+  // Each warp compares some groups of kept tokens with all resident sources, and leaves the best it found in
+  // memory.best. In the first pass it also writes them. Prefix tokens are compared like others, but nobody's match.
   __device__ void compare(int count, bool first_pass) const {
     const PruneMergeArgs& a = block.a;
     int group = lane_id() / 4, quarter = lane_id() % 4, channels = static_cast<int>(a.channels);
-    Best<W> best[kHeld];
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) best[i] = {W(-INFINITY), -1};
+    for (int i = lane_id(); i < count; i += kWarp) best_of_warp(i) = {W(-INFINITY), -1};
+    __syncwarp();
 
-    int64_t groups = (block.k_m - a.prefix + kDestinations - 1) / kDestinations;
+    int64_t groups = (block.k_m + kDestinations - 1) / kDestinations;
     for (int64_t g = block.first_warp(); g < groups; g += block.all_warps()) {
-      int64_t start = a.prefix + g * kDestinations, position = start + group;
-      bool inside = position < block.k_m;
+      int64_t start = g * kDestinations, position = start + group;
+      bool inside = position < block.k_m, destination = inside && position >= a.prefix;
       if (!inside) position = start;
       typename Block::Row from = block.input_row(position);
       T* to = block.out_row(position);
@@ -117,12 +117,11 @@ struct MatchStep {
       }
       squares += __shfl_xor_sync(kAllLanes, squares, 1);
       squares += __shfl_xor_sync(kAllLanes, squares, 2);
-      // past the last destination there is no cosine: NaN is never better
-      W inverse = inside ? inverse_norm(squares) : not_a_number<W>();
-      keep_best(sums, inverse, start, count, best);
+      // what is no destination has no cosine: NaN is never better
+      W inverse = destination ? inverse_norm(squares) : not_a_number<W>();
+      take_better(sums, inverse, start, count);
       if (first_pass) done(start, start + kDestinations < block.k_m ? start + kDestinations : block.k_m);
     }
-    write_best(best, count);
   }
 
   // Adds the products of a lane's 16 bytes with the same channels of the sources.
@@ -153,9 +152,10 @@ struct MatchStep {
     }
   }
 
-  // Takes the group's destinations where they are better than what the lane has.
-  __device__ void keep_best(Sums& sums, W inverse, int64_t start, int count, Best<W> (&best)[kHeld]) const {
-    int quarter = lane_id() % 4;
+  // Takes the group's destinations where they are better than what the warp has. What a warp has found lies in shared
+  // memory: in registers it would take the room of what is being read.
+  __device__ void take_better(Sums& sums, W inverse, int64_t start, int count) const {
+    int group = lane_id() / 4, quarter = lane_id() % 4;
     if constexpr (kOnTensorCores) {
       // a lane has the sums of sources lane / 4 and lane / 4 + 8 with destinations 2 quarter and the next
       W left = __shfl_sync(kAllLanes, inverse, quarter * 8), right = __shfl_sync(kAllLanes, inverse, quarter * 8 + 4);
@@ -165,14 +165,17 @@ struct MatchStep {
         if (tile * 16 >= count) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          best[tile * 2 + half].take_better({sums[tile][half * 2] * left, here});
-          best[tile * 2 + half].take_better({sums[tile][half * 2 + 1] * right, here + 1});
+          Best<W> best{W(-INFINITY), -1};
+          best.take_better({sums[tile][half * 2] * left, here});
+          best.take_better({sums[tile][half * 2 + 1] * right, here + 1});
+          for (int offset = 1; offset < 4; offset *= 2) best.take_better_of_lane(offset);
+          if (quarter == 0) leave(best, tile * 16 + half * 8 + group, count);
         }
       }
     } else {
-      int32_t here = static_cast<int32_t>(start) + lane_id() / 4;
+      int32_t here = static_cast<int32_t>(start) + group;
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
+      for (int i = 0; i < kSums; ++i) {
         if (i * 4 >= count) break;
         W mine = 0;  // lane `quarter` takes source 4 i + quarter
 #pragma unroll
@@ -182,23 +185,18 @@ struct MatchStep {
           sum += __shfl_xor_sync(kAllLanes, sum, 2);
           if (j == quarter) mine = sum;
         }
-        best[i].take_better({mine * inverse, here});
+        Best<W> best{W(-INFINITY), -1};
+        best.take_better({mine * inverse, here});
+        for (int offset = 4; offset < kWarp; offset *= 2) best.take_better_of_lane(offset);
+        if (group == 0) leave(best, i * 4 + quarter, count);
       }
     }
   }
 
-  // The best of the warp, into shared memory.
-  __device__ void write_best(Best<W> (&best)[kHeld], int count) const {
-    int group = lane_id() / 4, quarter = lane_id() % 4;
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      // the lanes that compared other destinations with the same sources
-      for (int offset = kOnTensorCores ? 1 : 4; offset < (kOnTensorCores ? 4 : kWarp); offset *= 2)
-        best[i].take_better_of_lane(offset);
-      int source = kOnTensorCores ? i / 2 * 16 + i % 2 * 8 + group : i * 4 + quarter;
-      if (source < count && (kOnTensorCores ? quarter : group) == 0)
-        block.memory.best[warp_id() * kMost + source] = best[i];
-    }
+  __device__ Best<W>& best_of_warp(int source) const { return block.memory.best[warp_id() * kMost + source]; }
+  // Always by the same lane for a source.
+  __device__ void leave(Best<W> best, int source, int count) const {
+    if (source < count) best_of_warp(source).take_better(best);
   }
 
   // --- the choice, among what warps and parts found

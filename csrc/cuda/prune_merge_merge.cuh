@@ -14,33 +14,51 @@ struct MergeStep {
   const Block& block;
   Done done;
 
-  // Gives each destination the mean over itself and its sources: a warp for each, the one at its first source.
-  __device__ void run() const {
+  // Gives each destination with sources the mean over itself and them, and the size over both: a warp for each, the one
+  // at its first source.
+  template <class Counted>
+  __device__ void run(W* out_size, Counted counted) const {
     const PruneMergeArgs& a = block.a;
-    const int64_t k_m = block.k_m;
-    bool resident = block.sources <= block.layout.resident;
     for (int64_t source = block.first_warp(); source < block.sources; source += block.all_warps()) {
       int32_t to = block.token.match[source];
       if (matched_before(source, to)) continue;
-      W own = weight(to), total = own;
-      for_matched(source, to, [&](int64_t i) { total += weight(k_m + i); });
-      for (int64_t first = 0; first < a.channels; first += kWarp * kCount) {
-        int64_t c = first + lane_id() * kCount;
-        Chunk<T> mean = load_chunk(block.out_row(to), c, a.channels, Block::kAligned);
-        W sum[kCount];
-        for (int i = 0; i < kCount; ++i) sum[i] = mean[i] * own;
-        for_matched(source, to, [&](int64_t i) {
-          W share = weight(k_m + i);
-          Chunk<T> more = !resident                 ? block.input_chunk(block.input_row(k_m + i), c)
-                          : c < block.layout.stride ? block.source_chunk(static_cast<int>(i), static_cast<int>(c))
-                                                    : Chunk<T>{};
-          for (int j = 0; j < kCount; ++j) sum[j] += more[j] * share;
-        });
-        for (int i = 0; i < kCount; ++i) sum[i] /= total;
-        store_chunk(Chunk<T>::of(sum), block.out_row(to), c, a.channels, Block::kAligned);
-      }
+      W own = weight(to), total = own, size = counted(block.size_at(to));
+      for_matched(source, to, [&](int64_t i) {
+        total += weight(block.k_m + i);
+        size += counted(block.size_of_source(i));
+      });
+      if (lane_id() == 0) out_size[to] = size;
+      T* row = block.out_row(to);
+      block.for_chunks([&](int64_t c) {
+        Chunk<T> mean[Block::kAhead];
+#pragma unroll
+        for (int u = 0; u < Block::kAhead; ++u)
+          mean[u] = load_chunk(row, c + u * Block::kWarpStep, a.channels, Block::kAligned);
+#pragma unroll
+        for (int u = 0; u < Block::kAhead; ++u)
+          if (c - lane_id() * kCount + u * Block::kWarpStep < a.channels)  // for all lanes at once
+            store_chunk(mean_with(mean[u], c + u * Block::kWarpStep, source, to, own, total), row,
+                        c + u * Block::kWarpStep, a.channels, Block::kAligned);
+      });
       done(to, to + 1);
     }
+  }
+
+  // The mean over a destination's chunk at channel c and those of its sources, by a whole warp.
+  __device__ Chunk<T> mean_with(const Chunk<T>& destination, int64_t c, int64_t first, int32_t to, W own,
+                                W total) const {
+    bool resident = block.sources <= block.layout.resident;
+    W sum[kCount];
+    for (int i = 0; i < kCount; ++i) sum[i] = destination[i] * own;
+    for_matched(first, to, [&](int64_t i) {
+      W share = weight(block.k_m + i);
+      Chunk<T> more = !resident                 ? block.input_chunk(block.input_row(block.k_m + i), c)
+                      : c < block.layout.stride ? block.source_chunk(static_cast<int>(i), static_cast<int>(c))
+                                                : Chunk<T>{};
+      for (int j = 0; j < kCount; ++j) sum[j] += more[j] * share;
+    });
+    for (int i = 0; i < kCount; ++i) sum[i] /= total;
+    return Chunk<T>::of(sum);
   }
 
   __device__ W weight(int64_t position) const {
@@ -66,9 +84,12 @@ struct MergeStep {
   }
 };
 
-template <class T, Reading kReading, class Done = Nothing>
-__device__ void merge_sources(const ImageBlock<T, kReading>& block, Done done = {}) {
-  MergeStep<T, kReading, Done>{block, done}.run();
+// `out_size` is the image's: the sizes of destinations with sources are written over. Of each token's size counts what
+// `counted` makes of it.
+template <class T, Reading kReading, class Counted, class Done = Nothing>
+__device__ void merge_sources(const ImageBlock<T, kReading>& block, Wide<T>* out_size, Counted counted,
+                              Done done = {}) {
+  MergeStep<T, kReading, Done>{block, done}.run(out_size, counted);
 }
 
 }  // namespace diffrate::cuda

@@ -33,13 +33,11 @@ struct NormStep {
     Chunk<T> next[kHeld];
     if (first < end) load(next, rows + first * channels);
     for (int64_t row = first; row < end; row += step) {
-      W value[kHeld][kCount];
+      Chunk<T> chunk[kHeld];
 #pragma unroll
-      for (int u = 0; u < kHeld; ++u)
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) value[u][i] = next[u][i];
+      for (int u = 0; u < kHeld; ++u) chunk[u] = next[u];
       if (row + step < end) load(next, rows + (row + step) * channels);
-      normalize(value, static_cast<T*>(norm.out) + row * channels);
+      normalize(chunk, static_cast<T*>(norm.out) + row * channels);
     }
   }
 
@@ -52,31 +50,35 @@ struct NormStep {
     for (int u = 0; u < kHeld; ++u) chunk[u] = load_chunk(row, channel(u), channels, kAligned);
   }
 
-  // Values past the last channel are zero.
-  __device__ void normalize(W (&value)[kHeld][kCount], T* out) const {
+  // Values past the last channel are zero. They are widened once more for each use, which takes fewer registers.
+  __device__ void normalize(const Chunk<T> (&chunk)[kHeld], T* out) const {
     W sum = 0;
 #pragma unroll
     for (int u = 0; u < kHeld; ++u) {
       if (u * kSpan >= channels) break;  // for all lanes at once
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) sum += value[u][i];
+      for (int i = 0; i < kCount; ++i) sum += chunk[u][i];
     }
     W mean = warp_sum(sum) / static_cast<W>(channels), rest = 0, squares = 0;
+    auto centred = [&](int u, int i) { return inside(channel(u), i) ? chunk[u][i] - mean : W(0); };
 #pragma unroll
     for (int u = 0; u < kHeld; ++u) {
       if (u * kSpan >= channels) break;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        value[u][i] = inside(channel(u), i) ? value[u][i] - mean : W(0);
-        rest += value[u][i];
-        squares += value[u][i] * value[u][i];
+        W value = centred(u, i);
+        rest += value;
+        squares += value * value;
       }
     }
     Scaling by = scaling(rest, squares);
 #pragma unroll
     for (int u = 0; u < kHeld; ++u) {
       if (u * kSpan >= channels) break;
-      store(value[u], by, channel(u), out);
+      W value[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) value[i] = centred(u, i);
+      store(value, by, channel(u), out);
     }
   }
 

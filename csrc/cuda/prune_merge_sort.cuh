@@ -5,18 +5,24 @@
 
 namespace diffrate::cuda {
 
-// Fills token.order, unless it came with the launch.
+// Fills token.order and token.size, unless there are too many tokens: then the launch came with the order.
 template <class T, Reading kReading>
 __device__ void sort_image(const ImageBlock<T, kReading>& block) {
+  using W = Wide<T>;
   const PruneMergeArgs& a = block.a;
   if (a.tokens > kNearTokens) return;
-  int patches = static_cast<int>(a.tokens - a.prefix);
-  for (int j = static_cast<int>(threadIdx.x); j < patches; j += kPruneMergeThreads)
-    block.memory.keys[j] = key_at<Wide<T>>(a.importance, block.image, j);
-  for (int j = static_cast<int>(threadIdx.x); j < a.prefix; j += kPruneMergeThreads) block.token.order[j] = j;
+  int tokens = static_cast<int>(a.tokens), prefix = static_cast<int>(a.prefix), patches = tokens - prefix;
+  for (int j = static_cast<int>(threadIdx.x); j < prefix + padded_keys(patches); j += kPruneMergeThreads) {
+    W size = j < tokens ? size_of<W>(a.size, block.image, j) : W(1);  // asked for first: a key waits for its importance
+    if (j >= prefix)
+      block.memory.keys[j - prefix] =
+          j < tokens ? before_padding(key_at<W>(a.importance, block.image, j - prefix)) : kPaddingKey<KeyOf<W>>;
+    if (j < tokens) block.token.size[j] = size;
+    if (j < prefix) block.token.order[j] = j;
+  }
   __syncthreads();
   for (int j = static_cast<int>(threadIdx.x); j < patches; j += kPruneMergeThreads)
-    block.token.order[a.prefix + rank_of(block.memory.keys, patches, j)] = static_cast<int32_t>(a.prefix + j);
+    block.token.order[prefix + rank_of<1>(block.memory.keys, patches, j)] = prefix + j;
   __syncthreads();
 }
 

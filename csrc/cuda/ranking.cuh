@@ -32,15 +32,70 @@ __device__ KeyOf<W> key_at(const Importance& from, int64_t image, int64_t patch)
   }
 }
 
-// How many of `patches` keys come before that of `patch`; equal keys keep their order.
+// Keys in shared memory are read four at a time. Behind the last key stands what comes after all keys, those of NaN
+// too.
+constexpr int kKeysAtOnce = 4;
 template <class Key>
+struct alignas(16) KeyGroup {
+  Key keys[kKeysAtOnce];
+};
+constexpr int padded_keys(int keys) { return (keys + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce; }
+
+template <class Key>
+constexpr Key kPaddingKey = ~Key(0);
+// What stands in shared memory for a key: that of NaN makes way for the padding, and no number has what it becomes.
+template <class Key>
+__device__ Key before_padding(Key key) {
+  return key < kPaddingKey<Key> ? key : kPaddingKey<Key> - 1;
+}
+
+// The key of a patch's float importance, asked for at once but not waited for before it is used.
+class AskedKey {
+ public:
+  // Not `wanted`: nothing is read, and there is no key.
+  __device__ AskedKey(const Importance& from, int64_t image, int64_t patch, bool wanted)
+      : from_(from), image_(image), patch_(patch) {
+    if (!wanted || !single()) return;
+    int64_t at = image * from.stride_image + patch * from.stride_token;
+    if (from.type == Type::f32)
+      bits_ = static_cast<const uint32_t*>(from.data)[at];
+    else
+      bits_ = static_cast<const uint16_t*>(from.data)[at];
+  }
+  __device__ uint32_t key() const {
+    if (!single()) return key_at<float>(from_, image_, patch_);
+    if (from_.type == Type::f32) return descending_key(bits_as<float>(bits_));
+    uint16_t half = static_cast<uint16_t>(bits_);
+    return descending_key(from_.type == Type::f16 ? to_wide(bits_as<__half>(half))
+                                                  : to_wide(bits_as<__nv_bfloat16>(half)));
+  }
+
+ private:
+  // A mean has to wait for what it is made of.
+  __device__ bool single() const { return from_.heads * from_.queries == 1 && from_.type != Type::f64; }
+
+  const Importance& from_;
+  int64_t image_, patch_;
+  uint32_t bits_ = 0;
+};
+
+// How many of `patches` keys come before that of `patch`; equal keys keep their order. So many neighbouring lanes,
+// whole groups of a warp, share the work and get the same result.
+template <int kLanes, class Key>
 __device__ int rank_of(const Key* keys, int patches, int patch) {
+  const KeyGroup<Key>* groups = reinterpret_cast<const KeyGroup<Key>*>(keys);
   Key mine = keys[patch];
-  int rank = 0;
-#pragma unroll 4
-  for (int i = 0; i < patch; ++i) rank += keys[i] <= mine;
-#pragma unroll 4
-  for (int i = patch + 1; i < patches; ++i) rank += keys[i] < mine;
+  int first = static_cast<int>(threadIdx.x) % kLanes, own = patch / kKeysAtOnce, rank = 0;
+#pragma unroll 7
+  for (int g = first; g < padded_keys(patches) / kKeysAtOnce; g += kLanes) {
+    KeyGroup<Key> group = groups[g];
+    Key limit = g < own ? mine + 1 : mine;  // before its own group an equal key counts
+#pragma unroll
+    for (int i = 0; i < kKeysAtOnce; ++i) rank += group.keys[i] < limit;
+  }
+  for (int i = own * kKeysAtOnce + first; i < patch; i += kLanes) rank += keys[i] == mine;
+#pragma unroll
+  for (int offset = 1; offset < kLanes; offset *= 2) rank += __shfl_xor_sync(kAllLanes, rank, offset);
   return rank;
 }
 

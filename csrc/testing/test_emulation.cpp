@@ -1,5 +1,6 @@
 // Tests of the emulated device (csrc/testing/emulation/): kernels that are right give the right result in every order
 // of threads.
+#include <algorithm>
 #include <cmath>
 #include <thread>
 
@@ -35,6 +36,25 @@ bool softmax_is_right() {
     for (int i = 0; i < 32; ++i) total += std::exp(double(x[row * 32 + i]));
     for (int i = row * 32; i < row * 32 + 32; ++i)
       right = right && std::abs(out[i] - std::exp(double(x[i])) / total) < 1e-6;
+  }
+  return right;
+}
+
+// The least of a warp and of its upper half.
+__global__ void least_kernel(const unsigned* x, unsigned* out) {
+  int thread = static_cast<int>(threadIdx.x);
+  out[thread] = __reduce_min_sync(kAllLanes, x[thread]);
+  if (thread % 32 >= 16) out[thread] = __reduce_min_sync(0xffff0000u, x[thread]);
+}
+
+bool least_is_right() {
+  unsigned x[64], out[64];
+  for (unsigned i = 0; i < 64; ++i) x[i] = (i * 37 + 5) % 64 + 0x80000000u;
+  launch(least_kernel, 1, 64, 0, Stream{}, (const unsigned*)x, +out);
+  bool right = __ffsll(int64_t{1} << 40) == 41 && __ffsll(0) == 0;
+  for (int i = 0; i < 64; ++i) {
+    int first = i % 32 < 16 ? i / 32 * 32 : i / 32 * 32 + 16;
+    right = right && out[i] == *std::min_element(x + first, x + i / 32 * 32 + 32);
   }
   return right;
 }
@@ -226,6 +246,7 @@ int main() {
   in_all_orders("sum of a block", sums_are_right<true>);
   in_all_orders("softmax of a warp", softmax_is_right);
   in_all_orders("votes and shuffles", votes_are_right);
+  in_all_orders("least of a warp", least_is_right);
   in_all_orders("copies in the background", streamed_sums_are_right<Defect::none>);
   for (bool from_shared : {false, true}) {
     in_all_orders("product in float16", [&] { return product_is_right<__half>(from_shared); });
@@ -234,6 +255,7 @@ int main() {
   in_all_orders("matrices", [] { return matrices_are_right(false); });
   in_all_orders("matrices, transposed", [] { return matrices_are_right(true); });
   in_all_orders("clusters", gifts_arrive<true>);
+  in_all_orders("shared memory of clusters", shared_gifts_arrive<SharedRing::right>);
   in_all_orders("all blocks, on several threads", all_blocks_run);
   test_orders();
   test_launch_errors();

@@ -55,6 +55,31 @@ __global__ void exited_block_kernel() {
 __global__ void divergent_cluster_barrier_kernel() {
   if (threadIdx.x != 7) cluster_barrier();
 }
+__global__ void late_write_kernel() {
+  int* gift = Shared(shared_memory()).take<int>(1);
+  announce_start();
+  await_start();
+  int* other = of_block(gift, 1 - static_cast<int>(blockIdx.x));
+  cluster_barrier();
+  *other = 1;
+}
+__global__ void divergent_start_kernel() {
+  if (threadIdx.x >= 32) return;
+  announce_start();
+  await_start();
+}
+__global__ void start_and_barrier_kernel() {
+  announce_start();
+  cluster_barrier();
+}
+__global__ void never_awaited_kernel() { announce_start(); }
+__global__ void outside_cluster_kernel() {
+  int* gift = Shared(shared_memory()).take<int>(1);
+  announce_start();
+  await_start();
+  *of_block(gift, 2) = 1;
+}
+__global__ void misaligned_prefetch_kernel(const float* x) { prefetch_l2(x, 4); }
 __global__ void barrier_and_shuffle_kernel(int* out) {
   if (threadIdx.x == 5) {
     __syncthreads();
@@ -116,6 +141,16 @@ void test_planted_defects() {
   }
   check(differs, "missing barriers of a cluster show in some order");
 
+  differs = false;
+  bool also_differs = false;
+  for (const auto& schedule : kSchedules) {
+    emulation::schedule() = schedule;
+    differs = differs || !shared_gifts_arrive<SharedRing::no_barrier>();
+    also_differs = also_differs || !shared_gifts_arrive<SharedRing::no_second_barrier>();
+  }
+  check(differs, "missing barriers around the shared memory of a cluster show in some order");
+  check(also_differs, "missing barriers before shared memory of a cluster is written again show in some order");
+
   emulation::schedule() = kSchedules[2];
   check(!streamed_sums_are_right<Defect::no_wait>(), "missing copy_wait");
   check(!streamed_sums_are_right<Defect::short_wait>(), "copy_wait that leaves one group too many");
@@ -140,6 +175,25 @@ void test_planted_defects() {
                [] { launch(exited_block_kernel, Blocks(2, 2), 32, 0, Stream{}); });
   expect_abort("cluster barrier that some threads never reach", "for thread 7, which has exited",
                [] { launch(divergent_cluster_barrier_kernel, Blocks(2, 2), 32, 0, Stream{}); });
+  expect_abort("shared memory of a block that may not have started", "may not have started",
+               [] { shared_gifts_arrive<SharedRing::early>(); });
+  expect_abort("announced, but not awaited", "may not have started",
+               [] { shared_gifts_arrive<SharedRing::not_awaited>(); });
+  expect_abort("shared memory of a block that has exited", "has exited",
+               [] { shared_gifts_arrive<SharedRing::late>(); });
+  expect_abort("a block that has exited is written to",
+               emulation::kAddressSanitizer ? "use-after-poison" : "had exited",
+               [] { launch(late_write_kernel, Blocks(2, 2), 32, floats(1), Stream{}); });
+  expect_abort("start announced by some threads", "did not call announce_start",
+               [] { launch(divergent_start_kernel, Blocks(2, 2), 64, 0, Stream{}); });
+  expect_abort("start announced, then a barrier", "after announce_start, before await_start",
+               [] { launch(start_and_barrier_kernel, Blocks(2, 2), 32, 0, Stream{}); });
+  expect_abort("start never awaited", "exits after announce_start",
+               [] { launch(never_awaited_kernel, Blocks(2, 2), 32, 0, Stream{}); });
+  expect_abort("a block outside the cluster", "block 2 of a cluster of 2",
+               [] { launch(outside_cluster_kernel, Blocks(2, 2), 32, floats(1), Stream{}); });
+  expect_abort("prefetch of what is not aligned", "not a multiple of 16",
+               [&] { launch(misaligned_prefetch_kernel, 1, 1, 0, Stream{}, (const float*)&number); });
   expect_abort("barrier and shuffle", "waits at __shfl_sync with mask 0xffffffff",
                [&] { launch(barrier_and_shuffle_kernel, 1, 32, 0, Stream{}, &out); });
   expect_abort("mask with an exited lane", "thread 16, which has exited",

@@ -20,6 +20,10 @@ constexpr unsigned char kUnset = 0xff;  // makes NaNs of all floating-point form
 
 thread_local Block* running_block = nullptr;
 
+bool all_unset(const unsigned char* memory, int64_t bytes) {
+  return std::all_of(memory, memory + bytes, [](unsigned char byte) { return byte == kUnset; });
+}
+
 }  // namespace
 
 Block& Block::running() { return *running_block; }
@@ -35,14 +39,16 @@ Block::~Block() {
 
 // --- life of a block
 
-void Block::start(int index, int cluster, int threads, int64_t shared_bytes, const Kernel& kernel) {
+void Block::start(int index, Blocks& cluster, int count, int threads, int64_t shared_bytes, const Kernel& kernel) {
   index_ = index;
-  cluster_ = cluster;
+  all_ = &cluster;
+  cluster_ = count;
   kernel_ = &kernel;
   threads_.resize(threads);
   while (fibers_.size() < threads_.size()) fibers_.push_back(std::make_unique<Fiber>(thread_main));
   for (Thread& thread : threads_) {
     thread.exited = false;
+    thread.start = Start::not_announced;
     thread.copies.clear();
     thread.groups.clear();
   }
@@ -72,7 +78,8 @@ void Block::run() {
     thread_ = ready_.take();
     cuda::threadIdx.x = static_cast<unsigned>(thread_);
     fibers_[thread_]->resume();
-    if (!ready_.empty() || exited()) continue;
+    if (!ready_.empty()) continue;
+    if (exited()) return retire();
     check_waiting();
     if (threads_[0].wait.what == kBarrier) release();
   }
@@ -83,13 +90,26 @@ bool Block::exited() const {
 }
 
 // Finds writes past the end of a piece where no sanitizer does.
-void Block::finish() {
+void Block::check_red_zones() const {
   for (const Piece& piece : pieces_) {
     unsigned char* zone = piece.start + piece.bytes;
     unpoison(zone, kRedZone);
-    bool intact = std::all_of(zone, zone + kRedZone, [](unsigned char byte) { return byte == kUnset; });
-    if (!intact) fail("(or another of its block) wrote past the end of a piece of shared memory");
+    if (!all_unset(zone, kRedZone)) fail("(or another of its cluster) wrote past the end of a piece of shared memory");
   }
+}
+
+// All threads have exited: what another block writes here, or hopes to find, is a defect.
+void Block::retire() {
+  check_starts();
+  check_red_zones();
+  unpoison(shared_, shared_bytes_);
+  std::memset(shared_, kUnset, shared_bytes_);
+  poison(shared_, shared_bytes_);
+}
+
+void Block::finish() {
+  unpoison(shared_, shared_bytes_);
+  if (!all_unset(shared_, shared_bytes_)) fail("had exited when another block wrote to its shared memory");
   poison(shared_, shared_bytes_);
 }
 
@@ -117,6 +137,9 @@ void Block::pause(const Wait& wait) {
 void Block::barrier(Where where) { pause({kBarrier, 0, nullptr, nullptr, where}); }
 
 void Block::cluster_barrier(Where where) {
+  Thread& thread = threads_[thread_];
+  if (thread.start == Start::announced) fail("comes to cluster_barrier after announce_start, before await_start");
+  thread.start = Start::known;
   if (cluster_ > 1) pause({kClusterBarrier, 0, nullptr, nullptr, where});  // else, as before sm_90, it does nothing
 }
 
@@ -175,6 +198,49 @@ void Block::collective(const char* what, unsigned mask, void* arguments, Perform
     threads_[first + other].wait.what = nullptr;
     ready_.add(first + other);
   }
+}
+
+// --- shared memory of other blocks
+
+void Block::announce_start() {
+  Thread& thread = threads_[thread_];
+  if (thread.start != Start::not_announced) fail("calls announce_start, but is past it");
+  thread.start = Start::announced;
+}
+
+// The other blocks need not have done anything: waiting for them, as devices do, would hide that.
+void Block::await_start() {
+  Thread& thread = threads_[thread_];
+  if (thread.start != Start::announced) fail("calls await_start without announce_start before");
+  thread.start = Start::known;
+}
+
+// Threads that differ here would wait for each other in vain.
+void Block::check_starts() const {
+  for (const Thread& thread : threads_) {
+    if (thread.start == Start::announced)
+      fail("(or another of its block) exits after announce_start, before await_start");
+    if (thread.start != threads_[0].start) fail("(or another of its block) did not call announce_start as others did");
+  }
+}
+
+unsigned char* Block::of_block(unsigned char* mine, int rank) {
+  if (rank < 0 || rank >= cluster_) fail("of_block: block %d of a cluster of %d", rank, cluster_);
+  if (threads_[thread_].start != Start::known) fail("of_block: block %d of the cluster may not have started", rank);
+  Block& other = (*all_)[rank];
+  if (other.exited()) fail("of_block: block %d of the cluster has exited", rank);
+  for (const Piece& piece : pieces_) {
+    if (mine < piece.start || mine >= piece.start + piece.bytes) continue;
+    other.hand_out(other.shared_ + (piece.start - shared_), piece.bytes);  // it may come to that later
+    return other.shared_ + (mine - shared_);
+  }
+  fail("of_block: an address that is not inside a piece of the block's shared memory");
+}
+
+void Block::prefetch(const void* from, int bytes) const {
+  if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) fail("prefetch_l2: not a multiple of 16");
+  const auto* start = static_cast<const volatile unsigned char*>(from);
+  if (bytes > 0) (void)(start[0] + start[bytes - 1]);  // for the sanitizer
 }
 
 // --- copies in the background

@@ -3,13 +3,15 @@
 //
 // It prints what is wrong and aborts when a barrier or collective is not reached, on the same line and with the same
 // mask, by all threads that it is for; when a mask lacks the caller or the lane that is asked; when shared memory is
-// used outside the pieces that `Shared` handed out; and when the address of a background copy or of a matrix' row is
-// not aligned (UBSan sees the others).
+// used outside the pieces that `Shared` handed out, or by another block of the cluster that does not know that this one
+// has started, or that it has not exited; and when the address of a background copy or of a matrix' row is not aligned
+// (UBSan sees the others).
 #pragma once
 
 #include <vector_types.h>
 
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <source_location>
@@ -38,6 +40,9 @@ using Where = std::source_location;
 // Carries out a warp collective on the arguments of its lanes; null for lanes outside the mask.
 using Perform = void (*)(void* const (&arguments)[kWarp]);
 
+class Block;
+using Blocks = std::deque<Block>;
+
 class Block {
  public:
   static Block& running();  // on this thread of the operating system
@@ -47,7 +52,8 @@ class Block {
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
-  void start(int index, int cluster, int threads, int64_t shared_bytes, const Kernel& kernel);
+  // With the first `count` of `cluster` it makes one.
+  void start(int index, Blocks& cluster, int count, int threads, int64_t shared_bytes, const Kernel& kernel);
   void run();  // until all threads have exited, or all wait at cluster_barrier
   bool exited() const;
   void check_same_cluster_barrier(const Block& other);
@@ -62,6 +68,10 @@ class Block {
   void copy_commit();
   void copy_wait(int pending);
   unsigned char* shared_memory() { return shared_; }
+  void announce_start();
+  void await_start();
+  unsigned char* of_block(unsigned char* mine, int rank);
+  void prefetch(const void* from, int bytes) const;
   void hand_out(unsigned char* piece, int64_t bytes);
   void check_shared(const char* what, const void* address, int64_t bytes) const;  // aligned, and inside one piece
   [[noreturn, gnu::format(printf, 2, 3)]] void fail(const char* format, ...) const;
@@ -81,8 +91,11 @@ class Block {
     const void* from;
     bool valid;
   };
+  // Whether a thread knows that the other blocks of its cluster have started.
+  enum class Start { not_announced, announced, known };
   struct Thread {
     bool exited = false;
+    Start start = Start::not_announced;
     Wait wait;
     std::vector<Copy> copies;    // not yet arrived, oldest first
     std::vector<size_t> groups;  // where in `copies` each group ends
@@ -96,9 +109,13 @@ class Block {
   static void thread_main();
   void check_waiting();
   void check_reached(int thread, int missing);
+  void check_starts() const;
+  void check_red_zones() const;
+  void retire();
   void pause(const Wait& wait);
 
   int index_ = 0, cluster_ = 1;
+  Blocks* all_ = nullptr;  // of the cluster, the first ones
   const Kernel* kernel_ = nullptr;
   std::vector<Thread> threads_;
   std::vector<std::unique_ptr<Fiber>> fibers_;  // at least as many

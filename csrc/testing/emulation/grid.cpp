@@ -18,7 +18,7 @@ std::vector<int> arranged(int64_t count) {
 
 // Each block runs as far as it can before the next one does: where blocks do not wait for each other as they must, the
 // order shows.
-void run_cluster(std::deque<Block>& blocks, int count) {
+void run_cluster(Blocks& blocks, int count) {
   auto exited = [](const Block& block) { return block.exited(); };
   auto end = blocks.begin() + count;
   for (;;) {
@@ -34,13 +34,14 @@ void run_cluster(std::deque<Block>& blocks, int count) {
 }  // namespace
 
 void run_grid(int64_t blocks, int cluster, int threads, int64_t shared_bytes, const Kernel& kernel) {
-  static thread_local std::deque<Block> running;  // kept: their fibers and shared memory serve all launches
+  static thread_local Blocks running;  // kept: their fibers and shared memory serve all launches
   while (running.size() < static_cast<size_t>(cluster)) running.emplace_back();
   restart_schedule();
   cuda::gridDim.x = static_cast<unsigned>(blocks);
   cuda::blockDim.x = static_cast<unsigned>(threads);
   for (int first : arranged(blocks / cluster)) {
-    for (int i = 0; i < cluster; ++i) running[i].start(first * cluster + i, cluster, threads, shared_bytes, kernel);
+    for (int i = 0; i < cluster; ++i)
+      running[i].start(first * cluster + i, running, cluster, threads, shared_bytes, kernel);
     run_cluster(running, cluster);
   }
 }

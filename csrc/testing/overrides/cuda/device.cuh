@@ -9,6 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <algorithm>
 #include <bit>
 
 #include "testing/emulation/grid.h"
@@ -31,6 +32,7 @@ inline emulation::Block& block() { return emulation::Block::running(); }
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __ffsll(long long bits) { return __builtin_ffsll(bits); }
 
 inline void __syncthreads(Where where = Where::current()) { block().barrier(where); }
 
@@ -84,6 +86,23 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, Where where = Where:
   Ballot own{predicate != 0, 0};
   block().collective("__ballot_sync", mask, &own, Ballot::perform, where);
   return own.result;
+}
+
+struct Minimum {
+  unsigned value;
+  static void perform(void* const (&lanes)[emulation::kWarp]) {
+    unsigned least = UINT32_MAX;
+    for (void* lane : lanes)
+      if (lane) least = std::min(least, static_cast<const Minimum*>(lane)->value);
+    for (void* lane : lanes)
+      if (lane) static_cast<Minimum*>(lane)->value = least;
+  }
+};
+
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value, Where where = Where::current()) {
+  Minimum own{value};
+  block().collective("__reduce_min_sync", mask, &own, Minimum::perform, where);
+  return own.value;
 }
 
 // --- shared memory
@@ -191,6 +210,16 @@ void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
   Multiplication<T> own{d, a, {b0, b1}};
   block().collective("multiply_accumulate", 0xffffffffu, &own, Multiplication<T>::perform, where);
 }
+
+// --- shared memory of other blocks of the cluster
+
+inline void announce_start() { block().announce_start(); }
+inline void await_start() { block().await_start(); }
+template <class T>
+T* of_block(T* mine, int rank) {
+  return reinterpret_cast<T*>(block().of_block(reinterpret_cast<unsigned char*>(mine), rank));
+}
+inline void prefetch_l2(const void* from, int bytes) { block().prefetch(from, bytes); }
 
 // --- clusters and launches
 
