@@ -24,12 +24,12 @@ thread_local Block* running_block = nullptr;
 
 Block& Block::running() { return *running_block; }
 
-Block::Block() : shared_(static_cast<unsigned char*>(std::aligned_alloc(1024, kSharedLimit))) {
-  poison(shared_, kSharedLimit);
+Block::Block() : shared_(static_cast<unsigned char*>(std::aligned_alloc(1024, kMostShared))) {
+  poison(shared_, kMostShared);
 }
 
 Block::~Block() {
-  unpoison(shared_, kSharedLimit);
+  unpoison(shared_, kMostShared);
   std::free(shared_);
 }
 
