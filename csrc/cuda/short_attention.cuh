@@ -45,14 +45,13 @@ struct ShortConfig {
   static constexpr int kSteps = kDepth / 16;
   static constexpr int kStage = 16 * Rows::kStride;  // bytes
 
-  // Weights are at most 2^(1 + kHeadroom) times what the largest of the first chunk becomes, 2^-kHeadroom: so far, the
-  // base stays. `weights` sees a number from 2 on by one bit in either format. Half precision has no more headroom:
-  // small weights would lose digits.
-  static constexpr int kHeadroom = std::is_same_v<T, __half> ? 6 : 20;
-  static constexpr float kLimit = 2, kLogOfLimit = 1;
-  static constexpr uint32_t kFromTwoOn = 0x40004000;  // the exponent's highest bit, of both numbers of a pair
+  // The base becomes 2^-kHeadroom, and it moves when a weight exceeds kLimit. In bfloat16 small weights lose no digits,
+  // so that the limit can be where one bit shows it; half precision has no such room.
+  static constexpr bool kHalf = std::is_same_v<T, __half>;
+  static constexpr int kHeadroom = kHalf ? 0 : 20, kLogOfLimit = kHalf ? 12 : 1;
+  static constexpr float kLimit = 1 << kLogOfLimit;
 
-  static constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;  // a pair
+  static constexpr uint32_t kOnes = kHalf ? 0x3c003c00 : 0x3f803f80;  // a pair
 };
 
 // What a lane holds of kTiles tiles of rows after the keys so far.
@@ -294,7 +293,7 @@ struct ShortPass {
       if constexpr (kVariant.watch == Watch::sums)
         for_rows<kTiles>([&](int r, int h) { exceeds |= !(sums[r][h] <= C::kLimit); });  // also if not a number
       else
-        exceeds = any_from_two_on<kKeys>(weights);
+        exceeds = any_over_limit<kKeys>(weights);
       if (__ballot_sync(kAllLanes, exceeds) != 0) return false;
     }
     add<kKeys>(sums, rows);
@@ -342,17 +341,20 @@ struct ShortPass {
     return most;
   }
 
-  // Whether any weight is 2 or more, or not a number.
+  // Whether any weight exceeds the limit, or is not a number. Weights are not negative: their order is that of their
+  // bits.
   template <int kKeys, int kTiles>
-  __device__ __forceinline__ static bool any_from_two_on(const Weights<kTiles, kKeys>& weights) {
+  __device__ __forceinline__ static bool any_over_limit(const Weights<kTiles, kKeys>& weights) {
     uint32_t bits = 0;
 #pragma unroll
     for (int r = 0; r < kTiles; ++r)
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) bits |= weights[r][k][i];
-    return (bits & C::kFromTwoOn) != 0;
+        for (int i = 0; i < 4; ++i) bits = C::kHalf ? larger_halves(bits, weights[r][k][i]) : bits | weights[r][k][i];
+    if (!C::kHalf) return (bits & 0x40004000) != 0;  // the highest bit of an exponent: 2 or more
+    constexpr uint32_t kLimitBits = (15 + C::kLogOfLimit) << 10;
+    return (bits & 0xffff) > kLimitBits || bits >> 16 > kLimitBits;
   }
 
   // Raises the base to the largest logit, and scales what was summed with the old one.

@@ -109,8 +109,19 @@ struct ShortLaunch {
   Stream stream;
 };
 
-// `depth` is 32, 64, 80 or 128. Compiled in a file for each dtype.
+// `depth` is that of a list of variants. Compiled in a file for each dtype.
 const char* launch_short_attention_f16(int depth, int variant, const ShortLaunch&);
 const char* launch_short_attention_bf16(int depth, int variant, const ShortLaunch&);
+
+// How short_attention would run.
+struct ShortChoice {
+  int depth = 0, variant = -1;  // no variant: not at all
+  int splits = 1;
+  const char* error = nullptr;  // in what the environment asks for
+};
+ShortChoice choose_short_attention(const AttentionArgs& a);
+
+// proportional_attention, but for the mean over heads: `class_rows` is (B, H, N).
+const char* short_attention(const AttentionArgs& a, const ShortChoice& choice, float* class_rows, Stream stream);
 
 }  // namespace diffrate::cuda
