@@ -78,13 +78,6 @@ __device__ inline float reciprocal(float number) {
   return result;
 }
 
-// Of two pairs of numbers in half precision the larger ones; NaN where one is NaN.
-__device__ inline uint32_t larger_halves(uint32_t a, uint32_t b) {
-  uint32_t result;
-  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-  return result;
-}
-
 // Addresses in shared memory by themselves, for kernels that compute many: they are half as long as pointers.
 using SharedAddress = uint32_t;
 __device__ inline SharedAddress shared_address(void* shared) {

@@ -42,10 +42,10 @@ constexpr Form kForms[] = {
 };
 
 std::string name_of(const ShortVariant& v) {
-  const char* watch[] = {"logits", "sums", "weights"};
+  const char* softmax[] = {"checked", "added", "multiplied"};
   char text[80];
   snprintf(text, sizeof text, "t%d-c%d-w%d-b%d-%s-%s", v.tiles, v.keys, v.warps, v.blocks,
-           v.swizzled ? "swizzled" : "padded", watch[static_cast<int>(v.watch)]);
+           v.swizzled ? "swizzled" : "padded", softmax[static_cast<int>(v.softmax)]);
   return text;
 }
 
@@ -71,7 +71,7 @@ const char* said(const std::string& message) {
   return text.c_str();
 }
 
-// What the environment asks for: NAME or INDEX, and perhaps /SPLITS, such as "t1-c32-w4-b4-swizzled-weights/4".
+// What the environment asks for: NAME or INDEX, and perhaps /SPLITS, such as "t1-c32-w4-b4-swizzled-multiplied/4".
 ShortChoice asked_for(const char* wanted, const Form& form, int tokens) {
   ShortChoice choice{.depth = form.depth};
   const char* slash = strchr(wanted, '/');

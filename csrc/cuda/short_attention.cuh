@@ -5,8 +5,9 @@
 // copies have arrived there is no barrier. Logits are in units of q k: what a key's size adds is where its sums start,
 // and so costs nothing. A block has all rows of its head, or, where heads are few, `splits` blocks share them.
 //
-// For each chunk of keys a warp takes these steps: score, write_class_logits, weigh, accumulate. `weigh` takes a base
-// off the logits, the largest of the first chunk; only where a later one exceeds it by far does it move.
+// For each chunk of keys a warp takes these steps: score, write_class_logits, weigh, accumulate. What is taken off the
+// logits, the base, is the largest of the first chunk. Later ones may exceed it by far: only if the sums end beyond
+// what the number formats are good for, the warp does its rows again, carefully, with a base that follows.
 #pragma once
 
 #include <float.h>
@@ -34,23 +35,24 @@ struct SharedRows {
   }
 };
 
+// How far a logit may exceed the base before it moves, where that is checked: a power of two, no loss in either format.
+constexpr float kShortSlack = 8;
 template <class T_, int kDepth_, ShortVariant kVariant_>
 struct ShortConfig {
   using T = T_;
   static constexpr int kDepth = kDepth_;
   static constexpr ShortVariant kVariant = kVariant_;
-  static constexpr bool kTensorSums = kVariant.watch == Watch::weights;
+  static constexpr bool kChecked = kVariant.softmax == Softmax::checked;
+  static constexpr bool kTensorSums = kVariant.softmax == Softmax::multiplied;
 
   using Rows = SharedRows<kDepth, kVariant.swizzled>;
   static constexpr int kSteps = kDepth / 16;
   static constexpr int kStage = 16 * Rows::kStride;  // bytes
 
-  // The base becomes 2^-kHeadroom, and it moves when a weight exceeds kLimit. In bfloat16 small weights lose no digits,
-  // so that the limit can be where one bit shows it; half precision has no such room.
   static constexpr bool kHalf = std::is_same_v<T, __half>;
-  static constexpr int kHeadroom = kHalf ? 0 : 20, kLogOfLimit = kHalf ? 12 : 1;
-  static constexpr float kLimit = 1 << kLogOfLimit;
-
+  // The largest sum of exponentials that is trusted where nothing was checked: in half precision no weight is infinite
+  // then, and else values have room, for 2^64 times as much is still a float.
+  static constexpr float kTrustedSum = kHalf ? 0x1p15f : 0x1p64f;
   static constexpr uint32_t kOnes = kHalf ? 0x3c003c00 : 0x3f803f80;  // a pair
 };
 
@@ -215,21 +217,23 @@ struct ShortPass {
     }
   }
 
-  // --- one chunk of kKeys keys, from `first` on
+  // --- one chunk of kKeys keys, from `first` on; the base follows up to key `careful`
 
   template <int kKeys, int kTiles>
-  __device__ __forceinline__ void attend(const Queries<kTiles>& queries, int first, bool has_class_row,
+  __device__ __forceinline__ void attend(const Queries<kTiles>& queries, int first, int careful, bool has_class_row,
                                          ShortRows<C, kTiles>& rows) {
     Logits<kTiles, kKeys> s;
     Weights<kTiles, kKeys> weights;
     score<kKeys>(queries, first, s);
     if (has_class_row) write_class_logits<kKeys>(first, s[0]);
-    if constexpr (kVariant.watch == Watch::logits) {
-      if (first == 0 || any_exceeds<kKeys>(s, rows)) raise_base<kKeys>(first, s, rows);
+    if constexpr (C::kChecked) {
+      if (first < careful || any_exceeds<kKeys>(s, rows)) raise_base<kKeys>(first, s, rows);
       weigh<kKeys>(s, rows, weights);
-    } else if (first == 0 || !weigh<kKeys>(s, rows, weights)) {
+    } else if (first < careful) {
       raise_base<kKeys>(first, s, rows);
-      weigh_again<kKeys>(s, rows, weights);
+      weigh_exactly<kKeys>(s, rows, weights);
+    } else {
+      weigh<kKeys>(s, rows, weights);
     }
     accumulate<kKeys>(first, weights, rows);
   }
@@ -263,13 +267,13 @@ struct ShortPass {
     for_columns<kKeys / 8>([&](int n, int i) { shared.class_row[first + n * 8 + lane * 2 + i] = s[n][i]; });
   }
 
-  // What turns a logit into a power of two.
+  // By which power of two a logit weighs.
   template <int kTiles>
   struct Exponent {
     float scale, shift[kTiles][2];
     __device__ __forceinline__ Exponent(float scale_of_logits, const ShortRows<C, kTiles>& rows)
         : scale(scale_of_logits) {
-      for_rows<kTiles>([&](int r, int h) { shift[r][h] = -rows.base[r][h] * scale - C::kHeadroom; });
+      for_rows<kTiles>([&](int r, int h) { shift[r][h] = -rows.base[r][h] * scale; });
     }
     __device__ __forceinline__ float operator()(float logit, int r, int h) const { return logit * scale + shift[r][h]; }
   };
@@ -278,44 +282,31 @@ struct ShortPass {
   __device__ __forceinline__ bool any_exceeds(const Logits<kTiles, kKeys>& s, const ShortRows<C, kTiles>& rows) const {
     const Exponent<kTiles> exponent(a.scale, rows);
     bool exceeds = false;
-    for_rows<kTiles>([&](int r, int h) { exceeds |= exponent(highest<kKeys>(s[r], h), r, h) > C::kLogOfLimit; });
+    for_rows<kTiles>([&](int r, int h) { exceeds |= exponent(highest<kKeys>(s[r], h), r, h) > kShortSlack; });
     return __ballot_sync(kAllLanes, exceeds) != 0;
   }
 
-  // From logits to weights, by the base that there is. False: it must move, and nothing has changed.
+  // From logits to weights, by the base that there is.
   template <int kKeys, int kTiles>
-  __device__ __forceinline__ bool weigh(const Logits<kTiles, kKeys>& s, ShortRows<C, kTiles>& rows,
+  __device__ __forceinline__ void weigh(const Logits<kTiles, kKeys>& s, ShortRows<C, kTiles>& rows,
                                         Weights<kTiles, kKeys>& weights) const {
-    float sums[kTiles][2];
-    exponentials<kKeys>(s, weights, sums, Exponent<kTiles>(a.scale, rows));
-    if constexpr (kVariant.watch != Watch::logits) {
-      bool exceeds = false;
-      if constexpr (kVariant.watch == Watch::sums)
-        for_rows<kTiles>([&](int r, int h) { exceeds |= !(sums[r][h] <= C::kLimit); });  // also if not a number
-      else
-        exceeds = any_over_limit<kKeys>(weights);
-      if (__ballot_sync(kAllLanes, exceeds) != 0) return false;
-    }
-    add<kKeys>(sums, rows);
-    return true;
+    exponentials<kKeys>(s, weights, rows, Exponent<kTiles>(a.scale, rows));
   }
 
   // The same by a base that no logit exceeds: with a difference, which is exact where logits are so large that the
   // product by itself would be far off.
   template <int kKeys, int kTiles>
-  __device__ __forceinline__ void weigh_again(const Logits<kTiles, kKeys>& s, ShortRows<C, kTiles>& rows,
-                                              Weights<kTiles, kKeys>& weights) const {
-    float sums[kTiles][2];
-    exponentials<kKeys>(s, weights, sums,
-                        [&](float logit, int r, int h) { return (logit - rows.base[r][h]) * a.scale - C::kHeadroom; });
-    add<kKeys>(sums, rows);
+  __device__ __forceinline__ void weigh_exactly(const Logits<kTiles, kKeys>& s, ShortRows<C, kTiles>& rows,
+                                                Weights<kTiles, kKeys>& weights) const {
+    exponentials<kKeys>(s, weights, rows,
+                        [&](float logit, int r, int h) { return (logit - rows.base[r][h]) * a.scale; });
   }
 
   template <int kKeys, int kTiles, class OfLogit>
   __device__ __forceinline__ void exponentials(const Logits<kTiles, kKeys>& s, Weights<kTiles, kKeys>& weights,
-                                               float (&sums)[kTiles][2], const OfLogit& exponent) const {
+                                               ShortRows<C, kTiles>& rows, const OfLogit& exponent) const {
     for_rows<kTiles>([&](int r, int h) {
-      float even = 0, odd = 0;
+      float even = 0, odd = 0;  // summed by themselves first: short sums round less
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
         const float low = power_of_two(exponent(s[r][n][2 * h], r, h));
@@ -324,13 +315,8 @@ struct ShortPass {
         odd += high;
         weights[r][n / 2][n % 2 * 2 + h] = pack<T>(low, high);
       }
-      sums[r][h] = even + odd;  // of no use, and so not computed, where the tensor cores add up
+      if constexpr (!C::kTensorSums) rows.part_sum(r, h) += even + odd;
     });
-  }
-
-  template <int kKeys, int kTiles>
-  __device__ __forceinline__ void add(const float (&sums)[kTiles][2], ShortRows<C, kTiles>& rows) const {
-    if constexpr (!C::kTensorSums) for_rows<kTiles>([&](int r, int h) { rows.part_sum(r, h) += sums[r][h]; });
   }
 
   template <int kKeys>
@@ -339,22 +325,6 @@ struct ShortPass {
 #pragma unroll
     for (int n = 1; n < kKeys / 8; ++n) most = fmaxf(most, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
     return most;
-  }
-
-  // Whether any weight exceeds the limit, or is not a number. Weights are not negative: their order is that of their
-  // bits.
-  template <int kKeys, int kTiles>
-  __device__ __forceinline__ static bool any_over_limit(const Weights<kTiles, kKeys>& weights) {
-    uint32_t bits = 0;
-#pragma unroll
-    for (int r = 0; r < kTiles; ++r)
-#pragma unroll
-      for (int k = 0; k < kKeys / 16; ++k)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) bits = C::kHalf ? larger_halves(bits, weights[r][k][i]) : bits | weights[r][k][i];
-    if (!C::kHalf) return (bits & 0x40004000) != 0;  // the highest bit of an exponent: 2 or more
-    constexpr uint32_t kLimitBits = (15 + C::kLogOfLimit) << 10;
-    return (bits & 0xffff) > kLimitBits || bits >> 16 > kLimitBits;
   }
 
   // Raises the base to the largest logit, and scales what was summed with the old one.
@@ -443,6 +413,14 @@ struct ShortPass {
     }
   }
 
+  // Whether all sums of the warp's rows are good, and none is infinite or not a number.
+  template <int kTiles>
+  __device__ __forceinline__ static bool all_trusted(ShortRows<C, kTiles>& rows) {
+    bool trusted = true;
+    for_rows<kTiles>([&](int r, int h) { trusted &= rows.part_sum(r, h) <= C::kTrustedSum; });
+    return __ballot_sync(kAllLanes, !trusted) == 0;
+  }
+
   // --- a group of rows
 
   template <int kTiles>
@@ -450,17 +428,21 @@ struct ShortPass {
     const bool has_class_row = group == 0 && a.class_rows != nullptr;
     Queries<kTiles> queries;
     to_fragments<kTiles>(raw, queries);
-    ShortRows<C, kTiles> rows;
-    int first = 0;
+    for (int careful = 1;; careful = padded) {
+      ShortRows<C, kTiles> rows;
+      int first = 0;
 #pragma unroll 1
-    for (; first + kVariant.keys <= padded; first += kVariant.keys)
-      attend<kVariant.keys>(queries, first, has_class_row, rows);
-    if constexpr (kVariant.keys > 16) {
+      for (; first + kVariant.keys <= padded; first += kVariant.keys)
+        attend<kVariant.keys>(queries, first, careful, has_class_row, rows);
+      if constexpr (kVariant.keys > 16) {
 #pragma unroll 1
-      for (; first < padded; first += 16) attend<16>(queries, first, has_class_row, rows);
+        for (; first < padded; first += 16) attend<16>(queries, first, careful, has_class_row, rows);
+      }
+      if (!C::kChecked && careful < padded && !all_trusted(rows)) continue;  // once more
+      if (has_class_row) write_class_row();
+      write_out<kTiles>(group, rows);
+      return;
     }
-    if (has_class_row) write_class_row();
-    write_out<kTiles>(group, rows);
   }
 };
 

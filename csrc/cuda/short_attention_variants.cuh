@@ -10,11 +10,11 @@
 
 namespace diffrate::cuda {
 
-// How a warp finds out that a logit exceeds the base that is taken off, by so much that the base must move.
-enum class Watch {
-  logits,   // the largest logit, before any exponential
-  sums,     // the sum of the exponentials: too large, or not a number
-  weights,  // the exponentials' bits, once rounded; their sum is left to the tensor cores
+// What becomes of a chunk's logits.
+enum class Softmax {
+  checked,     // the largest are compared with the base, which may move; exponentials are added up
+  added,       // exponentials, added up; whether the base was good shows at the end
+  multiplied,  // the same, but the tensor cores add up what they multiply by: one more column of ones
 };
 
 struct ShortVariant {
@@ -23,7 +23,7 @@ struct ShortVariant {
   int warps;      // of a block, at most
   int blocks;     // that a multiprocessor must hold: with `warps` it says how many registers there are
   bool swizzled;  // rows of shared memory: chunks permuted, or padding between them
-  Watch watch;
+  Softmax softmax;
 
   bool operator==(const ShortVariant&) const = default;
 };
@@ -31,35 +31,41 @@ struct ShortVariant {
 // Microseconds are of an H200, bf16, B = 256, H = 12, or 16 where D = 80, with sizes. "was": as a prototype, which kept
 // the next rows' queries in registers and gave the uneven rest of the rows always to the same warps.
 //
-// Predictions. A logit costs a lane 4.5 instructions in `logits` (multiply-add, exponential, maximum, addition, half a
-// conversion), 3.5 in `sums` and 2.75 in `weights`, plus 2 and an eighth of a matrix product (2.1 and another eighth of
-// 1/8 in `weights`) that is shared by all: -15 % and -23 % of what is issued. As some two thirds of the time is
-// issuing, that may be -8 % and -12 % of the time. Rest of the rows by turns: N = 197 has 13 tiles for 4 warps, 4 + 4 +
-// 3 + 2, so that two of the four schedulers had 8 of 13 tiles: -10 %.
+// Predictions. A logit costs a lane 4.5 instructions in `checked` (multiply-add, exponential, maximum, addition, half a
+// conversion), 3.5 in `added` and 2.5 in `multiplied`, and 2.5 more are shared by all (2 of them matrix products, of
+// which `multiplied` has 1/16 more): 14 % and 29 % less to issue. As issuing, the tensor cores (58 us of 172 at N =
+// 197) and the exponentials (36) take turns rather than overlap, that is some 8 % and 15 % of the time. Besides,
+// nothing waits for a vote: the first products with values start while other exponentials are under way. The rest of
+// the rows by turns: N = 197 has 13 tiles for 4 warps, 4 + 4 + 3 + 2, so that two of four schedulers had 8 of 13 tiles:
+// 10 %.
 template <int kDepth>
 inline constexpr auto kShortVariants = std::to_array<ShortVariant>({
-    {1, 32, 4, 4, true, Watch::weights},
-    {1, 32, 7, 2, true, Watch::weights},
+    {1, 32, 4, 3, true, Softmax::multiplied},
+    {1, 32, 6, 2, true, Softmax::multiplied},
 });
 template <>
 inline constexpr auto kShortVariants<64> = std::to_array<ShortVariant>({
-    {2, 32, 4, 3, false, Watch::logits},   // was 172 at N = 197
-    {2, 32, 4, 3, false, Watch::sums},     // 150
-    {2, 32, 4, 3, false, Watch::weights},  // 140
-    {1, 32, 4, 4, true, Watch::logits},    // was 133 at N = 168, 100 at N = 130
-    {1, 32, 4, 4, true, Watch::weights},   // 115, 90
-    {1, 32, 5, 3, true, Watch::weights},   // with `logits` was 68 at N = 100: 62
-    {1, 32, 9, 2, true, Watch::weights},   // with `logits` was 112 at N = 156, 35 at N = 64: 105, 33
-    {1, 64, 6, 2, true, Watch::weights},   // with `logits` was 6.7 at B = 1
+    {2, 32, 4, 3, false, Softmax::checked},     // was 172 at N = 197
+    {2, 32, 4, 3, false, Softmax::added},       // 150
+    {2, 32, 4, 3, false, Softmax::multiplied},  // 140
+    {1, 32, 4, 4, true, Softmax::checked},      // was 133 at N = 168, 100 at N = 130
+    {1, 32, 4, 4, true, Softmax::multiplied},   // 115, 90
+    {1, 32, 5, 3, true, Softmax::multiplied},   // with `checked` was 68 at N = 100: 62
+    {1, 32, 9, 2, true, Softmax::multiplied},   // with `checked` was 112 at N = 156, 35 at N = 64: 105, 33
+    {1, 64, 6, 2, true, Softmax::multiplied},   // with `checked` was 6.7 at B = 1
+    {1, 32, 7, 2, false, Softmax::multiplied},  // with `checked` was 185 at N = 197, 148 at N = 168: 150, 125
+    {2, 32, 4, 3, true, Softmax::multiplied},
+    {1, 32, 4, 4, true, Softmax::added},
+    {1, 64, 4, 3, true, Softmax::multiplied},
 });
 template <>
 inline constexpr auto kShortVariants<80> = std::to_array<ShortVariant>({
-    {1, 32, 7, 2, false, Watch::logits},   // was 288 at N = 200, 179 at N = 160
-    {1, 32, 7, 2, false, Watch::weights},  // 255, 160
-    {1, 64, 6, 2, true, Watch::logits},    // was 440 at N = 257
-    {1, 64, 6, 2, true, Watch::weights},   // 390
-    {1, 32, 9, 2, true, Watch::weights},   // with `logits` was 454 at N = 257: 400
-    {1, 32, 5, 3, true, Watch::weights},
+    {1, 32, 7, 2, false, Softmax::checked},     // was 288 at N = 200, 179 at N = 160
+    {1, 32, 7, 2, false, Softmax::multiplied},  // 255, 160
+    {1, 64, 6, 2, true, Softmax::checked},      // was 440 at N = 257
+    {1, 64, 6, 2, true, Softmax::multiplied},   // 390
+    {1, 32, 9, 2, true, Softmax::multiplied},   // with `checked` was 454 at N = 257: 400
+    {1, 32, 5, 3, true, Softmax::multiplied},
 });
 
 // Heads whose tokens are so near each other that an offset is one multiplication.

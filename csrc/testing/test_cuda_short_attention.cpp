@@ -187,7 +187,7 @@ void test_choice() {
   emulation::shared_limit() = 99 * 1024;
   ask_for("streaming");
   check(choice<bf16>(1, 1, 5, 64).variant < 0, "the streaming kernel, asked for");
-  ask_for("t1-c32-w4-b4-swizzled-weights/3");
+  ask_for("t1-c32-w4-b4-swizzled-multiplied/3");
   const ShortChoice named = choice<bf16>(1, 1, 5, 64);
   check(named.variant >= 0 && named.splits == 3 && named.error == nullptr, "a variant by its name");
   for (const char* nonsense : {"nonsense", "99", "-1", "0x"}) {

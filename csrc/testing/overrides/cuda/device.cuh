@@ -208,16 +208,6 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   memcpy(d, sum, sizeof sum);
 }
 
-inline uint32_t larger_halves(uint32_t a, uint32_t b) {
-  uint32_t result = 0;
-  for (int upper = 0; upper < 2; ++upper) {
-    float x = number_in<__half>(a, upper), y = number_in<__half>(b, upper);
-    float larger = x != x || y != y ? NAN : x > y ? x : y;
-    result |= uint32_t{std::bit_cast<uint16_t>(__float2half_rn(larger))} << 16 * upper;
-  }
-  return result;
-}
-
 // --- clusters and launches
 
 inline void cluster_barrier(Where where = Where::current()) { block().cluster_barrier(where); }
