@@ -372,6 +372,20 @@ __global__ void __launch_bounds__(kAttentionThreads)
   pass.write_out(rows, inverse, floor);
 }
 
+// Importance, from the rows that the forward pass has left in scratch memory, where it comes first.
+inline const char* mean_over_heads(const AttentionArgs& a, bool masked, const void* rows, Stream stream) {
+  return head_mean({.type = a.type,
+                    .images = a.images,
+                    .heads = a.heads,
+                    .tokens = a.tokens,
+                    .prefix = a.prefix,
+                    .rows = rows,
+                    .received = a.received,
+                    .mask = masked && a.received ? a.mask : Vector{},
+                    .importance = a.importance},
+                   stream);
+}
+
 // The forward pass, and importance if it is wanted.
 template <bool kMasked, bool kValues>
 const char* attention_forward(const AttentionArgs& a, const Scratch& scratch, void* on) {
@@ -392,16 +406,7 @@ const char* attention_forward(const AttentionArgs& a, const Scratch& scratch, vo
     error = kMasked ? masked_sum_over_queries(a, memory, stream) : sum_over_queries(a, memory, stream);
     if (error != nullptr) return error;
   }
-  return head_mean({.type = a.type,
-                    .images = a.images,
-                    .heads = a.heads,
-                    .tokens = a.tokens,
-                    .prefix = a.prefix,
-                    .rows = memory,  // importance comes first in it
-                    .received = a.received,
-                    .mask = kMasked && a.received ? a.mask : Vector{},
-                    .importance = a.importance},
-                   stream);
+  return mean_over_heads(a, kMasked, memory, stream);
 }
 
 }  // namespace diffrate::cuda

@@ -71,6 +71,44 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], const void* r
                : "memory");
 }
 
+// 1 / number, but for the last bit; numbers below the smallest normal one count as zero.
+__device__ inline float reciprocal(float number) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(number));
+  return result;
+}
+
+// Addresses in shared memory by themselves, for kernels that compute many: they are half as long as pointers.
+using SharedAddress = uint32_t;
+__device__ inline SharedAddress shared_address(void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+// As above, but free to move: for memory that is not written while matrices of it are loaded, but for barriers between.
+__device__ inline void load_matrices(uint32_t (&to)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row));
+}
+__device__ inline void load_matrices_transposed(uint32_t (&to)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row));
+}
+// As above, of memory whose next bytes are asked for soon: the cache fetches 128 bytes at once.
+__device__ inline void copy_async(SharedAddress to, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+// Asks for the 128 bytes around an address to be brought near.
+__device__ inline void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
+// The same number, but the compiler does not know that: what follows from it is computed where it is used, rather than
+// early, and kept in registers meanwhile.
+__device__ inline int opaque(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 // d += a b on the tensor cores: a (16, 16), b (16, 8), in the fragments of PTX's mma.m16n8k16. With g = lane / 4 and
 // t = lane % 4 a lane holds
 //   of a: rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8, and the column after each;
@@ -95,6 +133,28 @@ __device__ inline void multiply_accumulate<__nv_bfloat16>(float (&d)[4], const u
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d = a b + c, in the same fragments. Free to move, and with c elsewhere than in d: a sum may start from anything.
+template <class T>
+__device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                    const float (&c)[4]);
+
+template <>
+__device__ inline void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                            const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+template <>
+__device__ inline void multiply_add<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                                   const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
 // Waits for all threads of all blocks of the cluster; what they wrote to device memory before is visible after.
@@ -163,6 +223,14 @@ bool has_clusters(void (*kernel)(Parameters...)) {
   cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
   if (error != cudaSuccess) cudaGetLastError();
   return error == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
+// Lets the cache beside shared memory be as small as it can, so that as many blocks as possible fit a multiprocessor.
+template <class... Parameters>
+void prefer_shared_memory(void (*kernel)(Parameters...)) {
+  cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+  if (error != cudaSuccess) cudaGetLastError();  // a wish
 }
 
 // How many blocks a launch has. Each `cluster` neighbours, at most 8, run at the same time and can wait for each other.

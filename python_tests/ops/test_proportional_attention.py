@@ -75,10 +75,11 @@ def test_accuracy(device: torch.device, case: AttentionCase) -> None:
         for importance_from in ("class", "received", None)
     ]
     assert results[2][1] is None
-    for out, _ in results:
-        assert_same("out, whatever the importance", out, results[0][0])
-    out = results[0][0]
-    assert_as_accurate_as_eager("out", out, attention(case), [q, k, v, size], dtype=case.dtype, terms=added_terms(case))
+    assert_same("out, with the class token's attention or without", results[0][0], results[2][0])
+    for out, _ in results[:2]:  # on CUDA attention received may have another kernel
+        assert_as_accurate_as_eager(
+            "out", out, attention(case), [q, k, v, size], dtype=case.dtype, terms=added_terms(case)
+        )
 
 
 REFERENCES = {"class": reference.class_attention, "received": reference.received_attention}

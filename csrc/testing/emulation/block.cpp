@@ -28,12 +28,12 @@ bool all_unset(const unsigned char* memory, int64_t bytes) {
 
 Block& Block::running() { return *running_block; }
 
-Block::Block() : shared_(static_cast<unsigned char*>(std::aligned_alloc(1024, kSharedLimit))) {
-  poison(shared_, kSharedLimit);
+Block::Block() : shared_(static_cast<unsigned char*>(std::aligned_alloc(1024, kMostShared))) {
+  poison(shared_, kMostShared);
 }
 
 Block::~Block() {
-  unpoison(shared_, kSharedLimit);
+  unpoison(shared_, kMostShared);
   std::free(shared_);
 }
 

@@ -32,7 +32,12 @@ namespace diffrate::emulation {
 
 constexpr int kWarp = 32;
 constexpr int64_t kRedZone = 64;             // bytes after each piece of shared memory
-constexpr int64_t kSharedLimit = 99 * 1024;  // the least of all devices from sm_80 on
+constexpr int64_t kMostShared = 227 * 1024;  // bytes that a block may have on any device
+// What it may have on the emulated one: at first the least of all devices from sm_80 on.
+inline int64_t& shared_limit() {
+  static int64_t limit = 99 * 1024;
+  return limit;
+}
 
 using Kernel = std::function<void()>;
 using Where = std::source_location;

@@ -128,7 +128,9 @@ class Shared {
 };
 
 inline unsigned char* shared_memory() { return block().shared_memory(); }
-inline int64_t shared_limit() { return emulation::kSharedLimit; }
+inline int64_t shared_limit() { return emulation::shared_limit(); }
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(void* shared) { return static_cast<unsigned char*>(shared); }
 
 inline void copy_async(void* shared, const void* global, bool valid) { block().copy_async(shared, global, valid); }
 inline void copy_commit() { block().copy_commit(); }
@@ -136,6 +138,12 @@ template <int kPending>
 inline void copy_wait() {
   block().copy_wait(kPending);
 }
+
+inline void prefetch(const void* global) {
+  if (global == nullptr) block().fail("prefetches from nowhere");
+}
+inline int opaque(int number) { return number; }
+inline float reciprocal(float number) { return 1 / number; }
 
 // --- tensor cores
 
@@ -211,6 +219,14 @@ void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
   block().collective("multiply_accumulate", 0xffffffffu, &own, Multiplication<T>::perform, where);
 }
 
+template <class T>
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4],
+                  Where where = Where::current()) {
+  float sum[4] = {c[0], c[1], c[2], c[3]};
+  multiply_accumulate<T>(sum, a, b0, b1, where);
+  memcpy(d, sum, sizeof sum);
+}
+
 // --- shared memory of other blocks of the cluster
 
 inline void announce_start() { block().announce_start(); }
@@ -231,6 +247,9 @@ template <class... Parameters>
 bool has_clusters(void (*)(Parameters...)) {
   return true;
 }
+
+template <class... Parameters>
+void prefer_shared_memory(void (*)(Parameters...)) {}
 
 struct Blocks {
   int64_t count;

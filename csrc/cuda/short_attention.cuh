@@ -1,0 +1,500 @@
+// Attention whose keys and values fit shared memory: the forward pass for the sequences of vision transformers.
+//
+// A block holds all keys and values of one head of one image, padded to a multiple of 16, and its warps work on the
+// queries, some tiles of 16 rows at a time, with the softmax brought up to date from chunk to chunk of keys. After the
+// copies have arrived there is no barrier. Logits are in units of q k: what a key's size adds is where its sums start,
+// and so costs nothing. A block has all rows of its head, or, where heads are few, `splits` blocks share them.
+//
+// For each chunk of keys a warp takes these steps: score, write_class_logits, weigh, accumulate. What is taken off the
+// logits, the base, is the largest of the first chunk. Later ones may exceed it by far: only if the sums end beyond
+// what the number formats are good for, the warp does its rows again, carefully, with a base that follows.
+#pragma once
+
+#include <float.h>
+
+#include <type_traits>
+
+#include "cuda/attention.cuh"
+#include "cuda/short_attention_variants.cuh"
+
+namespace diffrate::cuda {
+
+// Rows of kDepth 16-bit numbers in shared memory, so that eight rows at one chunk of 16 bytes lie in different banks:
+// by padding, or by permuting the chunks of each row. Offsets are in bytes.
+template <int kDepth, bool kSwizzled>
+struct SharedRows {
+  static constexpr int kChunks = kDepth / 8;
+  static constexpr int kStride = kDepth * 2 + (kSwizzled ? 0 : 16);
+  // Chunks trade places within groups of as many as a row's chunks and eight, all banks, have in common.
+  static constexpr int kGroup = !kSwizzled ? 1 : kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
+
+  __device__ static int offset(int row, int chunk) { return row * kStride + (chunk ^ (row % 8 * kGroup / 8)) * 16; }
+  // Of chunk 2 k + high in a row, from offset(row, high).
+  __device__ static int step(int first_offset, int k) {
+    return (first_offset ^ 2 * k % kGroup * 16) + 2 * k / kGroup * kGroup * 16;
+  }
+};
+
+// How far a logit may exceed the base before it moves, where that is checked: a power of two, no loss in either format.
+constexpr float kShortSlack = 8;
+template <class T_, int kDepth_, ShortVariant kVariant_>
+struct ShortConfig {
+  using T = T_;
+  static constexpr int kDepth = kDepth_;
+  static constexpr ShortVariant kVariant = kVariant_;
+  static constexpr bool kChecked = kVariant.softmax == Softmax::checked;
+  static constexpr bool kTensorSums = kVariant.softmax == Softmax::multiplied;
+
+  using Rows = SharedRows<kDepth, kVariant.swizzled>;
+  static constexpr int kSteps = kDepth / 16;
+  static constexpr int kStage = 16 * Rows::kStride;  // bytes
+
+  static constexpr bool kHalf = std::is_same_v<T, __half>;
+  // The largest sum of exponentials that is trusted where nothing was checked: in half precision no weight is infinite
+  // then, and else values have room, for 2^64 times as much is still a float.
+  static constexpr float kTrustedSum = kHalf ? 0x1p15f : 0x1p64f;
+  static constexpr uint32_t kOnes = kHalf ? 0x3c003c00 : 0x3f803f80;  // a pair
+};
+
+// What a lane holds of kTiles tiles of rows after the keys so far.
+template <class C, int kTiles>
+struct ShortRows {
+  float out[kTiles][C::kDepth / 8][4] = {};
+  float base[kTiles][2];  // units of q k
+  float sum[kTiles][C::kTensorSums ? 4 : 2] = {};
+
+  __device__ __forceinline__ ShortRows() {
+    for_rows<kTiles>([&](int r, int h) { base[r][h] = -FLT_MAX; });
+  }
+  // Of a whole row if the tensor cores make it, else of what this lane has seen.
+  __device__ __forceinline__ float& part_sum(int r, int h) { return sum[r][C::kTensorSums ? 2 * h : h]; }
+};
+
+template <class C>
+struct ShortPass {
+  using T = typename C::T;
+  using Rows = typename C::Rows;
+  static constexpr int kSteps = C::kSteps, kDepth = C::kDepth, kStride = Rows::kStride;
+  static constexpr ShortVariant kVariant = C::kVariant;
+
+  template <int kTiles>
+  using Queries = uint32_t[kTiles][kSteps][4];  // fragments
+  template <int kTiles>
+  using RawQueries = Chunk<T>[kTiles][kSteps];  // as they lie in memory, whole chunks
+  template <int kTiles, int kKeys>
+  using Logits = float[kTiles][kKeys / 8][4];
+  template <int kTiles, int kKeys>
+  using Weights = uint32_t[kTiles][kKeys / 16][4];  // fragments
+
+  const ShortAttentionArgs& a;
+  const int lane, warp, warps, tokens, padded;
+  const int image_head, image, head;
+  ShortShared shared;
+  unsigned char* stage;                // of this warp
+  const int key_offset, value_offset;  // of this lane's row of the first matrices
+  const SharedAddress keys_at, values_at;
+  const float4* bias_of_lane;
+  bool values_are_there = false;
+
+  __device__ __forceinline__ explicit ShortPass(const ShortAttentionArgs& args)
+      : a(args),
+        lane(lane_id()),
+        warp(warp_id()),
+        warps(warps_in_block()),
+        tokens(args.tokens),
+        padded(tiles_of(args.tokens) * 16),
+        image_head(static_cast<int>(blockIdx.x) / args.splits),
+        image(image_head / args.heads),
+        head(image_head % args.heads),
+        shared(shared_memory(), kStride, padded, warps),
+        stage(shared.stages + warp * C::kStage),
+        key_offset(Rows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)),
+        value_offset(Rows::offset(lane % 16, lane / 16)),
+        keys_at(shared_address(shared.keys)),
+        values_at(shared_address(shared.values)),
+        bias_of_lane(reinterpret_cast<const float4*>(shared.bias) + lane % 4) {}
+
+  // --- what goes round: groups of tiles of rows
+
+  __device__ int groups() const { return (padded / 16 + kVariant.tiles - 1) / kVariant.tiles; }
+  __device__ int groups_at_once() const { return warps * a.splits; }
+  // The warp's first group. Warps that have one more of them are others in other blocks: warp i of every block runs on
+  // the same one of the multiprocessor's four schedulers.
+  __device__ int first_group() const {
+    const unsigned turn = blockIdx.x * 2654435769u >> 28;  // multiples of the golden ratio: neighbours differ most
+    return static_cast<int>(blockIdx.x) % a.splits * warps +
+           static_cast<int>((static_cast<unsigned>(warp) + turn) % static_cast<unsigned>(warps));
+  }
+
+  // --- copies
+
+  // A thread copies one column of chunks, so that little is left to compute from row to row.
+  __device__ __forceinline__ void fetch(const ShortHeads& from, unsigned char* to) const {
+    const int tid = static_cast<int>(threadIdx.x);
+    const int rows_at_once = static_cast<int>(blockDim.x) / Rows::kChunks;
+    const int chunk = tid % Rows::kChunks, first = tid / Rows::kChunks;
+    if (first < rows_at_once) {
+      const int rows = chunk * 8 < a.head_dim ? tokens : 0;  // what follows is zero
+      const T* source = row_of_head(from, first) + chunk * 8;
+      const int64_t step = static_cast<int64_t>(rows_at_once) * from.stride_token;
+      const SharedAddress start = shared_address(to);
+      int row = first;
+#pragma unroll 4
+      for (; row < rows; row += rows_at_once, source += step)
+        copy_async(start + Rows::offset(row, chunk), source, true);
+      for (; row < padded; row += rows_at_once)
+        write_chunk(Chunk<T>{}, reinterpret_cast<T*>(to + Rows::offset(row, chunk)));
+    }
+    copy_commit();
+  }
+
+  __device__ __forceinline__ void put_bias() const {
+    for (int j = static_cast<int>(threadIdx.x); j < padded; j += static_cast<int>(blockDim.x)) {
+      const float bias = bias_of_key<float>(a.size, image, j, tokens) * a.inverse_scale;
+      shared.bias[j / 2 * 4 + j % 2] = bias;
+      shared.bias[j / 2 * 4 + j % 2 + 2] = bias;
+    }
+  }
+
+  // Keys have been waited for, values not: they are needed later.
+  __device__ void wait_for_values() {
+    if (values_are_there) return;
+    copy_wait<0>();
+    __syncthreads();
+    values_are_there = true;
+  }
+
+  __device__ const T* row_of_head(const ShortHeads& from, int row) const {
+    const T* start = static_cast<const T*>(from.data) + image * from.stride_image + head * from.stride_head;
+    return start + static_cast<int64_t>(row) * from.stride_token;
+  }
+  __device__ const T* query_row(int row) const { return row_of_head(a.q, row < tokens ? row : tokens - 1); }
+  // Past the last token or channel the last one is read again: such rows are not written, such channels meet zeros.
+  __device__ __forceinline__ void read_queries(int group, RawQueries<kVariant.tiles>& to) const {
+    const int own = opaque(lane), last = a.head_dim / 8 - 1;
+#pragma unroll
+    for (int r = 0; r < kVariant.tiles; ++r)
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) {
+        const int i = own + j * kWarp, row = (group * kVariant.tiles + r) * 16 + i / Rows::kChunks;
+        const int chunk = i % Rows::kChunks < last ? i % Rows::kChunks : last;
+        to[r][j] = read_chunk(query_row(row) + chunk * 8);
+      }
+  }
+  // Else registers would hold them all the time, for a next round that there is not.
+  __device__ __forceinline__ static void forget(RawQueries<kVariant.tiles>& raw) {
+#pragma unroll
+    for (int r = 0; r < kVariant.tiles; ++r)
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) raw[r][j] = {};
+  }
+  // The queries of the warp's later groups, into the cache: they are read when it comes to them.
+  __device__ __forceinline__ void prefetch_queries(int group) const {
+    for (; group < groups(); group += groups_at_once())
+      if (lane < kVariant.tiles * 16) {
+        const T* row = query_row(group * kVariant.tiles * 16 + lane);
+        prefetch(row);
+        if constexpr (kDepth > 64) prefetch(row + a.head_dim - 8);
+      }
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ void to_fragments(const RawQueries<kVariant.tiles>& raw, Queries<kTiles>& queries) const {
+    const int own = opaque(lane);
+    const SharedAddress row = shared_address(stage);
+    const int offset = Rows::offset(own % 16, own / 16);
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) {
+        const int i = own + j * kWarp;
+        write_chunk(raw[r][j], reinterpret_cast<T*>(stage + Rows::offset(i / Rows::kChunks, i % Rows::kChunks)));
+      }
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) load_matrices(queries[r][k], row + Rows::step(offset, k));
+      __syncwarp();
+    }
+  }
+
+  // --- one chunk of kKeys keys, from `first` on; the base follows up to key `careful`
+
+  template <int kKeys, int kTiles>
+  __device__ __forceinline__ void attend(const Queries<kTiles>& queries, int first, int careful, bool has_class_row,
+                                         ShortRows<C, kTiles>& rows) {
+    Logits<kTiles, kKeys> s;
+    Weights<kTiles, kKeys> weights;
+    score<kKeys>(queries, first, s);
+    if (has_class_row) write_class_logits<kKeys>(first, s[0]);
+    if constexpr (C::kChecked) {
+      if (first < careful || any_exceeds<kKeys>(s, rows)) raise_base<kKeys>(first, s, rows);
+      weigh<kKeys>(s, rows, weights);
+    } else if (first < careful) {
+      raise_base<kKeys>(first, s, rows);
+      weigh_exactly<kKeys>(s, rows, weights);
+    } else {
+      weigh<kKeys>(s, rows, weights);
+    }
+    accumulate<kKeys>(first, weights, rows);
+  }
+
+  template <int kKeys, int kTiles>
+  __device__ __forceinline__ void score(const Queries<kTiles>& queries, int first, Logits<kTiles, kKeys>& s) const {
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+      const float4 bias = bias_of_lane[first / 2 + n * 4];
+#pragma unroll
+      for (int r = 0; r < kTiles; ++r)
+        s[r][n][0] = bias.x, s[r][n][1] = bias.y, s[r][n][2] = bias.z, s[r][n][3] = bias.w;
+    }
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; n += 2) {
+        uint32_t b[4];
+        load_matrices(b, keys_at + Rows::step(key_offset, k) + (first + n * 8) * kStride);
+#pragma unroll
+        for (int r = 0; r < kTiles; ++r) {
+          multiply_add<T>(s[r][n], queries[r][k], b[0], b[1], s[r][n]);
+          multiply_add<T>(s[r][n + 1], queries[r][k], b[2], b[3], s[r][n + 1]);
+        }
+      }
+  }
+
+  template <int kKeys>
+  __device__ __forceinline__ void write_class_logits(int first, const float (&s)[kKeys / 8][4]) const {
+    if (lane >= 4) return;
+    for_columns<kKeys / 8>([&](int n, int i) { shared.class_row[first + n * 8 + lane * 2 + i] = s[n][i]; });
+  }
+
+  // By which power of two a logit weighs.
+  template <int kTiles>
+  struct Exponent {
+    float scale, shift[kTiles][2];
+    __device__ __forceinline__ Exponent(float scale_of_logits, const ShortRows<C, kTiles>& rows)
+        : scale(scale_of_logits) {
+      for_rows<kTiles>([&](int r, int h) { shift[r][h] = -rows.base[r][h] * scale; });
+    }
+    __device__ __forceinline__ float operator()(float logit, int r, int h) const { return logit * scale + shift[r][h]; }
+  };
+
+  template <int kKeys, int kTiles>
+  __device__ __forceinline__ bool any_exceeds(const Logits<kTiles, kKeys>& s, const ShortRows<C, kTiles>& rows) const {
+    const Exponent<kTiles> exponent(a.scale, rows);
+    bool exceeds = false;
+    for_rows<kTiles>([&](int r, int h) { exceeds |= exponent(highest<kKeys>(s[r], h), r, h) > kShortSlack; });
+    return __ballot_sync(kAllLanes, exceeds) != 0;
+  }
+
+  // From logits to weights, by the base that there is.
+  template <int kKeys, int kTiles>
+  __device__ __forceinline__ void weigh(const Logits<kTiles, kKeys>& s, ShortRows<C, kTiles>& rows,
+                                        Weights<kTiles, kKeys>& weights) const {
+    exponentials<kKeys>(s, weights, rows, Exponent<kTiles>(a.scale, rows));
+  }
+
+  // The same by a base that no logit exceeds: with a difference, which is exact where logits are so large that the
+  // product by itself would be far off.
+  template <int kKeys, int kTiles>
+  __device__ __forceinline__ void weigh_exactly(const Logits<kTiles, kKeys>& s, ShortRows<C, kTiles>& rows,
+                                                Weights<kTiles, kKeys>& weights) const {
+    exponentials<kKeys>(s, weights, rows,
+                        [&](float logit, int r, int h) { return (logit - rows.base[r][h]) * a.scale; });
+  }
+
+  template <int kKeys, int kTiles, class OfLogit>
+  __device__ __forceinline__ void exponentials(const Logits<kTiles, kKeys>& s, Weights<kTiles, kKeys>& weights,
+                                               ShortRows<C, kTiles>& rows, const OfLogit& exponent) const {
+    for_rows<kTiles>([&](int r, int h) {
+      float even = 0, odd = 0;  // summed by themselves first: short sums round less
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+        const float low = power_of_two(exponent(s[r][n][2 * h], r, h));
+        const float high = power_of_two(exponent(s[r][n][2 * h + 1], r, h));
+        even += low;
+        odd += high;
+        weights[r][n / 2][n % 2 * 2 + h] = pack<T>(low, high);
+      }
+      if constexpr (!C::kTensorSums) rows.part_sum(r, h) += even + odd;
+    });
+  }
+
+  template <int kKeys>
+  __device__ __forceinline__ static float highest(const float (&s)[kKeys / 8][4], int h) {
+    float most = fmaxf(s[0][2 * h], s[0][2 * h + 1]);  // of a number and NaN the number
+#pragma unroll
+    for (int n = 1; n < kKeys / 8; ++n) most = fmaxf(most, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+    return most;
+  }
+
+  // Raises the base to the largest logit, and scales what was summed with the old one.
+  template <int kKeys, int kTiles>
+  __device__ __forceinline__ void raise_base(int first, const Logits<kTiles, kKeys>& s, ShortRows<C, kTiles>& rows) {
+    wait_for_values();
+    float factor[kTiles][2];
+    for_rows<kTiles>([&](int r, int h) {
+      const float next = fmaxf(rows.base[r][h], row_max(highest<kKeys>(s[r], h)));
+      factor[r][h] = power_of_two((rows.base[r][h] - next) * a.scale);
+      rows.base[r][h] = next;
+    });
+    if (first == 0) return;  // nothing is summed
+    for_rows<kTiles>([&](int r, int h) {
+      rows.part_sum(r, h) *= factor[r][h];
+      for_columns<kDepth / 8>([&](int n, int i) { rows.out[r][n][2 * h + i] *= factor[r][h]; });
+    });
+  }
+
+  template <int kKeys, int kTiles>
+  __device__ __forceinline__ void accumulate(int first, const Weights<kTiles, kKeys>& weights,
+                                             ShortRows<C, kTiles>& rows) const {
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+#pragma unroll
+      for (int n = 0; n < kDepth / 8; n += 2) {
+        uint32_t b[4];
+        load_matrices_transposed(b, values_at + Rows::step(value_offset, n / 2) + (first + k * 16) * kStride);
+#pragma unroll
+        for (int r = 0; r < kTiles; ++r) {
+          multiply_add<T>(rows.out[r][n], weights[r][k], b[0], b[1], rows.out[r][n]);
+          multiply_add<T>(rows.out[r][n + 1], weights[r][k], b[2], b[3], rows.out[r][n + 1]);
+        }
+      }
+      if constexpr (C::kTensorSums) {
+#pragma unroll
+        for (int r = 0; r < kTiles; ++r) multiply_add<T>(rows.sum[r], weights[r][k], C::kOnes, C::kOnes, rows.sum[r]);
+      }
+    }
+  }
+
+  // --- after the last key
+
+  // The softmax of the class token's logits, by itself: they are few, and its sum must not be one of rounded weights.
+  __device__ __forceinline__ void write_class_row() const {
+    __syncwarp();  // other lanes have written the logits
+    const int own = opaque(lane);
+    float* row = shared.class_row;
+    float top = -FLT_MAX, sum = 0;
+#pragma unroll 1
+    for (int j = own; j < tokens; j += kWarp) top = fmaxf(top, row[j]);
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, offset));
+#pragma unroll 1
+    for (int j = own; j < tokens; j += kWarp) sum += row[j] = power_of_two((row[j] - top) * a.scale);
+    const float inverse = reciprocal(warp_sum(sum));
+    float* to = a.class_rows + static_cast<int64_t>(image_head) * tokens;
+#pragma unroll 1
+    for (int j = own; j < tokens; j += kWarp) to[j] = row[j] * inverse;
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ void write_out(int group, ShortRows<C, kTiles>& rows) const {
+    const int own = opaque(lane);
+    const int row_length = a.heads * a.head_dim;
+    T* first = static_cast<T*>(a.out) + static_cast<int64_t>(image) * tokens * row_length + head * a.head_dim;
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float sum = rows.part_sum(r, h), inverse = reciprocal(C::kTensorSums ? sum : row_sum(sum));
+#pragma unroll
+        for (int n = 0; n < kDepth / 8; ++n)
+          *reinterpret_cast<uint32_t*>(stage + Rows::offset(own / 4 + h * 8, n) + own % 4 * 4) =
+              pack<T>(rows.out[r][n][2 * h] * inverse, rows.out[r][n][2 * h + 1] * inverse);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) {
+        const int i = own + j * kWarp, row = i / Rows::kChunks, chunk = i % Rows::kChunks;
+        const int token = (group * kVariant.tiles + r) * 16 + row;
+        if (token < tokens)
+          store_chunk(read_chunk(reinterpret_cast<const T*>(stage + Rows::offset(row, chunk))),
+                      first + static_cast<int64_t>(token) * row_length, chunk * 8, a.head_dim, true);
+      }
+      __syncwarp();
+    }
+  }
+
+  // Whether all sums of the warp's rows are good, and none is infinite or not a number.
+  template <int kTiles>
+  __device__ __forceinline__ static bool all_trusted(ShortRows<C, kTiles>& rows) {
+    bool trusted = true;
+    for_rows<kTiles>([&](int r, int h) { trusted &= rows.part_sum(r, h) <= C::kTrustedSum; });
+    return __ballot_sync(kAllLanes, !trusted) == 0;
+  }
+
+  // --- a group of rows
+
+  template <int kTiles>
+  __device__ __forceinline__ void work(int group, const RawQueries<kVariant.tiles>& raw) {
+    const bool has_class_row = group == 0 && a.class_rows != nullptr;
+    Queries<kTiles> queries;
+    to_fragments<kTiles>(raw, queries);
+    for (int careful = 1;; careful = padded) {
+      ShortRows<C, kTiles> rows;
+      int first = 0;
+#pragma unroll 1
+      for (; first + kVariant.keys <= padded; first += kVariant.keys)
+        attend<kVariant.keys>(queries, first, careful, has_class_row, rows);
+      if constexpr (kVariant.keys > 16) {
+#pragma unroll 1
+        for (; first < padded; first += 16) attend<16>(queries, first, careful, has_class_row, rows);
+      }
+      if (!C::kChecked && careful < padded && !all_trusted(rows)) continue;  // once more
+      if (has_class_row) write_class_row();
+      write_out<kTiles>(group, rows);
+      return;
+    }
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kVariant.warps* kWarp, C::kVariant.blocks)
+    short_attention_kernel(ShortAttentionArgs a) {
+  ShortPass<C> pass(a);
+  typename ShortPass<C>::template RawQueries<C::kVariant.tiles> raw = {};
+  const int groups = pass.groups(), at_once = pass.groups_at_once();
+  int group = pass.first_group();
+  if (group < groups) pass.read_queries(group, raw);
+  pass.fetch(a.k, pass.shared.keys);
+  pass.fetch(a.v, pass.shared.values);
+  pass.prefetch_queries(group + at_once);
+  pass.put_bias();
+  copy_wait<1>();
+  __syncthreads();  // keys and bias are there
+#pragma unroll 1
+  while (group < groups) {
+    if (C::kVariant.tiles > 1 && group * C::kVariant.tiles + 1 == pass.padded / 16)  // one tile is left
+      pass.template work<1>(group, raw);
+    else
+      pass.template work<C::kVariant.tiles>(group, raw);
+    group += at_once;
+    if (group < groups)
+      pass.read_queries(group, raw);
+    else
+      pass.forget(raw);
+  }
+  pass.wait_for_values();  // a warp without rows: the others wait for all
+}
+
+template <class T, int kDepth, int kIndex = 0>
+const char* launch_short_variant(int variant, const ShortLaunch& l) {
+  if constexpr (kIndex < static_cast<int>(kShortVariants<kDepth>.size())) {
+    if (variant != kIndex) return launch_short_variant<T, kDepth, kIndex + 1>(variant, l);
+    auto kernel = short_attention_kernel<ShortConfig<T, kDepth, kShortVariants<kDepth>[kIndex]>>;
+    prefer_shared_memory(kernel);
+    return launch(kernel, l.blocks, l.warps * kWarp, l.shared_bytes, l.stream, l.args);
+  } else {
+    return "no such variant of attention";
+  }
+}
+
+template <class T>
+const char* launch_short_depth(int depth, int variant, const ShortLaunch& l) {
+  switch (depth) {
+    case 32: return launch_short_variant<T, 32>(variant, l);
+    case 64: return launch_short_variant<T, 64>(variant, l);
+    case 80: return launch_short_variant<T, 80>(variant, l);
+    default: return launch_short_variant<T, 128>(variant, l);
+  }
+}
+
+}  // namespace diffrate::cuda
