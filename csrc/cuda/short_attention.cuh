@@ -217,24 +217,34 @@ struct ShortPass {
     }
   }
 
-  // --- one chunk of kKeys keys, from `first` on; the base follows up to key `careful`
+  // --- one chunk of kKeys keys, from `first` on
 
+  // All that repeats, in one piece, so that products overlap with exponentials.
   template <int kKeys, int kTiles>
-  __device__ __forceinline__ void attend(const Queries<kTiles>& queries, int first, int careful, bool has_class_row,
+  __device__ __forceinline__ void attend(const Queries<kTiles>& queries, int first, bool has_class_row,
                                          ShortRows<C, kTiles>& rows) {
     Logits<kTiles, kKeys> s;
-    Weights<kTiles, kKeys> weights;
     score<kKeys>(queries, first, s);
     if (has_class_row) write_class_logits<kKeys>(first, s[0]);
     if constexpr (C::kChecked) {
-      if (first < careful || any_exceeds<kKeys>(s, rows)) raise_base<kKeys>(first, s, rows);
-      weigh<kKeys>(s, rows, weights);
-    } else if (first < careful) {
-      raise_base<kKeys>(first, s, rows);
-      weigh_exactly<kKeys>(s, rows, weights);
-    } else {
-      weigh<kKeys>(s, rows, weights);
+      if (any_exceeds<kKeys>(s, rows)) raise_base<kKeys>(first, s, rows);
     }
+    Weights<kTiles, kKeys> weights;
+    weigh<kKeys>(s, rows, weights);
+    accumulate<kKeys>(first, weights, rows);
+  }
+
+  // The same with a base that follows: for the first chunk, and for all of them where it turned out to be needed.
+  template <int kKeys, int kTiles>
+  __device__ __forceinline__ void attend_carefully(const Queries<kTiles>& queries, int first, bool has_class_row,
+                                                   ShortRows<C, kTiles>& rows) {
+    Logits<kTiles, kKeys> s;
+    score<kKeys>(queries, first, s);
+    if (has_class_row) write_class_logits<kKeys>(first, s[0]);
+    raise_base<kKeys>(first, s, rows);
+    Weights<kTiles, kKeys> weights;
+    weigh_exactly<kKeys>(s, rows, weights);
+    wait_for_values();
     accumulate<kKeys>(first, weights, rows);
   }
 
@@ -248,9 +258,9 @@ struct ShortPass {
         s[r][n][0] = bias.x, s[r][n][1] = bias.y, s[r][n][2] = bias.z, s[r][n][3] = bias.w;
     }
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k)
+    for (int n = 0; n < kKeys / 8; n += 2)
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; n += 2) {
+      for (int k = 0; k < kSteps; ++k) {
         uint32_t b[4];
         load_matrices(b, keys_at + Rows::step(key_offset, k) + (first + n * 8) * kStride);
 #pragma unroll
@@ -327,17 +337,17 @@ struct ShortPass {
     return most;
   }
 
-  // Raises the base to the largest logit, and scales what was summed with the old one.
+  // Raises the base to the largest logit, and scales what was summed with the old one: nothing yet before key 0.
   template <int kKeys, int kTiles>
-  __device__ __forceinline__ void raise_base(int first, const Logits<kTiles, kKeys>& s, ShortRows<C, kTiles>& rows) {
-    wait_for_values();
+  __device__ __forceinline__ void raise_base(int first, const Logits<kTiles, kKeys>& s,
+                                             ShortRows<C, kTiles>& rows) const {
     float factor[kTiles][2];
     for_rows<kTiles>([&](int r, int h) {
       const float next = fmaxf(rows.base[r][h], row_max(highest<kKeys>(s[r], h)));
       factor[r][h] = power_of_two((rows.base[r][h] - next) * a.scale);
       rows.base[r][h] = next;
     });
-    if (first == 0) return;  // nothing is summed
+    if (first == 0) return;
     for_rows<kTiles>([&](int r, int h) {
       rows.part_sum(r, h) *= factor[r][h];
       for_columns<kDepth / 8>([&](int n, int i) { rows.out[r][n][2 * h + i] *= factor[r][h]; });
@@ -428,15 +438,17 @@ struct ShortPass {
     const bool has_class_row = group == 0 && a.class_rows != nullptr;
     Queries<kTiles> queries;
     to_fragments<kTiles>(raw, queries);
-    for (int careful = 1;; careful = padded) {
+    for (int careful = 16;; careful = padded) {
       ShortRows<C, kTiles> rows;
       int first = 0;
 #pragma unroll 1
+      for (; first < careful; first += 16) attend_carefully<16>(queries, first, has_class_row, rows);
+#pragma unroll 1
       for (; first + kVariant.keys <= padded; first += kVariant.keys)
-        attend<kVariant.keys>(queries, first, careful, has_class_row, rows);
+        attend<kVariant.keys>(queries, first, has_class_row, rows);
       if constexpr (kVariant.keys > 16) {
 #pragma unroll 1
-        for (; first < padded; first += 16) attend<16>(queries, first, careful, has_class_row, rows);
+        for (; first < padded; first += 16) attend<16>(queries, first, has_class_row, rows);
       }
       if (!C::kChecked && careful < padded && !all_trusted(rows)) continue;  // once more
       if (has_class_row) write_class_row();
