@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kPruneMergeThreads, kBlocksAtOnce<T, kReading>
   if (block.sources == 0) return block.copy_tokens(0, at.kept);
   match_sources(block);
   for (int64_t i = block.first_thread(); i < block.sources; i += block.all_threads()) {
-    a.dst[first + at.kept + i] = block.token.match[i];
-    size[at.kept + i] = at_least_one(block.size_of_source(i));
+    a.dst[first + block.k_m + i] = block.token.match[i];
+    size[block.k_m + i] = at_least_one(block.size_of_source(i));
   }
   merge_sources(block, size, at_least_one);
 }

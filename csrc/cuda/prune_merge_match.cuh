@@ -88,10 +88,11 @@ struct MatchStep {
     for (int i = lane_id(); i < count; i += kWarp) best_of_warp(i) = {W(-INFINITY), -1};
     __syncwarp();
 
-    int64_t groups = (block.k_m + kDestinations - 1) / kDestinations;
-    for (int64_t g = block.first_warp(); g < groups; g += block.all_warps()) {
-      int64_t start = g * kDestinations, position = start + group;
-      bool inside = position < block.k_m, destination = inside && position >= a.prefix;
+    // positions are 32-bit numbers, as in token.order
+    const int end = static_cast<int>(block.k_m), on = static_cast<int>(block.all_warps()) * kDestinations;
+    for (int start = static_cast<int>(block.first_warp()) * kDestinations; start < end; start += on) {
+      int position = start + group;
+      bool inside = position < end, destination = inside && position >= a.prefix;
       if (!inside) position = start;
       typename Block::Row from = block.input_row(position);
       T* to = block.out_row(position);
@@ -154,12 +155,12 @@ struct MatchStep {
 
   // Takes the group's destinations where they are better than what the warp has. What a warp has found lies in shared
   // memory: in registers it would take the room of what is being read.
-  __device__ void take_better(Sums& sums, W inverse, int64_t start, int count) const {
+  __device__ void take_better(Sums& sums, W inverse, int32_t start, int count) const {
     int group = lane_id() / 4, quarter = lane_id() % 4;
     if constexpr (kOnTensorCores) {
       // a lane has the sums of sources lane / 4 and lane / 4 + 8 with destinations 2 quarter and the next
       W left = __shfl_sync(kAllLanes, inverse, quarter * 8), right = __shfl_sync(kAllLanes, inverse, quarter * 8 + 4);
-      int32_t here = static_cast<int32_t>(start) + quarter * 2;
+      int32_t here = start + quarter * 2;
 #pragma unroll
       for (int tile = 0; tile < kSums; ++tile) {
         if (tile * 16 >= count) break;
@@ -173,7 +174,7 @@ struct MatchStep {
         }
       }
     } else {
-      int32_t here = static_cast<int32_t>(start) + group;
+      int32_t here = start + group;
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
         if (i * 4 >= count) break;
