@@ -48,6 +48,19 @@ bool rows_are_normalized(int64_t count, int64_t channels, int64_t shift, bool wi
   return right;
 }
 
+// Of constant rows the bias is left, exactly: whatever rounding left of the mean must not be blown up.
+template <class T>
+bool constant_rows_become_the_bias(int64_t channels) {
+  auto rows = exact<T>(channels, from_wide<T>(static_cast<Wide<T>>(1000.3)));
+  auto weight = values<T>(channels, 1, 17), bias = values<T>(channels, -2, 31);
+  auto out = exact<T>(channels, not_a_number<T>());
+  LayerNorm norm{.weight = weight.get(), .bias = bias.get(), .eps = 1e-6, .out = out.get()};
+  bool right = normalize_rows<T>(norm, rows.get(), 1, channels, Stream{}) == nullptr;
+  for (int64_t c = 0; c < channels; ++c)
+    right = right && std::abs(double(to_wide(out[c])) - double(to_wide(bias[c]))) <= kRounding<T>;
+  return right;
+}
+
 template <class T>
 void test_rows(const std::string& type) {
   for (int64_t channels : {1, 8, 37, 384, 1280, 1288, 1290})
@@ -57,6 +70,8 @@ void test_rows(const std::string& type) {
       check(rows_are_normalized<T>(count, channels, 0, false), what + " without a bias");
       check(rows_are_normalized<T>(count, channels, 1, true), what + " with a weight that is not aligned");
     }
+  for (int64_t channels : {384, 768, 1290})
+    check(constant_rows_become_the_bias<T>(channels), type + ", constant rows of " + std::to_string(channels));
   check(rows_are_normalized<T>(1300, 16, 0, true), type + ", more rows than warps");
 }
 

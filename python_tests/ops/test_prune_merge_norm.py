@@ -86,6 +86,17 @@ def test_constant_rows_become_the_bias(device: torch.device, dtype: torch.dtype)
     torch.testing.assert_close(found.normalized, norm.bias.expand(2, 5, -1))
 
 
+@pytest.mark.parametrize("channels", [384, 768, 1288, 37])
+def test_rows_a_rounding_step_from_constant(device: torch.device, channels: int) -> None:
+    """Their variance is less than what rounding does to the mean, squared."""
+    x = torch.linspace(9e4, 1.1e5, 64)[None, :, None].repeat(1, 1, channels)
+    x[..., channels // 2] = x[..., 0].nextafter(torch.tensor(torch.inf))
+    norm = norm_of(channels, torch.float32, device, bias=False)
+    found = ops.prune_merge(x.to(device), torch.ones(1, 63, device=device), 64, 64, norm=norm)
+    exact = F.layer_norm(x.double(), (channels,), norm.weight.double().cpu(), eps=norm.eps)
+    torch.testing.assert_close(found.normalized.cpu().double(), exact, rtol=1e-3, atol=1e-4)
+
+
 def test_parameters_of_any_layout(device: torch.device) -> None:
     """Views of flat parameters, which are not aligned as whole tensors are, and strided ones."""
     case = TokenCase(2, 33, 64, 1, torch.float16)
