@@ -22,7 +22,7 @@ struct Rule {
 };
 
 // The variants for a head's channels padded to `depth`, and which one serves how many tokens. More than the last rule's
-// are left to the streaming kernel: a multiprocessor would hold one block, which waits for its copies in vain.
+// are left to the streaming kernel: a multiprocessor would hold one block, and wait while it waits for its copies.
 struct Form {
   int depth;
   std::span<const ShortVariant> variants;
@@ -31,9 +31,9 @@ struct Form {
 };
 
 constexpr Rule kRules32[] = {{512, 0}};
-constexpr Rule kRules64[] = {{112, 5}, {144, 4}, {160, 6}, {176, 4}, {240, 2}, {384, 7}};
-constexpr Rule kRules80[] = {{208, 1}, {304, 3}};
-constexpr Rule kRules128[] = {{112, 0}, {208, 1}};
+constexpr Rule kRules64[] = {{112, 5}, {144, 4}, {160, 6}, {176, 4}, {240, 2}, {368, 7}};
+constexpr Rule kRules80[] = {{208, 1}, {288, 3}};
+constexpr Rule kRules128[] = {{112, 0}, {160, 1}};
 constexpr Form kForms[] = {
     {32, kShortVariants<32>, kRules32, 0},
     {64, kShortVariants<64>, kRules64, 7},

@@ -10,65 +10,9 @@
 // what the number formats are good for, the warp does its rows again, carefully, with a base that follows.
 #pragma once
 
-#include <float.h>
-
-#include <type_traits>
-
-#include "cuda/attention.cuh"
-#include "cuda/short_attention_variants.cuh"
+#include "cuda/short_attention_config.cuh"
 
 namespace diffrate::cuda {
-
-// Rows of kDepth 16-bit numbers in shared memory, so that eight rows at one chunk of 16 bytes lie in different banks:
-// by padding, or by permuting the chunks of each row. Offsets are in bytes.
-template <int kDepth, bool kSwizzled>
-struct SharedRows {
-  static constexpr int kChunks = kDepth / 8;
-  static constexpr int kStride = kDepth * 2 + (kSwizzled ? 0 : 16);
-  // Chunks trade places within groups of as many as a row's chunks and eight, all banks, have in common.
-  static constexpr int kGroup = !kSwizzled ? 1 : kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
-
-  __device__ static int offset(int row, int chunk) { return row * kStride + (chunk ^ (row % 8 * kGroup / 8)) * 16; }
-  // Of chunk 2 k + high in a row, from offset(row, high).
-  __device__ static int step(int first_offset, int k) {
-    return (first_offset ^ 2 * k % kGroup * 16) + 2 * k / kGroup * kGroup * 16;
-  }
-};
-
-// How far a logit may exceed the base before it moves, where that is checked: a power of two, no loss in either format.
-constexpr float kShortSlack = 8;
-template <class T_, int kDepth_, ShortVariant kVariant_>
-struct ShortConfig {
-  using T = T_;
-  static constexpr int kDepth = kDepth_;
-  static constexpr ShortVariant kVariant = kVariant_;
-  static constexpr bool kChecked = kVariant.softmax == Softmax::checked;
-  static constexpr bool kTensorSums = kVariant.softmax == Softmax::multiplied;
-
-  using Rows = SharedRows<kDepth, kVariant.swizzled>;
-  static constexpr int kSteps = kDepth / 16;
-  static constexpr int kStage = 16 * Rows::kStride;  // bytes
-
-  static constexpr bool kHalf = std::is_same_v<T, __half>;
-  // The largest sum of exponentials that is trusted where nothing was checked: in half precision no weight is infinite
-  // then, and else values have room, for 2^64 times as much is still a float.
-  static constexpr float kTrustedSum = kHalf ? 0x1p15f : 0x1p64f;
-  static constexpr uint32_t kOnes = kHalf ? 0x3c003c00 : 0x3f803f80;  // a pair
-};
-
-// What a lane holds of kTiles tiles of rows after the keys so far.
-template <class C, int kTiles>
-struct ShortRows {
-  float out[kTiles][C::kDepth / 8][4] = {};
-  float base[kTiles][2];  // units of q k
-  float sum[kTiles][C::kTensorSums ? 4 : 2] = {};
-
-  __device__ __forceinline__ ShortRows() {
-    for_rows<kTiles>([&](int r, int h) { base[r][h] = -FLT_MAX; });
-  }
-  // Of a whole row if the tensor cores make it, else of what this lane has seen.
-  __device__ __forceinline__ float& part_sum(int r, int h) { return sum[r][C::kTensorSums ? 2 * h : h]; }
-};
 
 template <class C>
 struct ShortPass {
@@ -93,7 +37,7 @@ struct ShortPass {
   unsigned char* stage;                // of this warp
   const int key_offset, value_offset;  // of this lane's row of the first matrices
   const SharedAddress keys_at, values_at;
-  const float4* bias_of_lane;
+  const float* bias_of_lane;
   bool values_are_there = false;
 
   __device__ __forceinline__ explicit ShortPass(const ShortAttentionArgs& args)
@@ -103,16 +47,16 @@ struct ShortPass {
         warps(warps_in_block()),
         tokens(args.tokens),
         padded(tiles_of(args.tokens) * 16),
-        image_head(static_cast<int>(blockIdx.x) / args.splits),
-        image(image_head / args.heads),
-        head(image_head % args.heads),
+        image_head(static_cast<int>(blockIdx.x / static_cast<unsigned>(args.splits))),
+        image(static_cast<int>(static_cast<unsigned>(image_head) / static_cast<unsigned>(args.heads))),
+        head(image_head - image * args.heads),
         shared(shared_memory(), kStride, padded, warps),
         stage(shared.stages + warp * C::kStage),
         key_offset(Rows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)),
         value_offset(Rows::offset(lane % 16, lane / 16)),
         keys_at(shared_address(shared.keys)),
         values_at(shared_address(shared.values)),
-        bias_of_lane(reinterpret_cast<const float4*>(shared.bias) + lane % 4) {}
+        bias_of_lane(shared.bias + lane % 4 * 4) {}
 
   // --- what goes round: groups of tiles of rows
 
@@ -121,12 +65,26 @@ struct ShortPass {
   // The warp's first group. Warps that have one more of them are others in other blocks: warp i of every block runs on
   // the same one of the multiprocessor's four schedulers.
   __device__ int first_group() const {
-    const unsigned turn = blockIdx.x * 2654435769u >> 28;  // multiples of the golden ratio: neighbours differ most
-    return static_cast<int>(blockIdx.x) % a.splits * warps +
-           static_cast<int>((static_cast<unsigned>(warp) + turn) % static_cast<unsigned>(warps));
+    const unsigned turn = blockIdx.x * 2654435769u >> 16;  // multiples of the golden ratio: neighbours differ most
+    const int turned = warp + static_cast<int>(turn * static_cast<unsigned>(warps) >> 16);
+    const int split = static_cast<int>(blockIdx.x) - image_head * a.splits;
+    return split * warps + (turned < warps ? turned : turned - warps);
   }
 
   // --- copies
+
+  // A tile of rows between memory and fragments: a lane has kSteps chunks of it.
+  struct Place {
+    int row, chunk;
+  };
+  __device__ static Place place_of(int own_lane, int j) {
+    if constexpr (kWarp % Rows::kChunks == 0)
+      return {own_lane / Rows::kChunks + j * (kWarp / Rows::kChunks), own_lane % Rows::kChunks};
+    else
+      return {(own_lane + j * kWarp) / Rows::kChunks, (own_lane + j * kWarp) % Rows::kChunks};
+  }
+  // The lane, but what follows from it is computed anew.
+  __device__ int lane_anew() const { return static_cast<int>(static_cast<unsigned>(opaque(lane)) % kWarp); }
 
   // A thread copies one column of chunks, so that little is left to compute from row to row.
   __device__ __forceinline__ void fetch(const ShortHeads& from, unsigned char* to) const {
@@ -135,7 +93,7 @@ struct ShortPass {
     const int chunk = tid % Rows::kChunks, first = tid / Rows::kChunks;
     if (first < rows_at_once) {
       const int rows = chunk * 8 < a.head_dim ? tokens : 0;  // what follows is zero
-      const T* source = row_of_head(from, first) + chunk * 8;
+      const T* source = head_start(from) + static_cast<int64_t>(first) * from.stride_token + chunk * 8;
       const int64_t step = static_cast<int64_t>(rows_at_once) * from.stride_token;
       const SharedAddress start = shared_address(to);
       int row = first;
@@ -149,7 +107,7 @@ struct ShortPass {
   }
 
   __device__ __forceinline__ void put_bias() const {
-    for (int j = static_cast<int>(threadIdx.x); j < padded; j += static_cast<int>(blockDim.x)) {
+    for (unsigned j = threadIdx.x; j < static_cast<unsigned>(padded); j += blockDim.x) {
       const float bias = bias_of_key<float>(a.size, image, j, tokens) * a.inverse_scale;
       shared.bias[j / 2 * 4 + j % 2] = bias;
       shared.bias[j / 2 * 4 + j % 2 + 2] = bias;
@@ -164,21 +122,23 @@ struct ShortPass {
     values_are_there = true;
   }
 
-  __device__ const T* row_of_head(const ShortHeads& from, int row) const {
-    const T* start = static_cast<const T*>(from.data) + image * from.stride_image + head * from.stride_head;
-    return start + static_cast<int64_t>(row) * from.stride_token;
+  __device__ const T* head_start(const ShortHeads& from) const {
+    return static_cast<const T*>(from.data) + image * from.stride_image + head * from.stride_head;
   }
-  __device__ const T* query_row(int row) const { return row_of_head(a.q, row < tokens ? row : tokens - 1); }
+  __device__ int64_t query_offset(int row) const {
+    return static_cast<int64_t>(row < tokens ? row : tokens - 1) * a.q.stride_token;
+  }
   // Past the last token or channel the last one is read again: such rows are not written, such channels meet zeros.
   __device__ __forceinline__ void read_queries(int group, RawQueries<kVariant.tiles>& to) const {
-    const int own = opaque(lane), last = a.head_dim / 8 - 1;
+    const int own = lane_anew(), last = a.head_dim / 8 - 1;
+    const T* start = head_start(a.q);
 #pragma unroll
     for (int r = 0; r < kVariant.tiles; ++r)
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
-        const int i = own + j * kWarp, row = (group * kVariant.tiles + r) * 16 + i / Rows::kChunks;
-        const int chunk = i % Rows::kChunks < last ? i % Rows::kChunks : last;
-        to[r][j] = read_chunk(query_row(row) + chunk * 8);
+        const Place place = place_of(own, j);
+        const int chunk = place.chunk < last ? place.chunk : last;
+        to[r][j] = read_chunk(start + query_offset((group * kVariant.tiles + r) * 16 + place.row) + chunk * 8);
       }
   }
   // Else registers would hold them all the time, for a next round that there is not.
@@ -192,7 +152,7 @@ struct ShortPass {
   __device__ __forceinline__ void prefetch_queries(int group) const {
     for (; group < groups(); group += groups_at_once())
       if (lane < kVariant.tiles * 16) {
-        const T* row = query_row(group * kVariant.tiles * 16 + lane);
+        const T* row = head_start(a.q) + query_offset(group * kVariant.tiles * 16 + lane);
         prefetch(row);
         if constexpr (kDepth > 64) prefetch(row + a.head_dim - 8);
       }
@@ -200,15 +160,15 @@ struct ShortPass {
 
   template <int kTiles>
   __device__ __forceinline__ void to_fragments(const RawQueries<kVariant.tiles>& raw, Queries<kTiles>& queries) const {
-    const int own = opaque(lane);
+    const int own = lane_anew();
     const SharedAddress row = shared_address(stage);
     const int offset = Rows::offset(own % 16, own / 16);
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
-        const int i = own + j * kWarp;
-        write_chunk(raw[r][j], reinterpret_cast<T*>(stage + Rows::offset(i / Rows::kChunks, i % Rows::kChunks)));
+        const Place place = place_of(own, j);
+        write_chunk(raw[r][j], reinterpret_cast<T*>(stage + Rows::offset(place.row, place.chunk)));
       }
       __syncwarp();
 #pragma unroll
@@ -252,7 +212,7 @@ struct ShortPass {
   __device__ __forceinline__ void score(const Queries<kTiles>& queries, int first, Logits<kTiles, kKeys>& s) const {
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
-      const float4 bias = bias_of_lane[first / 2 + n * 4];
+      const float4 bias = *reinterpret_cast<const float4*>(bias_of_lane + first * 2 + n * 16);
 #pragma unroll
       for (int r = 0; r < kTiles; ++r)
         s[r][n][0] = bias.x, s[r][n][1] = bias.y, s[r][n][2] = bias.z, s[r][n][3] = bias.w;
@@ -381,7 +341,7 @@ struct ShortPass {
   // The softmax of the class token's logits, by itself: they are few, and its sum must not be one of rounded weights.
   __device__ __forceinline__ void write_class_row() const {
     __syncwarp();  // other lanes have written the logits
-    const int own = opaque(lane);
+    const int own = lane_anew();
     float* row = shared.class_row;
     float top = -FLT_MAX, sum = 0;
 #pragma unroll 1
@@ -397,9 +357,9 @@ struct ShortPass {
 
   template <int kTiles>
   __device__ __forceinline__ void write_out(int group, ShortRows<C, kTiles>& rows) const {
-    const int own = opaque(lane);
+    const int own = lane_anew();
     const int row_length = a.heads * a.head_dim;
-    T* first = static_cast<T*>(a.out) + static_cast<int64_t>(image) * tokens * row_length + head * a.head_dim;
+    T* start = static_cast<T*>(a.out) + static_cast<int64_t>(image) * tokens * row_length + head * a.head_dim;
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
@@ -413,11 +373,11 @@ struct ShortPass {
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
-        const int i = own + j * kWarp, row = i / Rows::kChunks, chunk = i % Rows::kChunks;
-        const int token = (group * kVariant.tiles + r) * 16 + row;
-        if (token < tokens)
-          store_chunk(read_chunk(reinterpret_cast<const T*>(stage + Rows::offset(row, chunk))),
-                      first + static_cast<int64_t>(token) * row_length, chunk * 8, a.head_dim, true);
+        const Place place = place_of(own, j);
+        const int token = (group * kVariant.tiles + r) * 16 + place.row;
+        const Chunk<T> chunk = read_chunk(reinterpret_cast<const T*>(stage + Rows::offset(place.row, place.chunk)));
+        const bool inside = (token < tokens) & (place.chunk * 8 < a.head_dim);  // one condition, no branch
+        if (inside) write_chunk(chunk, start + static_cast<int64_t>(token) * row_length + place.chunk * 8);
       }
       __syncwarp();
     }
@@ -433,6 +393,9 @@ struct ShortPass {
 
   // --- a group of rows
 
+  // Whether there are `count` more keys, padding included: first + count <= padded, in what needs no register.
+  __device__ bool has_keys(int first, int count) const { return first + count - 15 <= a.tokens; }
+
   template <int kTiles>
   __device__ __forceinline__ void work(int group, const RawQueries<kVariant.tiles>& raw) {
     const bool has_class_row = group == 0 && a.class_rows != nullptr;
@@ -444,11 +407,11 @@ struct ShortPass {
 #pragma unroll 1
       for (; first < careful; first += 16) attend_carefully<16>(queries, first, has_class_row, rows);
 #pragma unroll 1
-      for (; first + kVariant.keys <= padded; first += kVariant.keys)
+      for (; has_keys(first, kVariant.keys); first += kVariant.keys)
         attend<kVariant.keys>(queries, first, has_class_row, rows);
       if constexpr (kVariant.keys > 16) {
 #pragma unroll 1
-        for (; first < padded; first += 16) attend<16>(queries, first, has_class_row, rows);
+        for (; has_keys(first, 16); first += 16) attend<16>(queries, first, has_class_row, rows);
       }
       if (!C::kChecked && careful < padded && !all_trusted(rows)) continue;  // once more
       if (has_class_row) write_class_row();
