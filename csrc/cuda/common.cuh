@@ -3,6 +3,8 @@
 // Every index that can grow with images * tokens * channels is 64-bit.
 #pragma once
 
+#include <type_traits>
+
 #include "common/numeric.h"
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
@@ -84,6 +86,25 @@ __device__ inline Chunk<T> read_chunk(const T* from) {
 template <class T>
 __device__ inline void write_chunk(const Chunk<T>& chunk, T* to) {
   *reinterpret_cast<uint4*>(to) = {chunk.words[0], chunk.words[1], chunk.words[2], chunk.words[3]};
+}
+
+// The sum, rounded to T. In half precision it is rounded once, which for a sum is the same as by way of float, as eager
+// PyTorch does it: float has more than twice the digits.
+template <class T>
+__device__ inline Chunk<T> sum_of(const Chunk<T>& a, const Chunk<T>& b) {
+  Chunk<T> sum;
+  if constexpr (sizeof(T) == 2) {
+    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      sum.words[i] = bits_as<uint32_t>(__hadd2(bits_as<Pair>(a.words[i]), bits_as<Pair>(b.words[i])));
+  } else {
+    Wide<T> numbers[Chunk<T>::kCount];
+#pragma unroll
+    for (int i = 0; i < Chunk<T>::kCount; ++i) numbers[i] = a[i] + b[i];
+    sum = Chunk<T>::of(numbers);
+  }
+  return sum;
 }
 
 // The chunk at channels c .. of a row: one access where the row is `aligned`, else number by number. Channels from

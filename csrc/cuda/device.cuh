@@ -24,7 +24,7 @@ class Shared {
   template <class T>
   __host__ __device__ T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 15) & ~int64_t{15};
     return piece;
   }
   __host__ __device__ int64_t bytes() const { return used_; }

@@ -29,10 +29,12 @@ constexpr int kChannelThreads = 512;
 constexpr int kChannelSources = 64;  // bits of a mask
 
 struct ChannelLayout {
-  int own;               // chunks of 16 bytes of a row that a block has; the last blocks may have fewer
-  int padded;            // as they lie in shared memory: a multiple of 4, zeros behind
-  int stride;            // of a row there, in numbers
-  bool residual_inside;  // whether the residual has room in shared memory, too
+  int own;                        // chunks of 16 bytes of a row that a block has; the last blocks may have fewer
+  int padded;                     // as they lie in shared memory: a multiple of 4, zeros behind
+  int stride;                     // of a row there, in numbers
+  bool residual_inside;           // whether the residual has room in shared memory, too
+  int x_stride, residual_stride;  // of tokens in device memory
+  int tokens_on, chunks_on;       // how far a thread's next chunk is from its last: see Walk
 };
 
 // Shared memory of a block.
@@ -83,7 +85,7 @@ struct ChannelBlock {
   const ChannelLayout& layout;
   ChannelMemory<T, kParts> memory;
   int64_t image;
-  int part, thread, tokens, prefix, patches, k_p, k_m, sources;
+  int part, thread, tokens, channels, prefix, patches, k_p, k_m, sources;
   int own;            // chunks
   const T *x, *more;  // the block's channels of the first token, and of its residual or null
 
@@ -95,6 +97,7 @@ struct ChannelBlock {
         part(static_cast<int>(blockIdx.x) % kParts),
         thread(static_cast<int>(threadIdx.x)),
         tokens(static_cast<int>(args.tokens)),
+        channels(static_cast<int>(args.channels)),
         prefix(static_cast<int>(args.prefix)),
         patches(tokens - prefix),
         k_p(static_cast<int>(args.k_p)),
@@ -108,48 +111,57 @@ struct ChannelBlock {
 
   __device__ int first_channel() const { return part * layout.own * kCount; }
 
-  // A thread's chunks of all tokens: number thread, thread + kChannelThreads, ... of (tokens, chunks), without a
+  // A thread's chunks of all tokens: number thread, thread + kChannelThreads, ... of (tokens, padded chunks), without a
   // division for each.
   struct Walk {
-    int token, chunk, tokens_on, chunks_on, chunks;
-    __device__ explicit Walk(int of)
-        : token(static_cast<int>(threadIdx.x) / of),
-          chunk(static_cast<int>(threadIdx.x) % of),
-          tokens_on(kChannelThreads / of),
-          chunks_on(kChannelThreads % of),
-          chunks(of) {}
+    const ChannelLayout& layout;
+    int token, chunk;
+    __device__ explicit Walk(const ChannelLayout& how)
+        : layout(how),
+          token(static_cast<int>(threadIdx.x) / how.padded),
+          chunk(static_cast<int>(threadIdx.x) - token * how.padded) {}
     __device__ void next() {
-      token += tokens_on;
-      chunk += chunks_on;
-      if (chunk >= chunks) chunk -= chunks, ++token;
+      token += layout.tokens_on;
+      chunk += layout.chunks_on;
+      if (chunk >= layout.padded) chunk -= layout.padded, ++token;
     }
+    // Where the chunk is, from the block's first channel of the first token.
+    __device__ int in_memory() const { return token * layout.stride + chunk * kCount; }
+    __device__ int in_x() const { return token * layout.x_stride + chunk * kCount; }
+    __device__ int in_residual() const { return token * layout.residual_stride + chunk * kCount; }
   };
 
   // --- ask
 
-  // Importance and size of the thread's token are on their way while it asks for features.
-  __device__ void ask() const {
-    AskedKey key(a.importance, image, thread, thread < patches);
-    float size = thread < tokens ? size_of<float>(a.size, image, thread) : 0;
-    for (Walk at(layout.padded); at.token < tokens; at.next()) {
+  // What is needed first is asked for first: importance and size of the thread's token. They are on their way while the
+  // thread finds its way to the features and asks for them.
+  struct First {
+    AskedKey key;
+    float size;
+    __device__ explicit First(const PruneMergeArgs& a)
+        : key(a.importance, blockIdx.x / kParts, threadIdx.x, threadIdx.x < a.tokens - a.prefix),
+          size(threadIdx.x < a.tokens ? size_of<float>(a.size, blockIdx.x / kParts, threadIdx.x) : 0) {}
+  };
+
+  __device__ void ask(const First& first) const {
+    for (Walk at(layout); at.token < tokens; at.next()) {
       bool valid = at.chunk < own;  // the others are zeros
-      copy_async(memory.x + in_memory(at), x + (valid ? at.token * a.x.stride_token + at.chunk * kCount : 0), valid);
-      if (layout.residual_inside && valid)
-        copy_async(memory.residual + in_memory(at), more + at.token * a.residual.stride_token + at.chunk * kCount,
-                   true);
+      copy_async(memory.x + at.in_memory(), x + (valid ? at.in_x() : 0), valid);
+      if (layout.residual_inside && valid) copy_async(memory.residual + at.in_memory(), more + at.in_residual(), true);
     }
     copy_commit();
-    if (more != nullptr && !layout.residual_inside && own > 0 && thread < tokens)
-      prefetch_l2(more + thread * a.residual.stride_token, own * 16);
+    // the lanes of a warp prefetch one after another: each warp takes some tokens
+    int fetched = lane_id() * kWarps + warp_id();
+    if (more != nullptr && !layout.residual_inside && own > 0 && fetched < tokens)
+      prefetch_l2(more + fetched * layout.residual_stride, own * 16);
 
     if (thread < padded_keys(patches))
-      memory.keys[thread] = thread < patches ? before_padding(key.key()) : kPaddingKey<uint32_t>;
-    if (thread < tokens) memory.size[thread] = size;
+      memory.keys[thread] = thread < patches ? before_padding(first.key.key()) : kPaddingKey<uint32_t>;
+    if (thread < tokens) memory.size[thread] = first.size;
     if (thread < prefix) memory.order[thread] = memory.position[thread] = thread;
     if (thread < kChannelSources) memory.match[thread] = -1;
     __syncthreads();
   }
-  __device__ int in_memory(const Walk& at) const { return at.token * layout.stride + at.chunk * kCount; }
 
   // --- sort
 
@@ -173,31 +185,28 @@ struct ChannelBlock {
     constexpr int kAhead = 4;
     T* out = static_cast<T*>(a.out) + image * k_m * a.channels + first_channel();
     copy_wait<0>();
-    for (Walk at(layout.padded); at.token < tokens;) {
+    for (Walk at(layout); at.token < tokens;) {
       int position[kAhead], inside[kAhead], channel[kAhead];
       Chunk<T> other[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u, at.next()) {
         bool valid = at.token < tokens && at.chunk < own;
         position[u] = valid ? memory.position[at.token] : k_p;  // what is pruned is of no use
-        inside[u] = in_memory(at);
+        inside[u] = at.in_memory();
         channel[u] = at.chunk * kCount;
         if (more == nullptr || position[u] >= k_p) continue;
-        other[u] = layout.residual_inside ? read_chunk(memory.residual + inside[u])
-                                          : read_chunk(more + at.token * a.residual.stride_token + channel[u]);
+        other[u] =
+            layout.residual_inside ? read_chunk(memory.residual + inside[u]) : read_chunk(more + at.in_residual());
       }
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         if (position[u] >= k_p) continue;
         Chunk<T> chunk = read_chunk(memory.x + inside[u]);
         if (more != nullptr) {
-          float sum[kCount];
-#pragma unroll
-          for (int i = 0; i < kCount; ++i) sum[i] = chunk[i] + other[u][i];
-          chunk = Chunk<T>::of(sum);
+          chunk = sum_of(chunk, other[u]);
           write_chunk(chunk, memory.x + inside[u]);
         }
-        if (position[u] < k_m) write_chunk(chunk, out + position[u] * a.channels + channel[u]);
+        if (position[u] < k_m) write_chunk(chunk, out + position[u] * channels + channel[u]);
       }
     }
     __syncthreads();
@@ -358,7 +367,7 @@ struct ChannelBlock {
       });
 #pragma unroll
       for (int k = 0; k < kCount; ++k) sum[k] /= total;
-      write_chunk(Chunk<T>::of(sum), out + to * a.channels + c);
+      write_chunk(Chunk<T>::of(sum), out + to * channels + c);
     }
   }
 
@@ -384,8 +393,9 @@ template <class T, int kParts>
 __global__ void __launch_bounds__(kChannelThreads, 1)
     prune_merge_channels_kernel(PruneMergeArgs a, ChannelLayout layout) {
   announce_start();
+  typename ChannelBlock<T, kParts>::First first(a);
   ChannelBlock<T, kParts> block(a, layout);
-  block.ask();
+  block.ask(first);
   block.sort();
   block.settle();
   block.compare();
@@ -402,6 +412,10 @@ ChannelLayout channel_layout(const PruneMergeArgs& a) {
   layout.own = (static_cast<int>(a.channels) / Chunk<T>::kCount + kParts - 1) / kParts;
   layout.padded = (layout.own + 3) / 4 * 4;
   layout.stride = source_stride<T>(int64_t{layout.padded} * Chunk<T>::kCount);
+  layout.x_stride = static_cast<int>(a.x.stride_token);
+  layout.residual_stride = static_cast<int>(a.residual.stride_token);
+  layout.tokens_on = kChannelThreads / layout.padded;
+  layout.chunks_on = kChannelThreads % layout.padded;
   layout.residual_inside = a.residual.data != nullptr;
   if (layout.residual_inside && ChannelMemory<T, kParts>(nullptr, a, layout).bytes > shared_limit())
     layout.residual_inside = false;
@@ -427,6 +441,9 @@ Result with_channel_kernel(const PruneMergeArgs& a, int parts, Result otherwise,
 inline bool channels_possible(const PruneMergeArgs& a, int parts) {
   int64_t sources = a.k_p - a.k_m;
   if (sources < 1 || sources > kChannelSources || a.tokens > kChannelThreads) return false;
+  for (int64_t stride :
+       {a.x.stride_token, a.residual.stride_token, a.channels})  // places in an image are 32-bit numbers
+    if (stride > INT32_MAX / kChannelThreads || stride < 0) return false;
   return with_channel_kernel(a, parts, false, [&]<class T, int kParts>() {
     return all_aligned<T>(a) &&
            ChannelMemory<T, kParts>(nullptr, a, channel_layout<T, kParts>(a)).bytes <= shared_limit() &&

@@ -201,12 +201,7 @@ struct ImageBlock {
       more[u] = load_chunk(row.residual, c, a.channels, kAligned);
     }
 #pragma unroll
-    for (int u = 0; u < kChunks; ++u) {
-      W sum[kCount];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) sum[i] = chunk[u][i] + more[u][i];
-      chunk[u] = Chunk<T>::of(sum);
-    }
+    for (int u = 0; u < kChunks; ++u) chunk[u] = sum_of(chunk[u], more[u]);
   }
   __device__ Chunk<T> input_chunk(const Row& row, int64_t c) const {
     Chunk<T> chunk[1];
