@@ -9,6 +9,8 @@
 //   output and compared with all sources while it is in registers.
 // - prune_merge_merge.cuh: only the destinations that received a source are read again, from the output.
 //
+// prune_merge_norm.cuh normalises rows where that is asked for, each as soon as it is written.
+//
 // Nothing depends on the order of blocks or warps. prune_merge_launch.cuh lays out a launch.
 //
 // This file: a block and its image, shared memory, and how rows are read.
