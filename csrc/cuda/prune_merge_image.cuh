@@ -8,6 +8,8 @@
 //   to the output and compared with all sources while it is in registers.
 // - prune_merge_merge.cuh: only the destinations that received a source are read again, from the output.
 //
+// prune_merge_norm.cuh normalises rows where that is asked for, each as soon as it is written.
+//
 // Nothing depends on the order of blocks or warps. prune_merge_plan.cuh chooses how many blocks, prune_merge_launch.cuh
 // lays out a launch. Where images are few another kernel does the same with less waiting: prune_merge_channels.cuh.
 //
