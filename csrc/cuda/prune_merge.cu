@@ -1,4 +1,6 @@
 // Sort, prune and merge: what stays is written without gaps.
+#include <stdlib.h>
+
 #include "cuda/prune_merge_channels.cuh"
 #include "cuda/prune_merge_launch.cuh"
 #include "cuda/prune_merge_norm.cuh"
@@ -35,7 +37,15 @@ __global__ void __launch_bounds__(kPruneMergeThreads, kBlocksAtOnce<T, kReading>
 
 }  // namespace
 
-const char* prune_merge(const PruneMergeArgs& a, const Scratch& scratch, void* on) {
+const char* prune_merge(const PruneMergeArgs& a_, const Scratch& scratch, void* on) {
+  PruneMergeArgs a = a_;
+  if (getenv("DIFFRATE_NORM") && a.norm.out) {  // EXPERIMENT
+    a.norm.out = nullptr;
+    if (const char* e = prune_merge(a, scratch, on)) return e;
+    return dispatch(a.type, [&](auto x) {
+      return normalize_rows<decltype(x)>(a_.norm, a.out, a.images * a.k_m, a.channels, static_cast<Stream>(on));
+    });
+  }
   Stream stream = static_cast<Stream>(on);
   Plan plan{};
   auto possible = [&](const Plan& it) {

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..errors import InputTypeError, InputValueError
 from ..numeric import TINY, wide_dtype
 from ._autograd import refuse_gradient
+from ._call import REFUSED, call, needs_gradient
 from ._checks import (
     check_choice,
     check_eps,
@@ -130,6 +131,64 @@ def prune_merge(
     Raises:
         InputValueError, InputTypeError: an argument has another shape, dtype or device, or the kept numbers do not fit.
     """
+    arguments = (x, attn, k_p, k_m, size, prefix, importance_from, mean_rule, size_rule, residual)
+    try:
+        if _are_plain(x, attn, k_p, k_m, size, prefix, residual, norm):
+            return _run(arguments, norm)
+    except REFUSED:
+        _check(*arguments, norm)
+        raise
+    return _run(_check(*arguments, norm), norm)
+
+
+def _run(arguments: tuple, norm: Norm | None) -> MergedTokens | NormalizedTokens:
+    x, *others, residual = arguments
+    if norm is None:
+        return MergedTokens(*call(torch.ops.diffrate.prune_merge.default, arguments, x, residual))
+    if needs_gradient(x, residual, *norm[:2]):
+        merged = MergedTokens(*torch.ops.diffrate.prune_merge(*arguments))
+        normalized = F.layer_norm(merged.x, (x.shape[2],), *norm)
+        return NormalizedTokens(*merged, normalized.to(x.dtype))  # under autocast it is float32
+    attn, k_p, k_m, *options = others
+    arguments = (x, attn, k_p, k_m, *norm, *options, residual)
+    return NormalizedTokens(*call(torch.ops.diffrate.prune_merge_norm.default, arguments))
+
+
+def _are_plain(
+    x: Tensor,
+    attn: Tensor,
+    k_p: int,
+    k_m: int,
+    size: Tensor | None,
+    prefix: int,
+    residual: Tensor | None,
+    norm: Norm | None,
+) -> bool:
+    """Whether the operator takes these as they are, and checks them as :func:`_check` does."""
+    return (
+        type(k_p) is type(k_m) is type(prefix) is int
+        and attn.ndim != 4
+        and not attn.requires_grad
+        and (size is None or size.dtype == wide_dtype(x))
+        and (residual is None or residual.dtype == x.dtype)
+        and (norm is None or (type(norm) is Norm and type(norm.eps) is float))
+    )
+
+
+def _check(
+    x: Tensor,
+    attn: Tensor,
+    k_p: int,
+    k_m: int,
+    size: Tensor | None,
+    prefix: int,
+    importance_from: str,
+    mean_rule: str,
+    size_rule: str,
+    residual: Tensor | None,
+    norm: Norm | None = None,
+) -> tuple:
+    """The operator's arguments, of the dtypes that it takes."""
     check_tensor("x", x, 3, "(B, N, C)")
     prefix = check_prefix(prefix, x.shape[1])
     _check_kept(k_p, k_m, prefix, x.shape[1])
@@ -146,15 +205,9 @@ def prune_merge(
         if residual.dtype != x.dtype:  # as x + residual would: under autocast the two differ
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
-    options = (size, prefix, importance_from, mean_rule, size_rule, residual)
-    if norm is None:
-        return MergedTokens(*torch.ops.diffrate.prune_merge(x, attn, k_p, k_m, *options))
-    _check_norm(norm, x)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *norm[:2])):
-        merged = MergedTokens(*torch.ops.diffrate.prune_merge(x, attn, k_p, k_m, *options))
-        normalized = F.layer_norm(merged.x, (x.shape[2],), *norm)
-        return NormalizedTokens(*merged, normalized.to(x.dtype))  # under autocast it is float32
-    return NormalizedTokens(*torch.ops.diffrate.prune_merge_norm(x, attn, k_p, k_m, *norm, *options))
+    if norm is not None:
+        _check_norm(norm, x)
+    return x, attn, k_p, k_m, size, prefix, importance_from, mean_rule, size_rule, residual
 
 
 def _check_kept(k_p: object, k_m: object, prefix: int, tokens: int) -> None:
@@ -199,7 +252,19 @@ def _check_attention(attn: Tensor, x: Tensor, prefix: int, importance_from: str)
 
 
 @torch.library.register_fake("diffrate::prune_merge")
-def _fake(x: Tensor, attn: Tensor, k_p: int, k_m: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    x: Tensor,
+    attn: Tensor,
+    k_p: int,
+    k_m: int,
+    size: Tensor | None = None,
+    prefix: int = 1,
+    importance_from: str = "class",
+    mean_rule: str = "mean",
+    size_rule: str = "cosine",
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, attn, k_p, k_m, size, prefix, importance_from, mean_rule, size_rule, residual)
     images, tokens, channels = x.shape
     return (
         x.new_empty(images, k_m, channels),
@@ -209,8 +274,19 @@ def _fake(x: Tensor, attn: Tensor, k_p: int, k_m: int, *_: Any, **__: Any) -> tu
 
 
 @torch.library.register_fake("diffrate::prune_merge_norm")
-def _(x: Tensor, attn: Tensor, k_p: int, k_m: int, *_: Any, **__: Any) -> tuple[Tensor, ...]:
-    merged = _fake(x, attn, k_p, k_m)
+def _(
+    x: Tensor,
+    attn: Tensor,
+    k_p: int,
+    k_m: int,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    *options: Any,
+    **others: Any,
+) -> tuple[Tensor, ...]:
+    _check_norm(Norm(norm_weight, norm_bias, norm_eps), x)
+    merged = _fake(x, attn, k_p, k_m, *options, **others)
     return (*merged, torch.empty_like(merged[0]))
 
 

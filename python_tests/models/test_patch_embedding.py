@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from compare import assert_within
 from torch import Tensor, nn
 
 from diffrate_ext import Schedule, compress, restore
 from diffrate_ext.models.patch_embedding import TiledConvolution, is_tiled
-from python_tests.compare import assert_within
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
 
