@@ -51,7 +51,7 @@ def cases(
         with torch.no_grad():  # with gradients it is not fused
             return ops.prune_merge(x, importance, k_p, k_m, size, residual=residual, norm=norm)
 
-    yield "prune_merge with a norm", normalized
+    yield "prune_merge, with a norm", normalized
     weighted: dict[str, Any] = {"mean_rule": "weighted", "size_rule": "sum"}
     yield "prune_merge, weighted", lambda: ops.prune_merge(x, rand(IMAGES, HEADS, tokens), k_p, k_m, size, **weighted)
     yield "merge_reduce", lambda: ops.merge_reduce(x, dst, k_m)

@@ -127,6 +127,16 @@ def test_apart_where_gradients_are_needed(model: nn.Module) -> None:
     assert blocks_with(model, images.clone().requires_grad_(), FUSED) == 0
 
 
+def test_backward_hooks_of_norms_fire(model: nn.Module) -> None:
+    """With gradients the module itself is called."""
+    seen: list[nn.Module] = []
+    for block in blocks_of(model):
+        block.norm2.register_full_backward_hook(lambda module, *_: seen.append(module))  # type: ignore[operator]
+    model(tiny_images(model)).sum().backward()
+    assert {id(module) for module in seen} == {id(block.norm2) for block in blocks_of(model)}
+    assert fusable_norm(nn.LayerNorm(16), X, X) is None
+
+
 @torch.no_grad()
 def test_apart_under_autocast(model: nn.Module) -> None:
     with torch.autocast("cpu", torch.bfloat16):
