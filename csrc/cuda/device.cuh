@@ -167,23 +167,22 @@ __device__ inline void cluster_barrier() {
 
 // --- shared memory of other blocks of the cluster
 
-// At its start every thread calls the first, and before anything is written to another block's shared memory, the
-// second: then all blocks of the cluster are running. What was written in between need not be visible.
-__device__ inline void announce_start() {
+// Waits for all threads of all blocks of the cluster; what each block wrote to its own shared memory before is visible
+// to all after. Unlike cluster_barrier this does not wait for what is on its way to device memory.
+__device__ inline void cluster_barrier_for_shared() {
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1208
+  cluster_barrier();
+#elif __CUDA_ARCH__ >= 900
   __syncwarp();
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-__device__ inline void await_start() {
-  __syncwarp();
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile(
+      "fence.release.sync_restrict::shared::cta.cluster;\nbarrier.cluster.arrive.relaxed.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\nfence.acquire.sync_restrict::shared::cluster.cluster;" ::
+          : "memory");
 #endif
 }
 
-// Where block `rank` of the cluster has what this block has at `mine` in shared memory: from await_start to the last
-// cluster_barrier, after which that block may have exited.
+// Where block `rank` of the cluster has what this block has at `mine` in shared memory. To be used between the first
+// barrier of the cluster, before which that block may not have started, and the last, after which it may have exited.
 template <class T>
 __device__ inline T* of_block(T* mine, int rank) {
 #if __CUDA_ARCH__ >= 900

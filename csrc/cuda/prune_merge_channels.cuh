@@ -21,7 +21,6 @@
 #pragma once
 
 #include "cuda/prune_merge_image.cuh"
-#include "cuda/prune_merge_norm.cuh"
 
 namespace diffrate::cuda {
 
@@ -47,10 +46,12 @@ struct ChannelMemory {
   int32_t* position;  // (N): the sorted position of each input position
   float* size;        // (N) by input position
   uint64_t* found;    // (sources of an owner, warps): what each warp has found
+  float* inverse;     // (sources of an owner): 1 / norm
   T *x, *residual;    // (N, stride)
-  // Other blocks write into these:
-  float* dots;     // (parts, sources of an owner, columns): of a part
-  float* squares;  // (parts, columns): of a part
+  // Other blocks read these:
+  float* dots;     // (sources, columns): of the block's channels
+  float* squares;  // (columns): of the block's channels
+  // Other blocks write these:
   int32_t* match;  // (kChannelSources): the sorted position of the destination; -1 past the last source
   float* cosine;   // (kChannelSources): with that destination
   int columns;     // sorted positions 0 .. k_p - 1, padded to a multiple of 8
@@ -65,8 +66,9 @@ struct ChannelMemory {
     position = shared.take<int32_t>(a.tokens);
     size = shared.take<float>(a.tokens);
     found = shared.take<uint64_t>(owned > kWarps ? owned : kWarps);
-    dots = shared.take<float>(int64_t{kParts} * owned * columns);
-    squares = shared.take<float>(int64_t{kParts} * columns);
+    inverse = shared.take<float>(owned);
+    dots = shared.take<float>((a.k_p - a.k_m) * columns);
+    squares = shared.take<float>(columns);
     match = shared.take<int32_t>(kChannelSources);
     cosine = shared.take<float>(kChannelSources);
     x = shared.take<T>(a.tokens * layout.stride);
@@ -226,9 +228,6 @@ struct ChannelBlock {
         int source = tile * 16 + half * 8 + group;  // past the last source it is the last one: not used
         from[tile][half] = memory.order[k_m + (source < sources ? source : sources - 1)] * layout.stride;
       }
-    await_start();
-    // the owner of a source is the same for all tiles, as the number of parts divides 8
-    float* dots = of_block(memory.dots, group % kParts) + part * memory.owned * memory.columns;
     for (int g = warp_id(); g < memory.columns / 8; g += kWarps) {
       int column = g * 8 + group;
       const T* row = memory.x + memory.order[column < k_p ? column : k_p - 1] * layout.stride;
@@ -251,19 +250,18 @@ struct ChannelBlock {
       }
       squares += __shfl_xor_sync(kAllLanes, squares, 1);
       squares += __shfl_xor_sync(kAllLanes, squares, 2);
-      for (int block = quarter; block < kParts; block += 4)
-        of_block(memory.squares, block)[part * memory.columns + column] = squares;
+      if (quarter == 0) memory.squares[column] = squares;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           int source = tile * 16 + half * 8 + group;
           if (source >= sources || !destinations) continue;
-          float* to = dots + source / kParts * memory.columns + g * 8 + quarter * 2;
+          float* to = memory.dots + source * memory.columns + g * 8 + quarter * 2;
           *reinterpret_cast<float2*>(to) = {sums[tile][half * 2], sums[tile][half * 2 + 1]};
         }
     }
-    cluster_barrier();
+    cluster_barrier_for_shared();
   }
 
   // --- decide
@@ -274,45 +272,50 @@ struct ChannelBlock {
   }
   static constexpr uint64_t kNone = ~uint64_t{0};
 
-  __device__ float sum_of_parts(const float* numbers, int apart) const {
+  // Over all blocks, of what this block has at `mine`. All are asked for before the first is used.
+  __device__ static float sum_of_parts(float* mine) {
     float number[kParts], sum = 0;
 #pragma unroll
-    for (int p = 0; p < kParts; ++p) number[p] = numbers[p * apart];
+    for (int p = 0; p < kParts; ++p) number[p] = *of_block(mine, p);
 #pragma unroll
     for (int p = 0; p < kParts; ++p) sum += number[p];
     return sum;
   }
-  __device__ float inverse_norm(int column) const {
-    float norm = sqrtf(sum_of_parts(memory.squares + column, memory.columns));
+  __device__ static float inverse_norm(float squares) {
+    float norm = sqrtf(squares);
     return 1 / (norm < float(kNormEpsilon) ? float(kNormEpsilon) : norm);
   }
 
   // Some warps for each source that this block owns.
   __device__ void decide() const {
-    const int owned = memory.owned, columns = memory.columns, each = owned < kWarps ? kWarps / owned : 1;
+    const int owned = memory.owned, each = owned < kWarps ? kWarps / owned : 1;
     for (int item = warp_id(); item < owned * each; item += kWarps) {
-      int mine = item / each;
+      int mine = item / each, source = mine * kParts + part;
+      if (source >= sources) break;  // so are those after it
+      float own_squares = sum_of_parts(memory.squares + k_m + source);
       uint64_t best = kNone;
-      if (mine * kParts + part < sources)
-        for (int column = prefix + item % each * kWarp + lane_id(); column < k_m; column += each * kWarp) {
-          float dot = sum_of_parts(memory.dots + mine * columns + column, owned * columns);
-          uint64_t other = ranked(dot * inverse_norm(column), column);
-          best = other < best ? other : best;
-        }
+      for (int column = prefix + item % each * kWarp + lane_id(); column < k_m; column += each * kWarp) {
+        float dot = sum_of_parts(memory.dots + source * memory.columns + column);
+        float squares = sum_of_parts(memory.squares + column);
+        uint64_t other = ranked(dot * inverse_norm(squares), column);
+        best = other < best ? other : best;
+      }
       uint32_t key = __reduce_min_sync(kAllLanes, static_cast<uint32_t>(best >> 32));
       uint32_t position = best >> 32 == key ? static_cast<uint32_t>(best) : UINT32_MAX;
       position = __reduce_min_sync(kAllLanes, position);
-      if (lane_id() == 0) memory.found[item] = uint64_t{key} << 32 | position;
+      if (lane_id() != 0) continue;
+      memory.found[item] = uint64_t{key} << 32 | position;
+      if (item % each == 0) memory.inverse[mine] = inverse_norm(own_squares);
     }
     __syncthreads();
     for (int i = thread; i < owned * kParts; i += kChannelThreads) {
       int mine = i / kParts, told = i % kParts, source = mine * kParts + part;
-      if (source >= sources) continue;
+      if (source >= sources) break;
       uint64_t best = kNone;
       for (int k = mine * each; k < (mine + 1) * each; ++k) best = memory.found[k] < best ? memory.found[k] : best;
       // a source that is similar to nothing (NaN features) goes to the first destination
       bool none = best >> 32 == UINT32_MAX;
-      float cosine = descending_value(static_cast<uint32_t>(best >> 32)) * inverse_norm(k_m + source);
+      float cosine = descending_value(static_cast<uint32_t>(best >> 32)) * memory.inverse[mine];
       of_block(memory.match, told)[source] = none ? prefix : static_cast<int32_t>(static_cast<uint32_t>(best));
       of_block(memory.cosine, told)[source] = none ? not_a_number<float>() : cosine;
     }
@@ -392,7 +395,6 @@ struct ChannelBlock {
 template <class T, int kParts>
 __global__ void __launch_bounds__(kChannelThreads, 1)
     prune_merge_channels_kernel(PruneMergeArgs a, ChannelLayout layout) {
-  announce_start();
   typename ChannelBlock<T, kParts>::First first(a);
   ChannelBlock<T, kParts> block(a, layout);
   block.ask(first);
@@ -456,12 +458,8 @@ inline const char* launch_channels(const PruneMergeArgs& a, int parts, Stream st
   const char* otherwise = "no kernel for these channels";
   return with_channel_kernel(a, parts, otherwise, [&]<class T, int kParts>() {
     ChannelLayout layout = channel_layout<T, kParts>(a);
-    const char* error = launch(prune_merge_channels_kernel<T, kParts>, Blocks(a.images * kParts, kParts),
-                               kChannelThreads, ChannelMemory<T, kParts>(nullptr, a, layout).bytes, stream, a, layout);
-    // a part has a slice of each row: the statistics of rows are for a launch of their own
-    return error != nullptr || a.norm.out == nullptr
-               ? error
-               : normalize_rows<T>(a.norm, a.out, a.images * a.k_m, a.channels, stream);
+    return launch(prune_merge_channels_kernel<T, kParts>, Blocks(a.images * kParts, kParts), kChannelThreads,
+                  ChannelMemory<T, kParts>(nullptr, a, layout).bytes, stream, a, layout);
   });
 }
 

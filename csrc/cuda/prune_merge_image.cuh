@@ -8,8 +8,6 @@
 //   to the output and compared with all sources while it is in registers.
 // - prune_merge_merge.cuh: only the destinations that received a source are read again, from the output.
 //
-// prune_merge_norm.cuh normalises rows where that is asked for, each as soon as it is written.
-//
 // Nothing depends on the order of blocks or warps. prune_merge_plan.cuh chooses how many blocks, prune_merge_launch.cuh
 // lays out a launch. Where images are few another kernel does the same with less waiting: prune_merge_channels.cuh.
 //
@@ -115,17 +113,11 @@ int source_stride(int64_t channels) {
   return static_cast<int>((bytes % 128 == 0 ? bytes + 64 : bytes) / static_cast<int64_t>(sizeof(T)));
 }
 
-// What a warp does with rows of the output that it has just written: those at positions first .. end-1.
-struct Nothing {
-  __device__ void operator()(int64_t, int64_t) const {}
-};
-
-// Whether all rows can be read and written 16 bytes at a time.
+// Whether all rows can be read 16 bytes at a time.
 template <class T>
 bool all_aligned(const PruneMergeArgs& a) {
   auto aligned = [&](const Tokens& x) { return aligned_rows<T>(x.data, a.channels, x.stride_image, x.stride_token); };
-  return aligned(a.x) && (a.residual.data == nullptr || aligned(a.residual)) && aligned({a.out, 0, 0}) &&
-         aligned({a.norm.weight, 0, 0}) && aligned({a.norm.bias, 0, 0}) && aligned({a.norm.out, 0, 0});
+  return aligned(a.x) && (a.residual.data == nullptr || aligned(a.residual)) && aligned({a.out, 0, 0});
 }
 
 // One block and its image.
@@ -225,12 +217,8 @@ struct ImageBlock {
   }
 
   // Copies the tokens at the positions begin .. end-1.
-  template <class Done = Nothing>
-  __device__ void copy_tokens(int64_t begin, int64_t end, Done done = {}) const {
-    for (int64_t position = begin + first_warp(); position < end; position += all_warps()) {
-      copy_token(position);
-      done(position, position + 1);
-    }
+  __device__ void copy_tokens(int64_t begin, int64_t end) const {
+    for (int64_t position = begin + first_warp(); position < end; position += all_warps()) copy_token(position);
   }
   __device__ void copy_token(int64_t position) const {
     Row row = input_row(position);

@@ -16,7 +16,7 @@ namespace diffrate::cuda {
 
 constexpr int kDestinations = 8;  // of a warp at a time: a lane holds 16 bytes of the row of destination lane / 4
 
-template <class T, Reading kReading, class Done>
+template <class T, Reading kReading>
 struct MatchStep {
   using W = Wide<T>;
   using Block = ImageBlock<T, kReading>;
@@ -29,7 +29,6 @@ struct MatchStep {
   using Sums = W[kSums][4];
 
   const Block& block;
-  Done done;
 
   __device__ void run() const {
     const int resident = block.layout.resident;
@@ -121,7 +120,6 @@ struct MatchStep {
       // what is no destination has no cosine: NaN is never better
       W inverse = destination ? inverse_norm(squares) : not_a_number<W>();
       take_better(sums, inverse, start, count);
-      if (first_pass) done(start, start + kDestinations < block.k_m ? start + kDestinations : block.k_m);
     }
   }
 
@@ -231,9 +229,9 @@ struct MatchStep {
   }
 };
 
-template <class T, Reading kReading, class Done = Nothing>
-__device__ void match_sources(const ImageBlock<T, kReading>& block, Done done = {}) {
-  MatchStep<T, kReading, Done>{block, done}.run();
+template <class T, Reading kReading>
+__device__ void match_sources(const ImageBlock<T, kReading>& block) {
+  MatchStep<T, kReading>{block}.run();
 }
 
 }  // namespace diffrate::cuda

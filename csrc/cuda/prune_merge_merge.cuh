@@ -5,14 +5,13 @@
 
 namespace diffrate::cuda {
 
-template <class T, Reading kReading, class Done>
+template <class T, Reading kReading>
 struct MergeStep {
   using W = Wide<T>;
   using Block = ImageBlock<T, kReading>;
   static constexpr int kCount = Chunk<T>::kCount;
 
   const Block& block;
-  Done done;
 
   // Gives each destination with sources the mean over itself and them, and the size over both: a warp for each, the one
   // at its first source.
@@ -40,7 +39,6 @@ struct MergeStep {
             store_chunk(mean_with(mean[u], c + u * Block::kWarpStep, source, to, own, total), row,
                         c + u * Block::kWarpStep, a.channels, Block::kAligned);
       });
-      done(to, to + 1);
     }
   }
 
@@ -86,10 +84,9 @@ struct MergeStep {
 
 // `out_size` is the image's: the sizes of destinations with sources are written over. Of each token's size counts what
 // `counted` makes of it.
-template <class T, Reading kReading, class Counted, class Done = Nothing>
-__device__ void merge_sources(const ImageBlock<T, kReading>& block, Wide<T>* out_size, Counted counted,
-                              Done done = {}) {
-  MergeStep<T, kReading, Done>{block, done}.run(out_size, counted);
+template <class T, Reading kReading, class Counted>
+__device__ void merge_sources(const ImageBlock<T, kReading>& block, Wide<T>* out_size, Counted counted) {
+  MergeStep<T, kReading>{block}.run(out_size, counted);
 }
 
 }  // namespace diffrate::cuda

@@ -1,5 +1,5 @@
-// Layer normalization of rows that were written before: by prune_merge's warps of what they have just written, or by a
-// kernel of its own.
+// Layer normalization of rows that were written before, by a launch of its own. Within the kernel that writes them it
+// took longer: its registers are missing there.
 //
 // A warp takes a row at a time, and asks for its next row before it computes with this one. Rows stay in registers;
 // those that are too long, or double, or not aligned are read three times. The mean is subtracted before anything is

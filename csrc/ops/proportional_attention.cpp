@@ -8,7 +8,6 @@ std::tuple<Tensor, Tensor> proportional_attention(Tensor q, Tensor k, Tensor v, 
                                                   double scale, int64_t prefix, std::string importance_from) {
   DIFFRATE_CHECK(importance_from == "class" || importance_from == "received" || importance_from == "none",
                  "importance_from must be 'class', 'received' or 'none', got '", importance_from, "'");
-  DIFFRATE_CHECK(importance_from != "class" || prefix >= 1, "importance_from 'class' needs prefix >= 1");
   AttentionArgs args = attention_inputs(q, k, &v, size, scale, prefix);
   bool wanted = importance_from != "none";
   Tensor out = empty_heads(q);

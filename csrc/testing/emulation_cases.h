@@ -138,32 +138,34 @@ bool gifts_arrive() {
   return right;
 }
 
-// The same through the shared memory of the next block. Without the barriers between writing and reading, and between
-// reading and writing again: planted defects. `early` reaches for it before that block is known to have started; `late`
-// when it may have exited.
-enum class SharedRing { right, no_barrier, no_second_barrier, early, not_awaited, late };
+// The same through shared memory: each block writes to that of the next one, then reads in that of the one before it
+// what that one has. Without the barriers between writing and reading, and between reading and writing again: planted
+// defects. `early` reaches for another block before it is known to have started, `late` when it may have exited.
+enum class SharedRing { right, no_barrier, no_second_barrier, early, late };
 template <SharedRing kRing>
 __global__ void shared_ring_kernel(int* out) {
-  int block = static_cast<int>(blockIdx.x), next = (block + 1) % 4;
-  int* gift = Shared(shared_memory()).take<int>(1);
-  if constexpr (kRing != SharedRing::early) announce_start();
-  int own = block;
-  if constexpr (kRing != SharedRing::early && kRing != SharedRing::not_awaited) await_start();
-  for (int round = 0; round < 2; ++round) {
-    if (threadIdx.x == 0) *of_block(gift, next) = own;
-    if constexpr (kRing != SharedRing::no_barrier) cluster_barrier();
-    own = *gift;
-    if (kRing != SharedRing::no_second_barrier && round == 0) cluster_barrier();
+  int block = static_cast<int>(blockIdx.x), next = (block + 1) % 4, previous = (block + 3) % 4;
+  Shared shared(shared_memory());
+  int *gift = shared.take<int>(1), *shown = shared.take<int>(1);
+  if constexpr (kRing != SharedRing::early) cluster_barrier_for_shared();
+  if (threadIdx.x == 0) *of_block(gift, next) = block;
+  if constexpr (kRing != SharedRing::no_barrier) cluster_barrier();
+  if (threadIdx.x == 0) *shown = *gift;
+  if constexpr (kRing != SharedRing::no_barrier) cluster_barrier_for_shared();
+  int own = *of_block(shown, previous);
+  if constexpr (kRing != SharedRing::no_second_barrier && kRing != SharedRing::late) cluster_barrier();
+  if constexpr (kRing == SharedRing::no_second_barrier) {
+    if (threadIdx.x == 0) *shown = -1;
+    cluster_barrier();
   }
-  if constexpr (kRing == SharedRing::no_barrier) cluster_barrier();  // all other defects apart
-  if (kRing == SharedRing::late && threadIdx.x == 0) own = *of_block(gift, next);
+  if (kRing == SharedRing::late && threadIdx.x == 0) own = *of_block(shown, previous);
   if (threadIdx.x == 63) out[block] = own;
 }
 
 template <SharedRing kRing>
 bool shared_gifts_arrive() {
   int out[12] = {};
-  bool right = launch(shared_ring_kernel<kRing>, Blocks(12, 4), 64, floats(1), Stream{}, +out) == nullptr;
+  bool right = launch(shared_ring_kernel<kRing>, Blocks(12, 4), 64, 2 * floats(1), Stream{}, +out) == nullptr;
   for (int block = 0; block < 12; ++block) right = right && out[block] == block / 4 * 4 + (block + 2) % 4;
   return right;
 }

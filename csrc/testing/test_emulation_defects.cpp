@@ -57,26 +57,14 @@ __global__ void divergent_cluster_barrier_kernel() {
 }
 __global__ void late_write_kernel() {
   int* gift = Shared(shared_memory()).take<int>(1);
-  announce_start();
-  await_start();
+  cluster_barrier();
   int* other = of_block(gift, 1 - static_cast<int>(blockIdx.x));
   cluster_barrier();
   *other = 1;
 }
-__global__ void divergent_start_kernel() {
-  if (threadIdx.x >= 32) return;
-  announce_start();
-  await_start();
-}
-__global__ void start_and_barrier_kernel() {
-  announce_start();
-  cluster_barrier();
-}
-__global__ void never_awaited_kernel() { announce_start(); }
 __global__ void outside_cluster_kernel() {
   int* gift = Shared(shared_memory()).take<int>(1);
-  announce_start();
-  await_start();
+  cluster_barrier();
   *of_block(gift, 2) = 1;
 }
 __global__ void misaligned_prefetch_kernel(const float* x) { prefetch_l2(x, 4); }
@@ -177,19 +165,11 @@ void test_planted_defects() {
                [] { launch(divergent_cluster_barrier_kernel, Blocks(2, 2), 32, 0, Stream{}); });
   expect_abort("shared memory of a block that may not have started", "may not have started",
                [] { shared_gifts_arrive<SharedRing::early>(); });
-  expect_abort("announced, but not awaited", "may not have started",
-               [] { shared_gifts_arrive<SharedRing::not_awaited>(); });
   expect_abort("shared memory of a block that has exited", "has exited",
                [] { shared_gifts_arrive<SharedRing::late>(); });
   expect_abort("a block that has exited is written to",
                emulation::kAddressSanitizer ? "use-after-poison" : "had exited",
                [] { launch(late_write_kernel, Blocks(2, 2), 32, floats(1), Stream{}); });
-  expect_abort("start announced by some threads", "did not call announce_start",
-               [] { launch(divergent_start_kernel, Blocks(2, 2), 64, 0, Stream{}); });
-  expect_abort("start announced, then a barrier", "after announce_start, before await_start",
-               [] { launch(start_and_barrier_kernel, Blocks(2, 2), 32, 0, Stream{}); });
-  expect_abort("start never awaited", "exits after announce_start",
-               [] { launch(never_awaited_kernel, Blocks(2, 2), 32, 0, Stream{}); });
   expect_abort("a block outside the cluster", "block 2 of a cluster of 2",
                [] { launch(outside_cluster_kernel, Blocks(2, 2), 32, floats(1), Stream{}); });
   expect_abort("prefetch of what is not aligned", "not a multiple of 16",

@@ -50,7 +50,7 @@ def proportional_attention(
     """
     try:
         if _has_kernel(q, k, v):
-            if not _are_plain(size, scale, prefix):
+            if not _are_plain(size, scale, prefix, importance_from):
                 size, scale, prefix = _check(q, k, v, size, scale, prefix, importance_from)
             arguments = (q, k, v, size, q.shape[3] ** -0.5 if scale is None else scale, prefix)
             operator = torch.ops.diffrate.proportional_attention.default
@@ -86,9 +86,14 @@ def _check(
     return checked
 
 
-def _are_plain(size: Tensor | None, scale: float | None, prefix: int) -> bool:
-    """Whether kernels take these as they are."""
-    return (size is None or size.dtype == torch.float32) and type(scale) in (float, type(None)) and type(prefix) is int
+def _are_plain(size: Tensor | None, scale: float | None, prefix: int, importance_from: str | None) -> bool:
+    """Whether the operator takes these as they are, and checks them as :func:`_check` does."""
+    return (
+        (size is None or size.dtype == torch.float32)
+        and type(scale) in (float, type(None))
+        and type(prefix) is int
+        and (importance_from != "class" or prefix >= 1)
+    )
 
 
 def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -122,7 +127,8 @@ def _key_bias(size: Tensor | None, q: Tensor) -> Tensor | None:
 def _(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float, prefix: int = 1, importance_from: str = "class"
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, size, scale, prefix, None if importance_from == "none" else importance_from)
+    check_queries(q, k, size, scale, prefix)
+    check_values(v, q)
     patches = 0 if importance_from == "none" else q.shape[2] - prefix
     return empty_heads(q), q.new_empty((q.shape[0], patches), dtype=wide_dtype(q))
 

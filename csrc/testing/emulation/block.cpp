@@ -48,7 +48,7 @@ void Block::start(int index, Blocks& cluster, int count, int threads, int64_t sh
   while (fibers_.size() < threads_.size()) fibers_.push_back(std::make_unique<Fiber>(thread_main));
   for (Thread& thread : threads_) {
     thread.exited = false;
-    thread.start = Start::not_announced;
+    thread.past_cluster_barrier = false;
     thread.copies.clear();
     thread.groups.clear();
   }
@@ -100,7 +100,6 @@ void Block::check_red_zones() const {
 
 // All threads have exited: what another block writes here, or hopes to find, is a defect.
 void Block::retire() {
-  check_starts();
   check_red_zones();
   unpoison(shared_, shared_bytes_);
   std::memset(shared_, kUnset, shared_bytes_);
@@ -137,9 +136,7 @@ void Block::pause(const Wait& wait) {
 void Block::barrier(Where where) { pause({kBarrier, 0, nullptr, nullptr, where}); }
 
 void Block::cluster_barrier(Where where) {
-  Thread& thread = threads_[thread_];
-  if (thread.start == Start::announced) fail("comes to cluster_barrier after announce_start, before await_start");
-  thread.start = Start::known;
+  threads_[thread_].past_cluster_barrier = true;
   if (cluster_ > 1) pause({kClusterBarrier, 0, nullptr, nullptr, where});  // else, as before sm_90, it does nothing
 }
 
@@ -202,31 +199,9 @@ void Block::collective(const char* what, unsigned mask, void* arguments, Perform
 
 // --- shared memory of other blocks
 
-void Block::announce_start() {
-  Thread& thread = threads_[thread_];
-  if (thread.start != Start::not_announced) fail("calls announce_start, but is past it");
-  thread.start = Start::announced;
-}
-
-// The other blocks need not have done anything: waiting for them, as devices do, would hide that.
-void Block::await_start() {
-  Thread& thread = threads_[thread_];
-  if (thread.start != Start::announced) fail("calls await_start without announce_start before");
-  thread.start = Start::known;
-}
-
-// Threads that differ here would wait for each other in vain.
-void Block::check_starts() const {
-  for (const Thread& thread : threads_) {
-    if (thread.start == Start::announced)
-      fail("(or another of its block) exits after announce_start, before await_start");
-    if (thread.start != threads_[0].start) fail("(or another of its block) did not call announce_start as others did");
-  }
-}
-
 unsigned char* Block::of_block(unsigned char* mine, int rank) {
   if (rank < 0 || rank >= cluster_) fail("of_block: block %d of a cluster of %d", rank, cluster_);
-  if (threads_[thread_].start != Start::known) fail("of_block: block %d of the cluster may not have started", rank);
+  if (!threads_[thread_].past_cluster_barrier) fail("of_block: block %d of the cluster may not have started", rank);
   Block& other = (*all_)[rank];
   if (other.exited()) fail("of_block: block %d of the cluster has exited", rank);
   for (const Piece& piece : pieces_) {

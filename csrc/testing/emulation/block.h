@@ -73,8 +73,6 @@ class Block {
   void copy_commit();
   void copy_wait(int pending);
   unsigned char* shared_memory() { return shared_; }
-  void announce_start();
-  void await_start();
   unsigned char* of_block(unsigned char* mine, int rank);
   void prefetch(const void* from, int bytes) const;
   void hand_out(unsigned char* piece, int64_t bytes);
@@ -96,11 +94,9 @@ class Block {
     const void* from;
     bool valid;
   };
-  // Whether a thread knows that the other blocks of its cluster have started.
-  enum class Start { not_announced, announced, known };
   struct Thread {
     bool exited = false;
-    Start start = Start::not_announced;
+    bool past_cluster_barrier = false;  // before, other blocks of the cluster may not have started
     Wait wait;
     std::vector<Copy> copies;    // not yet arrived, oldest first
     std::vector<size_t> groups;  // where in `copies` each group ends
@@ -114,7 +110,6 @@ class Block {
   static void thread_main();
   void check_waiting();
   void check_reached(int thread, int missing);
-  void check_starts() const;
   void check_red_zones() const;
   void retire();
   void pause(const Wait& wait);

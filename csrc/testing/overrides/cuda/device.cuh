@@ -229,8 +229,7 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 
 // --- shared memory of other blocks of the cluster
 
-inline void announce_start() { block().announce_start(); }
-inline void await_start() { block().await_start(); }
+inline void cluster_barrier_for_shared(Where where = Where::current()) { block().cluster_barrier(where); }
 template <class T>
 T* of_block(T* mine, int rank) {
   return reinterpret_cast<T*>(block().of_block(reinterpret_cast<unsigned char*>(mine), rank));
