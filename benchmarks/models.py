@@ -173,7 +173,9 @@ def run_contenders(run: Run, ready: Prepared, bars: list[Bar], *, quick: bool) -
                 break  # the next capture needs a new process
         else:
             calls[name] = call
-    errors = {name: ready.expected.check(name, calls[name], run.batch) for name in calls if name not in (UNCOMPRESSED, TOME)}
+    errors = {
+        name: ready.expected.check(name, calls[name], run.batch) for name in calls if name not in (UNCOMPRESSED, TOME)
+    }
     record: dict[str, Any] = {"rounds": 0, "seconds": {}, "speed_up": {}, "ratio": {}}
     if calls:
         limit = 20 if images.is_cuda else 300

@@ -26,8 +26,8 @@ ON_A_GPU = {
     "`masked_attention` 3 times as fast as eager in a third of its memory; the bandwidth that the others reach",
     "cuda_ops": "`gpu.sh operators`: the operators of the search step in float32",
     "cuda_models_bfloat16": "`gpu.sh models`: realised gains of 1.05 (aim: 1.15) of DeiT-S 2.9 G, DeiT-B 11.5 G, "
-    "ViT-L 42.3 G and ViT-H 103.4 G at batch 256, of 1.0 where torch.compile compiles both; at batch 1 and 32 no slower "
-    "than uncompressed as CUDA graphs, at batch 1 at most 15 % slower without",
+    "ViT-L 42.3 G and ViT-H 103.4 G at batch 256, of 1.0 where torch.compile compiles both; at batch 1 and 32 no "
+    "slower than uncompressed as CUDA graphs, at batch 1 at most 15 % slower without",
     "cuda_models": "`gpu.sh models`: DeiT-S in float32",
     "cuda_search": "`gpu.sh search`: the search step, and its capture in a CUDA graph",
 }

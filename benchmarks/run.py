@@ -138,7 +138,9 @@ def operator_jobs(settings: Settings, operators: list[str] | None, with_bars: bo
             yield {"operator": case.operator, "case": case.label}, partial(run_case, case, settings, ceilings)
 
 
-def model_jobs(device: torch.device, dtype: torch.dtype, quick: bool, compile_models: bool, with_bars: bool) -> Iterator[Job]:
+def model_jobs(
+    device: torch.device, dtype: torch.dtype, quick: bool, compile_models: bool, with_bars: bool
+) -> Iterator[Job]:
     from models import plan, run_model
 
     for run in plan(device, dtype, quick=quick, compile_models=compile_models):

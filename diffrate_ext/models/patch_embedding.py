@@ -1,7 +1,7 @@
 """Patch embedding as a matrix product.
 
-A convolution whose stride equals its kernel cuts the image into tiles and multiplies each with one matrix. Libraries for
-convolutions miss this: cuDNN takes ten times as long as the product, and changes the memory layout twice.
+A convolution whose stride equals its kernel cuts the image into tiles and multiplies each with one matrix. Libraries of
+convolutions miss this: cuDNN takes ten times as long, and changes the memory layout twice.
 """
 
 from __future__ import annotations

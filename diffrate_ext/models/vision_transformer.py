@@ -322,7 +322,7 @@ class VisionTransformerAdapter(Adapter):
 
     @property
     def patch_convolutions(self) -> list[nn.Module]:
-        projection = getattr(self.model.patch_embed, "proj", None)
+        projection: Any = getattr(self.model.patch_embed, "proj", None)
         return [projection] if is_tiled(projection) else []
 
     def observe(self, images: Tensor, observe: Observer) -> None:

@@ -71,7 +71,8 @@ def test_usage(checkout: Path, arguments: tuple[str, ...]) -> None:
     if arguments != ("--output",):
         assert printed.startswith("usage: sh benchmarks/gpu.sh [--resume] [--output FOLDER] STAGE...\n")
         assert all(
-            f"\n  {stage} " in printed for stage in ("build", "test", "sanitize", "operators", "models", "search", "bars", "tune")
+            f"\n  {stage} " in printed
+            for stage in ("build", "test", "sanitize", "operators", "models", "search", "bars", "tune")
         )
         assert printed.endswith("CUDA toolkit.\n")
     assert not (checkout / "benchmarks" / "results").exists()
