@@ -37,9 +37,9 @@ inline constexpr Choice kChoices[] = {
     {"rows-8", {Plan::Kernel::rows, 8, Reading::few_images}, 2},
     {"rows-4", {Plan::Kernel::rows, 4, Reading::few_images}, 2},
     {"rows-2", {Plan::Kernel::rows, 2, Reading::few_images}, 3},
-    {"rows-1", {Plan::Kernel::rows, 1, Reading::few_images}, 3},
+    {"rows-2-paired", {Plan::Kernel::rows, 2, Reading::many_images}, 6},
     {"rows-1-paired", {Plan::Kernel::rows, 1, Reading::many_images}, kAnyNumber},
-    {"rows-2-paired", {Plan::Kernel::rows, 2, Reading::many_images}, kOnlyByName},
+    {"rows-1", {Plan::Kernel::rows, 1, Reading::few_images}, kOnlyByName},
     {"rows-4-paired", {Plan::Kernel::rows, 4, Reading::many_images}, kOnlyByName},
 };
 

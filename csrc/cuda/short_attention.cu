@@ -31,21 +31,20 @@ struct Form {
 };
 
 constexpr Rule kRules32[] = {{512, 0}};
-constexpr Rule kRules64[] = {{112, 5}, {144, 4}, {160, 6}, {176, 4}, {240, 2}, {368, 7}};
-constexpr Rule kRules80[] = {{208, 1}, {288, 3}};
+constexpr Rule kRules64[] = {{80, 2}, {112, 0}, {144, 1}, {160, 2}, {176, 3}, {240, 4}, {368, 5}};
+constexpr Rule kRules80[] = {{176, 2}, {208, 0}, {304, 1}};
 constexpr Rule kRules128[] = {{112, 0}, {160, 1}};
 constexpr Form kForms[] = {
     {32, kShortVariants<32>, kRules32, 0},
-    {64, kShortVariants<64>, kRules64, 7},
-    {80, kShortVariants<80>, kRules80, 1},
+    {64, kShortVariants<64>, kRules64, 1},
+    {80, kShortVariants<80>, kRules80, 0},
     {128, kShortVariants<128>, kRules128, 0},
 };
 
 std::string name_of(const ShortVariant& v) {
-  const char* softmax[] = {"checked", "added", "multiplied"};
   char text[80];
   snprintf(text, sizeof text, "t%d-c%d-w%d-b%d-%s-%s", v.tiles, v.keys, v.warps, v.blocks,
-           v.swizzled ? "swizzled" : "padded", softmax[static_cast<int>(v.softmax)]);
+           v.swizzled ? "swizzled" : "padded", v.tensor_sums ? "multiplied" : "added");
   return text;
 }
 

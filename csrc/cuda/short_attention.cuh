@@ -186,9 +186,6 @@ struct ShortPass {
     Logits<kTiles, kKeys> s;
     score<kKeys>(queries, first, s);
     if (has_class_row) write_class_logits<kKeys>(first, s[0]);
-    if constexpr (C::kChecked) {
-      if (any_exceeds<kKeys>(s, rows)) raise_base<kKeys>(first, s, rows);
-    }
     Weights<kTiles, kKeys> weights;
     weigh<kKeys>(s, rows, weights);
     accumulate<kKeys>(first, weights, rows);
@@ -247,14 +244,6 @@ struct ShortPass {
     }
     __device__ __forceinline__ float operator()(float logit, int r, int h) const { return logit * scale + shift[r][h]; }
   };
-
-  template <int kKeys, int kTiles>
-  __device__ __forceinline__ bool any_exceeds(const Logits<kTiles, kKeys>& s, const ShortRows<C, kTiles>& rows) const {
-    const Exponent<kTiles> exponent(a.scale, rows);
-    bool exceeds = false;
-    for_rows<kTiles>([&](int r, int h) { exceeds |= exponent(highest<kKeys>(s[r], h), r, h) > kShortSlack; });
-    return __ballot_sync(kAllLanes, exceeds) != 0;
-  }
 
   // From logits to weights, by the base that there is.
   template <int kKeys, int kTiles>
@@ -413,7 +402,7 @@ struct ShortPass {
 #pragma unroll 1
         for (; has_keys(first, 16); first += 16) attend<16>(queries, first, has_class_row, rows);
       }
-      if (!C::kChecked && careful < padded && !all_trusted(rows)) continue;  // once more
+      if (careful < padded && !all_trusted(rows)) continue;  // once more
       if (has_class_row) write_class_row();
       write_out<kTiles>(group, rows);
       return;

@@ -26,24 +26,20 @@ struct SharedRows {
   }
 };
 
-// How far a logit may exceed the base before it moves, where that is checked: a power of two, no loss in either format.
-constexpr float kShortSlack = 8;
-
 template <class T_, int kDepth_, ShortVariant kVariant_>
 struct ShortConfig {
   using T = T_;
   static constexpr int kDepth = kDepth_;
   static constexpr ShortVariant kVariant = kVariant_;
-  static constexpr bool kChecked = kVariant.softmax == Softmax::checked;
-  static constexpr bool kTensorSums = kVariant.softmax == Softmax::multiplied;
+  static constexpr bool kTensorSums = kVariant.tensor_sums;
 
   using Rows = SharedRows<kDepth, kVariant.swizzled>;
   static constexpr int kSteps = kDepth / 16;
   static constexpr int kStage = 16 * Rows::kStride;  // bytes
 
   static constexpr bool kHalf = std::is_same_v<T, __half>;
-  // The largest sum of exponentials that is trusted where nothing was checked: in half precision no weight is infinite
-  // then, and else values have room, for 2^64 times as much is still a float.
+  // The largest sum of exponentials that is trusted: in half precision no weight is infinite then, and else values have
+  // room, for 2^64 times as much is still a float.
   static constexpr float kTrustedSum = kHalf ? 0x1p15f : 0x1p64f;
   static constexpr uint32_t kOnes = kHalf ? 0x3c003c00 : 0x3f803f80;  // a pair
 };

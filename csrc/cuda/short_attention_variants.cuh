@@ -10,62 +10,39 @@
 
 namespace diffrate::cuda {
 
-// What becomes of a chunk's logits.
-enum class Softmax {
-  checked,     // the largest are compared with the base, which may move; exponentials are added up
-  added,       // exponentials, added up; whether the base was good shows at the end
-  multiplied,  // the same, but the tensor cores add up what they multiply by: one more column of ones
-};
-
 struct ShortVariant {
-  int tiles;      // of 16 rows that a warp works on at once
-  int keys;       // that it works on at once
-  int warps;      // of a block, at most
-  int blocks;     // that a multiprocessor must hold: with `warps` it says how many registers there are
-  bool swizzled;  // rows of shared memory: chunks permuted, or padding between them
-  Softmax softmax;
+  int tiles;         // of 16 rows that a warp works on at once
+  int keys;          // that it works on at once
+  int warps;         // of a block, at most
+  int blocks;        // that a multiprocessor must hold: with `warps` it says how many registers there are
+  bool swizzled;     // rows of shared memory: chunks permuted, or padding between them
+  bool tensor_sums;  // the tensor cores add up the exponentials, with a column of ones; else additions do
 
   bool operator==(const ShortVariant&) const = default;
 };
 
-// Microseconds are of an H200, bf16, B = 256, H = 12, or 16 where D = 80, with sizes. "was": as a prototype, which kept
-// the next rows' queries in registers and gave the uneven rest of the rows always to the same warps.
-//
-// Predictions. A logit costs a lane 4.5 instructions in `checked` (multiply-add, exponential, maximum, addition, half a
-// conversion), 3.5 in `added` and 2.5 in `multiplied`, and 2.5 more are shared by all (2 of them matrix products, of
-// which `multiplied` has 1/16 more): 14 % and 29 % less to issue. As issuing, the tensor cores (58 us of 172 at N =
-// 197) and the exponentials (36) take turns rather than overlap, that is some 8 % and 15 % of the time. Besides,
-// nothing waits for a vote: the first products with values start while other exponentials are under way. The rest of
-// the rows by turns: N = 197 has 13 tiles for 4 warps, 4 + 4 + 3 + 2, so that two of four schedulers had 8 of 13 tiles:
-// 10 %.
+// Beside each: what it serves best, in microseconds on an H200 in bfloat16 with sizes and the class token's attention,
+// at B = 256 and H = 12, or 16 where D = 80, unless said otherwise. Bytes alone take 74 at N = 197, 160 at N = 257.
+// Tried and left: a running maximum that is compared with each chunk (202 at N = 197, 106 at N = 130, 658 at N = 257).
 template <int kDepth>
 inline constexpr auto kShortVariants = std::to_array<ShortVariant>({
-    {1, 32, 4, 3, true, Softmax::multiplied},
-    {1, 32, 6, 2, true, Softmax::multiplied},
+    {1, 32, 4, 3, true, true},
+    {1, 32, 6, 2, true, true},
 });
 template <>
 inline constexpr auto kShortVariants<64> = std::to_array<ShortVariant>({
-    {2, 32, 4, 3, false, Softmax::checked},     // was 172 at N = 197
-    {2, 32, 4, 3, false, Softmax::added},       // 150
-    {2, 32, 4, 3, false, Softmax::multiplied},  // 140
-    {1, 32, 4, 4, true, Softmax::checked},      // was 133 at N = 168, 100 at N = 130
-    {1, 32, 4, 4, true, Softmax::multiplied},   // 115, 90
-    {1, 32, 5, 3, true, Softmax::multiplied},   // with `checked` was 68 at N = 100: 62
-    {1, 32, 9, 2, true, Softmax::multiplied},   // with `checked` was 112 at N = 156, 35 at N = 64: 105, 33
-    {1, 64, 6, 2, true, Softmax::multiplied},   // with `checked` was 6.7 at B = 1
-    {1, 32, 7, 2, false, Softmax::multiplied},  // with `checked` was 185 at N = 197, 148 at N = 168: 150, 125
-    {2, 32, 4, 3, true, Softmax::multiplied},
-    {1, 32, 4, 4, true, Softmax::added},
-    {1, 64, 4, 3, true, Softmax::multiplied},
+    {1, 32, 5, 3, true, true},    // N = 100: 73
+    {1, 32, 7, 2, false, true},   // N = 130: 101, and 18.7 at B = 32; 8.3 at B = 1, N = 197
+    {1, 32, 9, 2, true, true},    // N = 156: 114, N = 64: 40
+    {1, 32, 4, 4, true, true},    // N = 168: 136
+    {2, 32, 4, 3, false, false},  // N = 197: 167, and 30.7 at B = 32
+    {1, 64, 6, 2, true, true},    // not measured where it serves
 });
 template <>
 inline constexpr auto kShortVariants<80> = std::to_array<ShortVariant>({
-    {1, 32, 7, 2, false, Softmax::checked},     // was 288 at N = 200, 179 at N = 160
-    {1, 32, 7, 2, false, Softmax::multiplied},  // 255, 160
-    {1, 64, 6, 2, true, Softmax::checked},      // was 440 at N = 257
-    {1, 64, 6, 2, true, Softmax::multiplied},   // 390
-    {1, 32, 9, 2, true, Softmax::multiplied},   // with `checked` was 454 at N = 257: 400
-    {1, 32, 5, 3, true, Softmax::multiplied},
+    {1, 32, 7, 2, false, true},  // N = 160: 183, N = 200: 280; 11.4 at B = 1, N = 257
+    {1, 64, 6, 2, true, true},   // N = 257: 415
+    {1, 32, 5, 3, true, true},   // N = 160: 176
 });
 
 // Heads whose tokens are so near each other that an offset is one multiplication.

@@ -210,7 +210,7 @@ void test_choices() {
                           {16, "channels-4", "rows-4"},
                           {32, "channels-2", "rows-2"},
                           {64, "rows-2", "rows-2"},
-                          {128, "rows-1", "rows-1"},
+                          {128, "rows-2-paired", "rows-2-paired"},
                           {256, "rows-1-paired", "rows-1-paired"}};
   for (const Expected& expected : all) {
     check(chosen(expected.images, true) == expected.channels, "plan of " + std::to_string(expected.images) + " images");

@@ -198,7 +198,7 @@ void test_choice() {
   for (const char* nonsense : {"nonsense", "99", "-1", "0x"}) {
     ask_for(nonsense);
     const char* error = choice<bf16>(1, 1, 5, 64).error;
-    check(error != nullptr && std::strstr(error, "must be one of streaming, t2-c32") != nullptr, "an unknown variant");
+    check(error != nullptr && std::strstr(error, "must be one of streaming, t1-c32") != nullptr, "an unknown variant");
   }
   ask_for("0");
   const char* error = choice<bf16>(1, 1, 1000, 64).error;

@@ -59,10 +59,12 @@ def gradient_terms(case: AttentionCase, inputs: list[Tensor | None]) -> tuple[Te
     assert v is not None
     assert gradient is not None
     attn = attention_map(case, q, k, size)
+    exponents = (q @ k.transpose(-1, -2) * case.logit_scale).abs()  # a weight moves by as much as its logit is rounded
+    rounded = attn * (1 + exponents + exponents.amax(-1, keepdim=True))
     q, k, v, gradient = q.abs(), k.abs(), v.abs(), gradient.abs()
     delta = (gradient * (attn @ v)).sum(-1, keepdim=True)
     logits = attn * (gradient @ v.transpose(-1, -2) + delta) * abs(case.logit_scale)
-    return logits @ k, logits.transpose(-1, -2) @ q, attn.transpose(-1, -2) @ gradient
+    return logits @ k, logits.transpose(-1, -2) @ q, rounded.transpose(-1, -2) @ gradient
 
 
 @given(case=attention_cases(least_prefix=1))
