@@ -29,6 +29,8 @@ ON_A_GPU = {
     "ViT-L 42.3 G and ViT-H 103.4 G at batch 256, of 1.0 where torch.compile compiles both; at batch 1 and 32 no "
     "slower than uncompressed as CUDA graphs, at batch 1 at most 15 % slower without",
     "cuda_models": "`gpu.sh models`: DeiT-S in float32",
+    "cuda_tune_attention": "`gpu.sh tune`: every variant of the attention kernel for short sequences",
+    "cuda_tune_prune_merge": "`gpu.sh tune`: every plan of `prune_merge`",
     "cuda_search": "`gpu.sh search`: the search step, and its capture in a CUDA graph",
 }
 """What only a GPU can tell, by the page that says it. Pages without a JSON file sum up in their first line."""
