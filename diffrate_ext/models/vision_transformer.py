@@ -89,10 +89,10 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
     def _pos_embed(self, x: Tensor) -> Tensor:
         """As timm's, which writes all tokens twice: once beside the prefix, once with their positions."""
         in_one_pass = (
-            x.shape[0] >= _BATCH_FOR_ONE_PASS
+            not (torch.compiler.is_compiling() or self.training or torch.is_grad_enabled())
+            and x.shape[0] >= _BATCH_FOR_ONE_PASS
             and self.num_prefix_tokens > 0
             and original_class(self)._pos_embed in _ADDS_POSITIONS
-            and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         )
         if not in_one_pass:
             return super()._pos_embed(x)

@@ -107,7 +107,7 @@ def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """torch's fused attention, around two faults that torch 2.11 has with gradients on CUDA."""
-    if q.numel() == 0:  # None comes back
+    if not torch.compiler.is_compiling() and q.numel() == 0:  # None comes back
         return (q @ k.transpose(-2, -1)).softmax(-1) @ v
     if scale < 0:  # gradients become NaN
         q, scale = -q, -scale
