@@ -40,6 +40,8 @@ def compress(model: Model, schedule: Schedule, *, linear_patch_embedding: bool =
     """
     if not isinstance(schedule, Schedule):
         raise InputTypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
+    if not isinstance(linear_patch_embedding, bool):
+        raise InputTypeError(f"linear_patch_embedding must be a bool, got {type(linear_patch_embedding).__name__}")
     adapter = adapter_for(model)
     parts = zip(adapter.stages, adapter.kept_numbers(schedule), strict=True)
     plans = [DropPlan(adapter.rules, stage.tokens, kept, stage.fewest) for stage, kept in parts]

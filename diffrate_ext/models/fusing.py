@@ -30,6 +30,7 @@ def fusable_norm(norm: nn.Module, *inputs: Tensor) -> Norm | None:
         or nn_module._has_any_global_hook()
         or norm.normalized_shape != inputs[0].shape[-1:]
         or any(tensor.dtype != weight.dtype or tensor.device != weight.device for tensor in tensors)
+        or weight.is_meta
         or torch.is_autocast_enabled(weight.device.type)
         or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     ):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._call import in_transform
 from .classes import CompressedModule, original_class
 
 
@@ -18,6 +20,8 @@ class TiledConvolution(CompressedModule, nn.Conv2d):
     """A Conv2d of which :func:`is_tiled` is true, as a matrix product."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            return super().forward(x)  # whose error says what is wrong
         rows, columns = self.kernel_size
         # as a convolution does it: what does not fill a tile is left out
         tiles_down, tiles_across = x.shape[-2] // rows, x.shape[-1] // columns
@@ -37,3 +41,8 @@ def is_tiled(module: Any) -> bool:
         and module.padding in (0, (0, 0), "valid")
         and module.groups == 1
     )
+
+
+def is_traced() -> bool:
+    """Whether a compiler, a trace or a transform of torch.func looks on: to them the number of images is open."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform()

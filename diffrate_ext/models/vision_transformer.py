@@ -23,7 +23,7 @@ from ..schedule import Schedule
 from .adapter import Adapter, Stage, TokenRules, count_weights
 from .classes import CompressedModule, has_forward_of, original_class, unwrapped
 from .compressed import NO_STEP, Observer, Plan, Step, packed_attention, run_blocks
-from .patch_embedding import is_tiled
+from .patch_embedding import is_tiled, is_traced
 
 _POOLS_CLASS_TOKEN = ("token", "")
 _POOLS_WITHOUT_SIZES = (*_POOLS_CLASS_TOKEN, "max")
@@ -89,7 +89,8 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
     def _pos_embed(self, x: Tensor) -> Tensor:
         """As timm's, which writes all tokens twice: once beside the prefix, once with their positions."""
         in_one_pass = (
-            not (torch.compiler.is_compiling() or self.training or torch.is_grad_enabled())
+            not (self.training or torch.is_grad_enabled() or is_traced())
+            and not (self.pos_drop._forward_hooks or self.pos_drop._forward_pre_hooks)
             and x.shape[0] >= _BATCH_FOR_ONE_PASS
             and self.num_prefix_tokens > 0
             and original_class(self)._pos_embed in _ADDS_POSITIONS

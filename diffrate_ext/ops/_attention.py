@@ -27,7 +27,7 @@ def check_queries(
     prefix = check_prefix(prefix, q.shape[2])
     if size is not None:
         size = constant(check_wide_vector("size", size, q, "q", (q.shape[0], q.shape[2])))
-    if scale is not None and not isinstance(scale, (int, float)):
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
         raise InputTypeError(f"scale must be a number, got {type(scale).__name__}")
     return size, float(q.shape[3] ** -0.5 if scale is None else scale), prefix
 

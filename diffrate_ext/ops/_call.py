@@ -30,4 +30,12 @@ def call(operator: Any, arguments: tuple, *differentiable: Tensor | None) -> Any
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    """Whether a gradient is wanted of one of the tensors, or may be: a transform's tensors do not tell."""
+    if not torch.is_grad_enabled():
+        return False
+    return in_transform() or any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func, such as vmap, runs."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None

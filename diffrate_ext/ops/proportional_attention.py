@@ -56,10 +56,13 @@ def proportional_attention(
             operator = torch.ops.diffrate.proportional_attention.default
             out, importance = call(operator, (*arguments, "none" if importance_from is None else importance_from))
             return out, None if importance_from is None else importance
-    except REFUSED:
-        _check(q, k, v, size, scale, prefix, importance_from)
-        raise
+    except REFUSED as error:
+        refused: Exception | None = error
+    else:
+        refused = None
     size, scale, prefix = _check(q, k, v, size, scale, prefix, importance_from)
+    if refused is not None:
+        raise refused
     out = _fused_attention(q, k, v, _key_bias(size, q), scale)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as it mostly is: a copy only if torch followed q's layout
     if importance_from is None:

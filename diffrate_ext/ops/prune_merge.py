@@ -135,10 +135,12 @@ def prune_merge(
     try:
         if _are_plain(x, attn, k_p, k_m, size, prefix, residual, norm):
             return _run(arguments, norm)
-    except REFUSED:
-        _check(*arguments, norm)
-        raise
-    return _run(_check(*arguments, norm), norm)
+    except REFUSED as error:
+        refused = error
+    else:
+        return _run(_check(*arguments, norm), norm)
+    _check(*arguments, norm)
+    raise refused
 
 
 def _run(arguments: tuple, norm: Norm | None) -> MergedTokens | NormalizedTokens:
@@ -146,6 +148,7 @@ def _run(arguments: tuple, norm: Norm | None) -> MergedTokens | NormalizedTokens
     if norm is None:
         return MergedTokens(*call(torch.ops.diffrate.prune_merge.default, arguments, x, residual))
     if needs_gradient(x, residual, *norm[:2]):
+        _check_norm(norm, x)
         merged = MergedTokens(*torch.ops.diffrate.prune_merge(*arguments))
         normalized = F.layer_norm(merged.x, (x.shape[2],), *norm)
         return NormalizedTokens(*merged, normalized.to(x.dtype))  # under autocast it is float32
@@ -171,7 +174,7 @@ def _are_plain(
         and not attn.requires_grad
         and (size is None or size.dtype == wide_dtype(x))
         and (residual is None or residual.dtype == x.dtype)
-        and (norm is None or (type(norm) is Norm and type(norm.eps) is float))
+        and (norm is None or (type(norm) is Norm and norm.weight is not None and type(norm.eps) is float))
     )
 
 

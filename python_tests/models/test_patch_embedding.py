@@ -10,7 +10,7 @@ import torch
 from compare import assert_within
 from torch import Tensor, nn
 
-from diffrate_ext import Schedule, compress, restore
+from diffrate_ext import InputTypeError, Schedule, compress, restore
 from diffrate_ext.models.patch_embedding import TiledConvolution, is_tiled
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -142,3 +142,47 @@ def test_pixels_that_fill_no_tile_are_left_out() -> None:
     expected = convolution(images)
     convolution.__class__ = TiledConvolution
     assert_within("output", convolution(images), expected, 1e-5)
+
+
+def test_hooks_on_the_dropout_see_all_images() -> None:
+    model: Any = tiny()
+    compress(model, keeping_all(model))
+    shapes = []
+    model.pos_drop.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    with torch.no_grad():
+        model(torch.randn(9, 3, 32, 32))
+    assert shapes == [(9, 17, 24)]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:There is a performance drop")
+def test_many_images_traced_and_mapped() -> None:
+    model: Any = tiny()
+    compress(model, keeping_all(model))
+    images = torch.randn(10, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+        traced = torch.jit.trace(model, images, check_trace=False)
+        assert_within("traced", traced(images[:3]), expected[:3], 1e-4)
+        mapped = torch.func.vmap(model)(images.expand(2, -1, -1, -1, -1))
+        assert_within("mapped", mapped[1], expected, 1e-4)
+
+
+def test_wrong_channels_are_told_as_by_the_convolution() -> None:
+    model: Any = tiny()
+    compress(model, keeping_all(model))
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels"):
+        model(torch.randn(1, 4, 32, 32))
+
+
+def test_the_switch_is_a_bool() -> None:
+    model: Any = tiny()
+    with pytest.raises(InputTypeError, match="linear_patch_embedding must be a bool, got str"):
+        compress(model, keeping_all(model), linear_patch_embedding="no")  # type: ignore[arg-type]
+
+
+def test_a_model_on_the_meta_device() -> None:
+    model: Any = tiny()
+    tokens = model.patch_embed.num_patches + 1
+    compress(model, Schedule([tokens, tokens - 2], [tokens, tokens - 4], prefix=1)).to("meta")
+    with torch.no_grad():
+        assert model(torch.empty(9, 3, 32, 32, device="meta")).shape == (9, 5)

@@ -9,7 +9,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from compare import assert_as_accurate_as_eager, assert_same
+from compare import assert_as_accurate_as_eager, assert_same, assert_within
 from hypothesis import example, given
 from match_checks import check_matches
 from oracles import sorted_positions
@@ -476,3 +476,21 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
 def test_the_operator_checks_for_itself(changes: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match="diffrate: "):
         torch.ops.diffrate.prune_merge(**{**GOOD, **changes})
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_gradients_under_vmap(with_norm: bool) -> None:
+    """A transform's tensors do not tell that a gradient is wanted of them."""
+    x = torch.randn(3, 2, 17, 8, dtype=torch.float64, requires_grad=True)
+    importance = torch.rand(3, 2, 16, dtype=torch.float64)
+    norm = ops.Norm(torch.rand(8, dtype=torch.float64)) if with_norm else None
+
+    def result(operator: Any, x: Tensor, importance: Tensor) -> Tensor:
+        found = operator(x, importance, 12, 8, norm=norm)
+        return found[-1] if with_norm else found[0]
+
+    mapped = torch.func.vmap(lambda x, importance: result(ops.prune_merge, x, importance))(x, importance)
+    (actual,) = torch.autograd.grad(mapped.square().sum(), x)
+    one_by_one = torch.stack([result(reference.prune_merge, *pair) for pair in zip(x, importance, strict=True)])
+    (expected,) = torch.autograd.grad(one_by_one.square().sum(), x)
+    assert_within("gradient", actual, expected, 1e-9)

@@ -216,9 +216,12 @@ ONES = torch.ones(3)
         (ops.Norm(ONES, ONES, True), InputTypeError, "norm.eps must be a float, got bool"),
     ],
 )
-def test_errors(norm: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        ops.prune_merge(X, torch.zeros(2, 5), 5, 3, norm=norm)
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_errors(norm: Any, error: type[Exception], message: str, with_gradient: bool) -> None:
+    x = X.clone().requires_grad_(with_gradient)
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        ops.prune_merge(x, torch.zeros(2, 5), 5, 3, norm=norm)
+    assert caught.value.__context__ is None  # no terse error of the operator before it
 
 
 @pytest.mark.parametrize(
