@@ -92,7 +92,7 @@ def test_only_the_stable_abi_is_needed(symbols: list[Symbol]) -> None:
 def test_the_stable_abi_is_used(symbols: list[Symbol]) -> None:
     """The list is not empty by mistake."""
     names = {symbol.bare for symbol in symbols}
-    assert {"aoti_torch_library_def", "torch_parallel_for", "malloc"} <= names
+    assert {"aoti_torch_library_def", "torch_parallel_for", "free"} <= names
 
 
 def hard_references_to_cuda(symbols: list[Symbol]) -> list[str]:
