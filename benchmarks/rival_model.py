@@ -48,7 +48,7 @@ class EagerCompressed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         model: Any = self.model
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        x = embed(model, images)
         size: Tensor | None = None
         for block, (k_p, k_m) in zip(model.blocks, self.kept_numbers, strict=True):
             attended, importance = self.attend(block.attn, block.norm1(x), size)
@@ -56,7 +56,7 @@ class EagerCompressed(nn.Module):
             if k_m < x.shape[1]:
                 x, size, _ = self.prune_merge(x, importance, k_p, k_m, size, prefix=self.prefix)
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        return self.classify(model.norm(x), size)
+        return classify(model, model.norm(x), size)
 
     def attend(self, attn: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
         batch, tokens, _ = x.shape
@@ -68,20 +68,27 @@ class EagerCompressed(nn.Module):
         assert importance is not None
         return attn.proj(out.transpose(1, 2).reshape(batch, tokens, -1)), importance
 
-    def classify(self, x: Tensor, size: Tensor | None) -> Tensor:
-        model: Any = self.model
-        if model.global_pool == "token":
-            pooled = x[:, 0]
-        elif model.global_pool == "avg":
-            patches = x[:, self.prefix :]
-            if size is None:
-                pooled = patches.mean(1)
-            else:
-                weight = size[:, self.prefix :, None].to(x.dtype)
-                pooled = (patches * weight).sum(1) / weight.sum(1)
+
+def embed(model: Any, images: Tensor) -> Tensor:
+    """Images to the tokens that enter the first block (B, N, C)."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+
+def classify(model: Any, x: Tensor, size: Tensor | None) -> Tensor:
+    """Tokens (B, K, C), normalised, and their sizes (B, K) to logits."""
+    if model.global_pool == "token":
+        pooled = x[:, 0]
+    elif model.global_pool == "avg":
+        prefix = model.num_prefix_tokens
+        patches = x[:, prefix:]
+        if size is None:
+            pooled = patches.mean(1)
         else:
-            raise ValueError(f"the eager rival pools 'token' or 'avg', not {model.global_pool!r}")
-        return model.head(model.head_drop(model.fc_norm(pooled)))
+            weight = size[:, prefix:, None].to(x.dtype)
+            pooled = (patches * weight).sum(1) / weight.sum(1)
+    else:
+        raise ValueError(f"the rival pools 'token' or 'avg', not {model.global_pool!r}")
+    return model.head(model.head_drop(model.fc_norm(pooled)))
 
 
 def compress_eager(model: nn.Module, schedule: Schedule) -> EagerCompressed:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rival_model import classify, embed
 from torch import Tensor, nn
 
 from diffrate_ext import Schedule, flops
@@ -21,21 +22,14 @@ class ToMe(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         model = self.model
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        x = embed(model, images)
         size: Tensor | None = None
         for block in model.blocks:
             attended, keys = self.attend(block.attn, block.norm1(x), size)
             x = x + block.drop_path1(block.ls1(attended))
             x, size = merge(x, keys, size, self.r)
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        x = model.norm(x)
-        if model.global_pool == "token":
-            pooled = x[:, 0]
-        elif size is None:
-            pooled = x[:, 1:].mean(1)
-        else:
-            pooled = (x * size)[:, 1:].sum(1) / size[:, 1:].sum(1)
-        return model.head(model.head_drop(model.fc_norm(pooled)))
+        return classify(model, model.norm(x), None if size is None else size[..., 0])
 
     def attend(self, attn: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
         """The branch (B, N, C), and the mean of the keys over heads (B, N, D)."""

@@ -1,10 +1,11 @@
-"""Training and evaluation mode, for a while."""
+"""Evaluation mode for a while, and who looks on while the code runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -19,3 +20,13 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func, such as vmap, runs."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+
+
+def is_traced() -> bool:
+    """Whether a compiler, a trace or a transform of torch.func looks on: to them the number of images is open."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform()

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._call import in_transform
 from .classes import CompressedModule, original_class
 
 
@@ -41,8 +39,3 @@ def is_tiled(module: Any) -> bool:
         and module.padding in (0, (0, 0), "valid")
         and module.groups == 1
     )
-
-
-def is_traced() -> bool:
-    """Whether a compiler, a trace or a transform of torch.func looks on: to them the number of images is open."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform()

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from .. import ops
 from ..costs import BlockCost, ModelCost, StageCost
 from ..errors import InputTypeError, InputValueError
+from ..modes import is_traced
 from ..numeric import TINY, wide_dtype
 from ..schedule import Schedule
 from .adapter import Adapter, Stage, TokenRules, count_weights
 from .classes import CompressedModule, has_forward_of, original_class, unwrapped
 from .compressed import NO_STEP, Observer, Plan, Step, packed_attention, run_blocks
-from .patch_embedding import is_tiled, is_traced
+from .patch_embedding import is_tiled
 
 _POOLS_CLASS_TOKEN = ("token", "")
 _POOLS_WITHOUT_SIZES = (*_POOLS_CLASS_TOKEN, "max")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modes import in_transform
+
 REFUSED = (RuntimeError, TypeError, AttributeError)
 """What an operator, or the way to it, raises for a wrong argument."""
 
@@ -34,8 +36,3 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     return in_transform() or any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def in_transform() -> bool:
-    """Whether a transform of torch.func, such as vmap, runs."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None

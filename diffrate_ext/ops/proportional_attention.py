@@ -48,6 +48,7 @@ def proportional_attention(
     Raises:
         InputValueError, InputTypeError: an argument has another shape, dtype or device.
     """
+    refused: Exception | None = None
     try:
         if _has_kernel(q, k, v):
             if not _are_plain(size, scale, prefix, importance_from):
@@ -57,9 +58,7 @@ def proportional_attention(
             out, importance = call(operator, (*arguments, "none" if importance_from is None else importance_from))
             return out, None if importance_from is None else importance
     except REFUSED as error:
-        refused: Exception | None = error
-    else:
-        refused = None
+        refused = error
     size, scale, prefix = _check(q, k, v, size, scale, prefix, importance_from)
     if refused is not None:
         raise refused

@@ -132,15 +132,16 @@ def prune_merge(
         InputValueError, InputTypeError: an argument has another shape, dtype or device, or the kept numbers do not fit.
     """
     arguments = (x, attn, k_p, k_m, size, prefix, importance_from, mean_rule, size_rule, residual)
+    refused: Exception | None = None
     try:
         if _are_plain(x, attn, k_p, k_m, size, prefix, residual, norm):
             return _run(arguments, norm)
     except REFUSED as error:
         refused = error
-    else:
-        return _run(_check(*arguments, norm), norm)
-    _check(*arguments, norm)
-    raise refused
+    checked = _check(*arguments, norm)
+    if refused is not None:
+        raise refused
+    return _run(checked, norm)
 
 
 def _run(arguments: tuple, norm: Norm | None) -> MergedTokens | NormalizedTokens:
