@@ -23,6 +23,7 @@ from report import RESULTS, Record, Results, bars_table, page, rewrite
 OPERATORS = (
     "sort_tokens",
     "prune_merge",
+    "add_norm",
     "merge_reduce",
     "class_attention",
     "received_attention",

@@ -52,6 +52,7 @@ def cases(
             return ops.prune_merge(x, importance, k_p, k_m, size, residual=residual, norm=norm)
 
     yield "prune_merge, with a norm", normalized
+    yield "add_norm", lambda: ops.add_norm(x.detach(), residual.detach(), norm)
     weighted: dict[str, Any] = {"mean_rule": "weighted", "size_rule": "sum"}
     yield "prune_merge, weighted", lambda: ops.prune_merge(x, rand(IMAGES, HEADS, tokens), k_p, k_m, size, **weighted)
     yield "merge_reduce", lambda: ops.merge_reduce(x, dst, k_m)

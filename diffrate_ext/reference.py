@@ -114,6 +114,12 @@ def prune_merge(
     return (out, merged_size, slot) if norm is None else (out, merged_size, slot, layer_norm(out, *norm))
 
 
+def add_norm(x: Tensor, residual: Tensor, norm: tuple[Tensor, Tensor | None, float]) -> tuple[Tensor, Tensor]:
+    """The sum of two tensors, and its layer normalization."""
+    x = x + residual
+    return x, layer_norm(x, *norm)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer normalization over the channels of the tokens, as they were rounded to their dtype."""
     wide = x.to(wide_dtype(x))

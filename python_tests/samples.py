@@ -98,6 +98,12 @@ def _samples() -> list[Sample]:
             4,
         ),
         Sample(
+            "add_norm",
+            lambda x, residual, weight, bias: ops.add_norm(x, residual, ops.Norm(weight, bias)),
+            lambda images: (_tensor(images, 17, 8), _tensor(images, 17, 8, seed=1), _positive(8), _tensor(8)),
+            4,
+        ),
+        Sample(
             "prune_merge, weighted and received",
             weighted,
             lambda images: (_tensor(images, 17, 8), _tensor(images, 2, 17, 17), _positive(images, 17)),

@@ -43,6 +43,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
                 results[f"prune_merge {mean_rule} {dtype} {channels}"] = tuple(
                     ops.prune_merge(x, importance, 60, 40, size, mean_rule=mean_rule, residual=residual, norm=norm)
                 )
+        results[f"add_norm {dtype} {channels}"] = tuple(ops.add_norm(x, residual, norm))
         dst = torch.randint(-1, 20, (2, 65), generator=random)
         results[f"merge_reduce {dtype} {channels}"] = [
             ops.merge_reduce(x, dst, 20, weights=size), torch.ops.diffrate.merge_reduce_backward(x, dst.clamp_max(64))

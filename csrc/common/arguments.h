@@ -56,6 +56,14 @@ struct LayerNorm {
   void* out;  // as large as the rows; null: not wanted
 };
 
+struct AddNormArgs {  // all contiguous
+  Type type;
+  int64_t rows, channels;
+  const void *x, *residual;
+  void* out;       // their sum
+  LayerNorm norm;  // of `out`
+};
+
 struct PruneMergeArgs {
   Type type;
   int64_t images, tokens, channels, prefix, k_p, k_m;

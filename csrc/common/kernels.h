@@ -8,6 +8,7 @@
 // CPU_AND_CUDA(name, Args) for each kernel of both, CUDA_ONLY(name, Args) for each that the CPU lacks.
 #define DIFFRATE_KERNELS(CPU_AND_CUDA, CUDA_ONLY)        \
   CPU_AND_CUDA(sort_tokens, SortArgs)                    \
+  CPU_AND_CUDA(add_norm, AddNormArgs)                    \
   CPU_AND_CUDA(prune_merge, PruneMergeArgs)              \
   CPU_AND_CUDA(masked_prune_merge, MaskedPruneMergeArgs) \
   CPU_AND_CUDA(merge_reduce, MergeReduceArgs)            \

@@ -1,7 +1,7 @@
 // Sort, prune and merge: what stays is written without gaps.
 #include "cuda/prune_merge_channels.cuh"
 #include "cuda/prune_merge_launch.cuh"
-#include "cuda/prune_merge_norm.cuh"
+#include "cuda/layer_norm.cuh"
 
 namespace diffrate::cuda {
 namespace {
@@ -46,7 +46,8 @@ const char* prune_merge(const PruneMergeArgs& a, const Scratch& scratch, void* o
   const char* error = without_norm(a, scratch, stream);
   if (error != nullptr || a.norm.out == nullptr) return error;
   return dispatch(a.type, [&](auto example) {
-    return normalize_rows<decltype(example)>(a.norm, a.out, a.images * a.k_m, a.channels, stream);
+    using T = decltype(example);
+    return normalize_rows<T, false>(a.norm, {static_cast<const T*>(a.out)}, a.images * a.k_m, a.channels, stream);
   });
 }
 

@@ -1,29 +1,13 @@
-#include <limits>
-
+#include "ops/layer_norm.h"
 #include "ops/run.h"
 
 namespace diffrate::ops {
 namespace {
 
-struct Norm {
-  Tensor weight;
-  std::optional<Tensor> bias;
-  double eps;
-};
-
 struct Merged {
   Tensor x, size, slot;
   std::optional<Tensor> normalized;  // with a norm alone
 };
-
-// A weight or a bias, (C). It may be replaced by a copy, which must outlive the call.
-const void* per_channel(Tensor& tensor, const Tensor& x, const char* name) {
-  check_same_device(tensor, x, name);
-  check_shape(tensor, {x.size(2)}, name);
-  DIFFRATE_CHECK(tensor.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
-  tensor = with_unit_last_stride(tensor);
-  return tensor.const_data_ptr();
-}
 
 Merged merged(Tensor x, const Tensor& attn, int64_t k_p, int64_t k_m, const std::optional<Tensor>& size, int64_t prefix,
               const std::string& importance_from, const std::string& mean_rule, const std::string& size_rule,
@@ -42,22 +26,14 @@ Merged merged(Tensor x, const Tensor& attn, int64_t k_p, int64_t k_m, const std:
     residual = with_unit_last_stride(*residual);
     residual_tokens = tokens_of(*residual);
   }
-  LayerNorm layer_norm{};
-  if (norm) {
-    DIFFRATE_CHECK(norm->eps >= 0 && norm->eps <= std::numeric_limits<double>::max(),
-                   "norm_eps must be finite and at least 0, got ", norm->eps);
-    layer_norm = {.weight = per_channel(norm->weight, x, "norm_weight"),
-                  .bias = norm->bias ? per_channel(*norm->bias, x, "norm_bias") : nullptr,
-                  .eps = norm->eps,
-                  .out = nullptr};
-  }
   Tensor out = empty_like(x, {images, k_m, channels}, x.scalar_type());
   Tensor out_size = empty_like(x, {images, k_m}, wide_type(x));
   Tensor slot = empty_like(x, {images, tokens}, ScalarType::Long);
+  LayerNorm layer_norm{};
   std::optional<Tensor> normalized;
   if (norm) {
     normalized = empty_like(x, {images, k_m, channels}, x.scalar_type());
-    layer_norm.out = normalized->mutable_data_ptr();
+    layer_norm = norm->arguments(x, *normalized);
   }
   const bool received = is_second(importance_from, "class", "received", "importance_from");
   run::prune_merge(x, {.type = type_of(x, "x"),

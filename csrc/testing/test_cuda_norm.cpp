@@ -1,8 +1,9 @@
 // Test of the CUDA kernel that normalises rows by itself, on the emulated device: values against plain loops in double,
 // in several orders of threads.
 #include <cmath>
+#include <cstring>
 
-#include "cuda/prune_merge_norm.cuh"
+#include "cuda/layer_norm.cuh"
 #include "testing/emulation_cases.h"
 
 namespace diffrate::cuda {
@@ -31,7 +32,7 @@ bool rows_are_normalized(int64_t count, int64_t channels, int64_t shift, bool wi
   auto out = exact<T>(count * channels, not_a_number<T>());
   LayerNorm norm{
       .weight = weight.get() + shift, .bias = with_bias ? bias.get() : nullptr, .eps = 1e-6, .out = out.get()};
-  if (normalize_rows<T>(norm, rows.get(), count, channels, Stream{}) != nullptr) return false;
+  if (normalize_rows<T, false>(norm, {rows.get()}, count, channels, Stream{}) != nullptr) return false;
   bool right = true;
   for (int64_t row = 0; row < count; ++row) {
     auto at = [&](const T* data, int64_t c) { return double(to_wide(data[row * channels + c])); };
@@ -48,6 +49,30 @@ bool rows_are_normalized(int64_t count, int64_t channels, int64_t shift, bool wi
   return right;
 }
 
+// The sum is written, and what is normalised is the sum as it was rounded.
+template <class T>
+bool sums_are_normalized(int64_t count, int64_t channels, int64_t shift) {
+  auto x = values<T>(count * channels + shift, 3, 89), residual = values<T>(count * channels, -7, 41);
+  auto sum = exact<T>(count * channels, not_a_number<T>());
+  auto out = exact<T>(count * channels, not_a_number<T>()), expected = exact<T>(count * channels);
+  auto weight = values<T>(channels, 1, 17), bias = values<T>(channels, -2, 31);
+  LayerNorm norm{.weight = weight.get(), .bias = bias.get(), .eps = 1e-6, .out = out.get()};
+  NormRows<T> rows{.x = x.get() + shift, .residual = residual.get(), .sum = sum.get()};
+  if (normalize_rows<T, true>(norm, rows, count, channels, Stream{}) != nullptr) return false;
+  bool right = true;
+  for (int64_t i = 0; i < count * channels; ++i) {
+    T added = from_wide<T>(to_wide(x[shift + i]) + to_wide(residual[i]));
+    right = right && !std::memcmp(&added, &sum[i], sizeof(T));
+  }
+  norm.out = expected.get();
+  if (normalize_rows<T, false>(norm, {sum.get()}, count, channels, Stream{}) != nullptr) return false;
+  for (int64_t i = 0; i < count * channels; ++i) {
+    double should = to_wide(expected[i]);
+    right = right && std::abs(to_wide(out[i]) - should) <= kRounding<T> * (1 + std::abs(should));
+  }
+  return right;
+}
+
 // Of constant rows the bias is left, exactly: whatever rounding left of the mean must not be blown up.
 template <class T>
 bool constant_rows_become_the_bias(int64_t channels) {
@@ -55,7 +80,7 @@ bool constant_rows_become_the_bias(int64_t channels) {
   auto weight = values<T>(channels, 1, 17), bias = values<T>(channels, -2, 31);
   auto out = exact<T>(channels, not_a_number<T>());
   LayerNorm norm{.weight = weight.get(), .bias = bias.get(), .eps = 1e-6, .out = out.get()};
-  bool right = normalize_rows<T>(norm, rows.get(), 1, channels, Stream{}) == nullptr;
+  bool right = normalize_rows<T, false>(norm, {rows.get()}, 1, channels, Stream{}) == nullptr;
   for (int64_t c = 0; c < channels; ++c)
     right = right && std::abs(double(to_wide(out[c])) - double(to_wide(bias[c]))) <= kRounding<T>;
   return right;
@@ -69,10 +94,13 @@ void test_rows(const std::string& type) {
       in_all_orders(what, [=] { return rows_are_normalized<T>(count, channels, 0, true); });
       check(rows_are_normalized<T>(count, channels, 0, false), what + " without a bias");
       check(rows_are_normalized<T>(count, channels, 1, true), what + " with a weight that is not aligned");
+      in_all_orders(what + ", added", [=] { return sums_are_normalized<T>(count, channels, 0); });
+      check(sums_are_normalized<T>(count, channels, 1), what + ", added, not aligned");
     }
   for (int64_t channels : {384, 768, 1290})
     check(constant_rows_become_the_bias<T>(channels), type + ", constant rows of " + std::to_string(channels));
   check(rows_are_normalized<T>(1300, 16, 0, true), type + ", more rows than warps");
+  check(sums_are_normalized<T>(1300, 16, 0), type + ", more sums than warps");
 }
 
 }  // namespace

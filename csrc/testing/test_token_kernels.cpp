@@ -43,6 +43,33 @@ void test_sort_tokens(const Case& c, const cpu::Threads& threads) {
   check(moved, "sort_tokens: features", c.tokens, c.channels);
 }
 
+void test_add_norm(const Case& c, const cpu::Threads& threads) {
+  int64_t rows = c.images * c.tokens, count = rows * c.channels;
+  auto x = random_floats(count, 1), residual = random_floats(count, 2), weight = random_floats(c.channels, 3);
+  auto sum = exact<float>(count), normalized = exact<float>(count);
+  cpu::kernels().add_norm({.type = Type::f32,
+                           .rows = rows,
+                           .channels = c.channels,
+                           .x = x.get(),
+                           .residual = residual.get(),
+                           .out = sum.get(),
+                           .norm = {.weight = weight.get(), .bias = nullptr, .eps = 0.25, .out = normalized.get()}},
+                          threads);
+  bool added = true, right = true;
+  for (int64_t at = 0; at < count; at += c.channels) {
+    double mean = 0, variance = 0;
+    for (int64_t i = at; i < at + c.channels; ++i) {
+      added = added && sum[i] == x[i] + residual[i];
+      mean += sum[i] / double(c.channels);
+    }
+    for (int64_t i = at; i < at + c.channels; ++i) variance += (sum[i] - mean) * (sum[i] - mean) / double(c.channels);
+    for (int64_t i = 0; i < c.channels; ++i)
+      right = right && near(normalized[at + i], (sum[at + i] - mean) / std::sqrt(variance + 0.25) * weight[i]);
+  }
+  check(added, "add_norm: sum", c.tokens, c.channels);
+  check(right, "add_norm: normalized", c.tokens, c.channels);
+}
+
 // Whether kept tokens are where the sort order has them, and every source is with its most similar destination.
 bool sources_are_matched(const Case& c, int64_t image, const float* x, const float* residual, const float* importance,
                          const int64_t* slot) {
@@ -338,12 +365,14 @@ int main() {
   for (const auto& threads : pools()) {
     for (const Case& c : kCases) {
       test_sort_tokens(c, threads);
+      test_add_norm(c, threads);
       for (bool with_residual : {false, true})
         for (bool with_norm : {false, true}) test_prune_merge(c, threads, with_residual, with_norm);
       test_merge_reduce(c, threads);
       test_masked_prune_merge(c, threads);
     }
     test_sort_tokens(kManyTokens, threads);
+    test_add_norm(kManyTokens, threads);
     test_prune_merge(kManyTokens, threads, true, true);
     test_masked_prune_merge(kManyTokens, threads);
     test_kept_number(5.5f, 2.5f, 3, threads);

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..errors import InputTypeError, InputValueError
+from .norm_ahead import NormAhead
 
 Observer = Callable[[Tensor, Tensor], None]
 """Called with a block's tokens (B, K, C) and the position among them (B, N) of each token that entered the first block,
@@ -39,12 +41,23 @@ class TokenState(NamedTuple):
 
 
 class Step(ABC):
-    """What one block does with its tokens in one forward pass. The block calls ``attend``, then ``reduce``."""
+    """What one block does with its tokens in one forward pass.
 
+    The block calls ``norm`` where it begins with one, ``attend``, ``reduce`` (or ``reduce_and_norm``), and ``add``.
+    """
+
+    entry: NormAhead | None = None
+    """Between the block before and this one."""
+    exit: NormAhead | None = None
+    """Between this block and the next."""
     after: TokenState
     """Set by ``reduce``."""
     slot: Tensor | None
     """Set by ``reduce``: where each of the block's tokens (B, N) is now; -1: nowhere; None: none moved."""
+
+    def norm(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """The tokens (B, N, C) as they came, by the block's first norm."""
+        return norm(x) if self.entry is None else self.entry.take(x)
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -58,6 +71,10 @@ class Step(ABC):
         """The same, and what the block's next module makes of the tokens that are left."""
         x = self.reduce(x, branch)
         return x, norm(x)
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """The MLP branch added to the tokens, both (B, K, C): what the block returns."""
+        return x + branch if self.exit is None else self.exit.add(x, branch)
 
 
 NewStep = Callable[[TokenState], Step]
@@ -105,11 +122,14 @@ def run_blocks(
         raise InputValueError(f"the model has {len(blocks)} blocks, and was compressed with {len(steps)}: do it again")
     state = TokenState()
     slot = None if observe is None else torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-    for block, new_step in zip(blocks, steps, strict=False):
+    entry: NormAhead | None = None
+    for block, following, new_step in zip_longest(blocks, blocks[1:], steps[: len(blocks)]):
+        exit = None if following is None else NormAhead.between(block, following)
         if checkpointing and torch.is_grad_enabled():
-            x, state, moved = checkpoint(_run_block, block, x, new_step, state, use_reentrant=False)
+            x, state, moved = checkpoint(_run_block, block, x, new_step, state, entry, exit, use_reentrant=False)
         else:
-            x, state, moved = _run_block(block, x, new_step, state)
+            x, state, moved = _run_block(block, x, new_step, state, entry, exit)
+        entry = exit
         if observe is not None and slot is not None:
             slot = slot if moved is None else ops.compose_slots(slot, moved)
             observe(x, slot)
@@ -117,9 +137,10 @@ def run_blocks(
 
 
 def _run_block(
-    block: nn.Module, x: Tensor, new_step: NewStep, state: TokenState
+    block: nn.Module, x: Tensor, new_step: NewStep, state: TokenState, entry: NormAhead | None, exit: NormAhead | None
 ) -> tuple[Tensor, TokenState, Tensor | None]:
     step = new_step(state)
+    step.entry, step.exit = entry, exit
     x = block(x, step)
     return x, step.after, step.slot
 

@@ -30,12 +30,16 @@ class CompressedMixer(CompressedModule, Attention):
 class CompressedMetaFormerBlock(CompressedModule, MetaFormerBlock):
     """A MetaFormerBlock, with tokens reduced between attention and MLP."""
 
+    @property
+    def first_norm(self) -> nn.Module:
+        return self.norm1
+
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:  # type: ignore[override]
         if step is None:
             raise InputTypeError(NO_STEP)
-        branch = self.layer_scale1(self.drop_path1(self.token_mixer(self.norm1(x), step)))
+        branch = self.layer_scale1(self.drop_path1(self.token_mixer(step.norm(x, self.norm1), step)))
         x, normalized = step.reduce_and_norm(self.res_scale1(x), branch, self.norm2)
-        return self.res_scale2(x) + self.layer_scale2(self.drop_path2(self.mlp(normalized)))
+        return step.add(self.res_scale2(x), self.layer_scale2(self.drop_path2(self.mlp(normalized))))
 
 
 class CompressedMetaFormerStage(CompressedModule, MetaFormerStage):

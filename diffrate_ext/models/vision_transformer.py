@@ -47,12 +47,16 @@ class CompressedAttention(CompressedModule, Attention):
 class CompressedBlock(CompressedModule, Block):
     """timm's Block, with tokens reduced between attention and MLP."""
 
+    @property
+    def first_norm(self) -> nn.Module:
+        return self.norm1
+
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:  # type: ignore[override]
         if step is None:
             raise InputTypeError(NO_STEP)
-        branch = self.drop_path1(self.ls1(self.attn(self.norm1(x), step)))
+        branch = self.drop_path1(self.ls1(self.attn(step.norm(x, self.norm1), step)))
         x, normalized = step.reduce_and_norm(x, branch, self.norm2)
-        return x + self.drop_path2(self.ls2(self.mlp(normalized)))
+        return step.add(x, self.drop_path2(self.ls2(self.mlp(normalized))))
 
 
 class CompressedResPostBlock(CompressedModule, ResPostBlock):

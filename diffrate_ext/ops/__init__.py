@@ -12,6 +12,9 @@ what each operator computes.
 
 from __future__ import annotations
 
+from .. import _build  # noqa: F401  first: it loads the operators
+from ._norm import Norm
+from .add_norm import AddedTokens, add_norm
 from .class_attention import class_attention
 from .compose_slots import compose_slots
 from .compression_rate import compression_rate
@@ -19,17 +22,19 @@ from .masked_attention import masked_attention
 from .masked_prune_merge import MaskedTokens, masked_prune_merge
 from .merge_reduce import merge_reduce
 from .proportional_attention import proportional_attention
-from .prune_merge import MergedTokens, Norm, NormalizedTokens, prune_merge
+from .prune_merge import MergedTokens, NormalizedTokens, prune_merge
 from .received_attention import received_attention
 from .restore_tokens import restore_tokens
 from .sort_tokens import SortedTokens, sort_tokens
 
 __all__ = [
+    "AddedTokens",
     "MaskedTokens",
     "MergedTokens",
     "Norm",
     "NormalizedTokens",
     "SortedTokens",
+    "add_norm",
     "class_attention",
     "compose_slots",
     "compression_rate",

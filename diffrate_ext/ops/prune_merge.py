@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputTypeError, InputValueError
+from ..errors import InputValueError
 from ..numeric import TINY, wide_dtype
 from ._autograd import refuse_gradient
 from ._call import REFUSED, call, needs_gradient
 from ._checks import (
     check_choice,
-    check_eps,
     check_importance,
     check_int,
     check_like,
@@ -22,6 +21,7 @@ from ._checks import (
     check_wide_vector,
     constant,
 )
+from ._norm import Norm, check_norm, is_plain
 
 
 class MergedTokens(NamedTuple):
@@ -39,16 +39,6 @@ class NormalizedTokens(NamedTuple):
     size: Tensor
     slot: Tensor
     normalized: Tensor
-
-
-class Norm(NamedTuple):
-    """Layer normalization over the channels, as ``torch.nn.LayerNorm`` has it."""
-
-    weight: Tensor
-    """(C), of the features' dtype."""
-    bias: Tensor | None = None
-    """The same; None: zeros."""
-    eps: float = 1e-5
 
 
 @overload
@@ -149,7 +139,7 @@ def _run(arguments: tuple, norm: Norm | None) -> MergedTokens | NormalizedTokens
     if norm is None:
         return MergedTokens(*call(torch.ops.diffrate.prune_merge.default, arguments, x, residual))
     if needs_gradient(x, residual, *norm[:2]):
-        _check_norm(norm, x)
+        check_norm(norm, x)
         merged = MergedTokens(*torch.ops.diffrate.prune_merge(*arguments))
         normalized = F.layer_norm(merged.x, (x.shape[2],), *norm)
         return NormalizedTokens(*merged, normalized.to(x.dtype))  # under autocast it is float32
@@ -175,7 +165,7 @@ def _are_plain(
         and not attn.requires_grad
         and (size is None or size.dtype == wide_dtype(x))
         and (residual is None or residual.dtype == x.dtype)
-        and (norm is None or (type(norm) is Norm and norm.weight is not None and type(norm.eps) is float))
+        and (norm is None or is_plain(norm))
     )
 
 
@@ -210,7 +200,7 @@ def _check(
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
     if norm is not None:
-        _check_norm(norm, x)
+        check_norm(norm, x)
     return x, attn, k_p, k_m, size, prefix, importance_from, mean_rule, size_rule, residual
 
 
@@ -224,18 +214,6 @@ def _check_kept(k_p: object, k_m: object, prefix: int, tokens: int) -> None:
     if merged < least:
         reason = "the prefix" if merged == pruned else "the prefix and one token to merge into"
         raise InputValueError(f"k_m must be at least {least} ({reason}), got {merged}")
-
-
-def _check_norm(norm: object, x: Tensor) -> None:
-    if not isinstance(norm, Norm):
-        raise InputTypeError(f"norm must be a Norm(weight, bias, eps), got {type(norm).__name__}")
-    for name, value in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
-        if value is None and name == "norm.bias":
-            continue
-        tensor = check_tensor(name, value, 1, "(C,)")
-        check_shape(name, tensor, (x.shape[2],), "(C,)")
-        check_like(name, tensor, "x", x)
-    check_eps("norm.eps", norm.eps)
 
 
 def _check_attention(attn: Tensor, x: Tensor, prefix: int, importance_from: str) -> Tensor:
@@ -289,7 +267,7 @@ def _(
     *options: Any,
     **others: Any,
 ) -> tuple[Tensor, ...]:
-    _check_norm(Norm(norm_weight, norm_bias, norm_eps), x)
+    check_norm(Norm(norm_weight, norm_bias, norm_eps), x)
     merged = _fake(x, attn, k_p, k_m, *options, **others)
     return (*merged, torch.empty_like(merged[0]))
 

@@ -64,6 +64,7 @@ def opcheck_cases() -> list[Any]:
                     _raw.prune_merge_norm,
                     (x, floats(2, 3, 9), 8, 5, *norm, size, 1, *options),
                 )
+                cases[f"add_norm, {label}"] = (_raw.add_norm, (x, floats(2, 9, 6, dtype=dtype), *norm))
             cases[f"merge_reduce, {label}"] = (_raw.merge_reduce, (x, dst, 5, size))
             grad = floats(2, 5, 6, dtype=dtype, gradient=gradient)
             cases[f"merge_reduce_backward, {label}"] = (_raw.merge_reduce_backward, (grad, dst, size))
@@ -78,6 +79,7 @@ def opcheck_cases() -> list[Any]:
             _raw.prune_merge_norm,
             (x.detach().transpose(1, 2), floats(2, 8), 4, 4, *norm),
         )
+        cases["add_norm, bare"] = (_raw.add_norm, (*[x.detach().transpose(1, 2)] * 2, *norm))
         cases[f"merge_reduce, bare, {kind}"] = (_raw.merge_reduce, (x.transpose(1, 2), dst, 7))
         cases[f"merge_reduce_backward, bare, {kind}"] = (_raw.merge_reduce_backward, (x, dst))
     for dtype in (torch.float32, half, double):

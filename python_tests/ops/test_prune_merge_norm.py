@@ -10,26 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from called_operators import CalledOperators
-from compare import assert_as_accurate_as_eager, assert_same
+from compare import assert_same
 from hypothesis import given
+from norm_checks import check_normalized, norm_of
 from strategies import DTYPES, TokenCase, kept_numbers, token_cases
 from torch import Tensor
 
 from diffrate_ext import InputTypeError, InputValueError, ops, reference
-
-
-def norm_of(channels: int, dtype: torch.dtype, device: torch.device, *, bias: bool = True, eps: float = 1e-6) -> Any:
-    weight, shift = torch.randn(2, channels, generator=torch.Generator().manual_seed(channels)).to(device, dtype)
-    return ops.Norm(weight, shift if bias else None, eps)
-
-
-def check_normalized(normalized: Tensor, x: Tensor, norm: ops.Norm) -> None:
-    assert normalized.is_contiguous()
-
-    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.layer_norm(x, weight.shape, weight, bias, norm.eps)
-
-    assert_as_accurate_as_eager("normalized", normalized, compute, [x, norm.weight, norm.bias], dtype=x.dtype)
 
 
 @given(

@@ -143,10 +143,12 @@ def test_offsets_beyond_32_bits(far_apart: Tensor) -> None:
     importance = torch.tensor([[1.0, 2.0]])
     dst = torch.tensor([[1, 0, 0]])
     ones = torch.ones(1, 3)
+    norm = ops.Norm(torch.ones(4, dtype=torch.float16))
     for function in (
         lambda x: ops.sort_tokens(x, importance),
         lambda x: ops.prune_merge(x, importance, 3, 2, residual=x),
         lambda x: ops.merge_reduce(x, dst, 2),
+        lambda x: ops.add_norm(x, x, norm),
         lambda x: torch.ops.diffrate.merge_reduce_backward(x, dst + 1),
         lambda x: ops.class_attention(x[:, None], x[:, None]),
         lambda x: ops.received_attention(x[:, None], x[:, None]),

@@ -1,5 +1,5 @@
-// Layer normalization of rows that were written before, by a launch of its own. Within the kernel that writes them it
-// took longer: its registers are missing there.
+// Layer normalization of rows that were written before, or are sums of two, by a launch of its own. Within the kernel
+// of prune_merge it took longer: its registers are missing there.
 //
 // A warp takes a row at a time, and asks for its next row before it computes with this one. Rows stay in registers;
 // those that are too long, or double, or not aligned are read three times. The mean is subtracted before anything is
@@ -10,7 +10,15 @@
 
 namespace diffrate::cuda {
 
-template <class T, bool kAligned>
+// What is normalised: the rows `x`, or their sums with the rows `residual`, rounded to T, which are written to `sum`.
+template <class T>
+struct NormRows {
+  const T* x;
+  const T* residual;
+  T* sum;
+};
+
+template <class T, bool kAligned, bool kAdds>
 struct NormStep {
   using W = Wide<T>;
   static constexpr int kCount = Chunk<T>::kCount;
@@ -19,24 +27,36 @@ struct NormStep {
   static constexpr int kHeld = kHolds ? 1280 / kSpan : 1;  // so often, for a row that it holds: ViT-H has 1280 channels
 
   const LayerNorm& norm;
+  const NormRows<T>& rows;
   int64_t channels;
 
-  // Normalises the rows first, first + step, .. before `end` of `rows` into norm.out; by a whole warp.
-  __device__ void run(const T* rows, int64_t first, int64_t end, int64_t step) const {
+  // Normalises the rows first, first + step, .. before `end` into norm.out; by a whole warp.
+  __device__ void run(int64_t first, int64_t end, int64_t step) const {
     if constexpr (kHolds)
-      if (channels <= kHeld * kSpan) return run_held(rows, first, end, step);
-    for (int64_t row = first; row < end; row += step)
-      normalize_long(rows + row * channels, static_cast<T*>(norm.out) + row * channels);
+      if (channels <= kHeld * kSpan) return run_held(first, end, step);
+    for (int64_t row = first; row < end; row += step) normalize_long(row * channels);
   }
 
-  __device__ void run_held(const T* rows, int64_t first, int64_t end, int64_t step) const {
-    Chunk<T> next[kHeld];
-    if (first < end) load(next, rows + first * channels);
+  __device__ void run_held(int64_t first, int64_t end, int64_t step) const {
+    Chunk<T> next[kHeld], residual[kAdds ? kHeld : 1];
+    auto load_next = [&](int64_t row) {
+      load(next, rows.x + row * channels);
+      if constexpr (kAdds) load(residual, rows.residual + row * channels);
+    };
+    if (first < end) load_next(first);
     for (int64_t row = first; row < end; row += step) {
       Chunk<T> chunk[kHeld];
 #pragma unroll
-      for (int u = 0; u < kHeld; ++u) chunk[u] = next[u];
-      if (row + step < end) load(next, rows + (row + step) * channels);
+      for (int u = 0; u < kHeld; ++u)
+        if constexpr (kAdds)
+          chunk[u] = sum_of(next[u], residual[u]);
+        else
+          chunk[u] = next[u];
+      if (row + step < end) load_next(row + step);
+      if constexpr (kAdds)
+#pragma unroll
+        for (int u = 0; u < kHeld; ++u)
+          store_chunk(chunk[u], rows.sum + row * channels, channel(u), channels, kAligned);
       normalize(chunk, static_cast<T*>(norm.out) + row * channels);
     }
   }
@@ -82,10 +102,17 @@ struct NormStep {
     }
   }
 
-  __device__ void normalize_long(const T* row, T* out) const {
+  // The row that begins at number `at`.
+  __device__ void normalize_long(int64_t at) const {
+    const T* row = kAdds ? rows.sum + at : rows.x + at;
+    T* out = static_cast<T*>(norm.out) + at;
     W sum = 0, rest = 0, squares = 0;
     for (int64_t c = channel(0); c < channels; c += kSpan) {
-      Chunk<T> chunk = load_chunk(row, c, channels, kAligned);
+      Chunk<T> chunk = load_chunk(rows.x + at, c, channels, kAligned);
+      if constexpr (kAdds) {
+        chunk = sum_of(chunk, load_chunk(rows.residual + at, c, channels, kAligned));
+        store_chunk(chunk, rows.sum + at, c, channels, kAligned);  // this lane alone reads it again
+      }
       for (int i = 0; i < kCount; ++i) sum += chunk[i];
     }
     W mean = warp_sum(sum) / static_cast<W>(channels);
@@ -134,22 +161,27 @@ struct NormStep {
 
 constexpr int kNormThreads = 256;
 
-template <class T, bool kAligned>
+template <class T, bool kAligned, bool kAdds>
 __global__ void __launch_bounds__(kNormThreads)
-    normalize_kernel(LayerNorm norm, const T* rows, int64_t count, int64_t channels) {
+    normalize_kernel(LayerNorm norm, NormRows<T> rows, int64_t count, int64_t channels) {
   int64_t first = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_id();
-  NormStep<T, kAligned>{norm, channels}.run(rows, first, count, static_cast<int64_t>(gridDim.x) * warps_in_block());
+  NormStep<T, kAligned, kAdds>{norm, rows, channels}.run(first, count,
+                                                         static_cast<int64_t>(gridDim.x) * warps_in_block());
 }
 
-// Normalises `count` contiguous rows by a launch of its own, for those who wrote them in another.
-template <class T>
-const char* normalize_rows(const LayerNorm& norm, const void* rows, int64_t count, int64_t channels, Stream stream) {
-  auto aligned = [&](const void* data) { return aligned_rows<T>(data, channels, 0, 0); };
-  bool all = aligned(rows) && aligned(norm.weight) && aligned(norm.bias) && aligned(norm.out);
+// Normalises `count` contiguous rows.
+template <class T, bool kAdds>
+const char* normalize_rows(const LayerNorm& norm, const NormRows<T>& rows, int64_t count, int64_t channels,
+                           Stream stream) {
+  bool aligned = true;
+  for (const void* data :
+       {static_cast<const void*>(rows.x), static_cast<const void*>(rows.residual), static_cast<const void*>(rows.sum),
+        norm.weight, norm.bias, static_cast<const void*>(norm.out)})
+    aligned = aligned && aligned_rows<T>(data, channels, 0, 0);
   constexpr int64_t warps = kNormThreads / kWarp;
   int64_t blocks = (count + warps - 1) / warps, most = 8 * multiprocessors();
-  return launch(all ? normalize_kernel<T, true> : normalize_kernel<T, false>, blocks < most ? blocks : most,
-                kNormThreads, 0, stream, norm, static_cast<const T*>(rows), count, channels);
+  return launch(aligned ? normalize_kernel<T, true, kAdds> : normalize_kernel<T, false, kAdds>,
+                blocks < most ? blocks : most, kNormThreads, 0, stream, norm, rows, count, channels);
 }
 
 }  // namespace diffrate::cuda

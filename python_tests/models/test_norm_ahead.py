@@ -1,0 +1,128 @@
+"""A compressed block writes its last sum together with the next block's first norm, where nobody can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from called_operators import CalledOperators
+from tiny_models import blocks_of, tiny_caformer, tiny_images, tiny_schedule, tiny_vit
+from torch import Tensor, nn
+
+from diffrate_ext import compress
+from diffrate_ext.models.norm_ahead import NormAhead
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "class token": tiny_vit,
+    "mean pool": lambda: tiny_vit(global_pool="avg", class_token=False),
+    "layer scale": lambda: tiny_vit(init_values=0.3),
+    "CAFormer": tiny_caformer,
+}
+
+
+@pytest.fixture(params=KINDS)
+def model(request: pytest.FixtureRequest) -> Any:
+    model = KINDS[request.param]()
+    for name, parameter in model.named_parameters():
+        if "norm" in name and parameter.ndim == 1:  # not ones and zeros
+            nn.init.normal_(parameter, mean=1.0, std=0.3)
+    return compress(model, tiny_schedule(model))
+
+
+def fused_in(model: nn.Module) -> int:
+    with CalledOperators() as called:
+        model(tiny_images(model))
+    return called.names.count("add_norm")
+
+
+def test_between_all_blocks_of_a_stage(model: Any) -> None:
+    stages = len([stage for stage in model.stages if not stage.use_nchw]) if hasattr(model, "stages") else 1
+    with torch.no_grad():
+        assert fused_in(model) == len(blocks_of(model)) - stages
+
+
+def apart(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr(NormAhead, "between", lambda *_: None)
+        assert fused_in(model) == 0
+        return model(tiny_images(model))
+
+
+@torch.no_grad()
+def test_the_same_result(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.testing.assert_close(model(tiny_images(model)), apart(model, monkeypatch))
+
+
+def doubled(*arguments: Any) -> Any:
+    return 2 * arguments[-1]
+
+
+def doubled_in_place(*arguments: Any) -> None:
+    tokens = arguments[-1]
+    (tokens[0] if isinstance(tokens, tuple) else tokens).mul_(2)
+
+
+def doubled_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (2 * arguments[0], *arguments[1:])
+
+
+def own_forward(block: nn.Module) -> None:
+    forward = block.forward
+    block.forward = lambda x, step: forward(x.mul_(2), step)  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.register_forward_hook(doubled),
+        lambda block: block.register_forward_hook(doubled_in_place),
+        lambda block: block.register_forward_pre_hook(doubled_input),
+        lambda block: block.register_forward_pre_hook(doubled_in_place),
+        own_forward,
+        lambda block: block.norm1.register_forward_hook(doubled),
+    ],
+    ids=["output", "output in place", "input", "input in place", "own forward", "norm"],
+)
+@pytest.mark.parametrize("which", [1, 2])
+def test_what_changes_tokens_on_the_way_counts(
+    model: nn.Module, change: Callable[[Any], Any], which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = model(tiny_images(model))
+    change(blocks_of(model)[which])
+    found = model(tiny_images(model))
+    assert not torch.allclose(found, before)
+    torch.testing.assert_close(found, apart(model, monkeypatch))
+
+
+def test_apart_where_gradients_are_needed(model: nn.Module) -> None:
+    assert fused_in(model) == 0
+    model(tiny_images(model)).square().sum().backward()
+    for block in blocks_of(model):
+        assert block.norm1.weight.grad is not None
+        assert block.norm1.weight.grad.abs().sum() > 0
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert fused_in(model) > 0
+
+
+@torch.no_grad()
+def test_apart_under_a_compiler(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fuses the two by itself, with what comes before."""
+    monkeypatch.setattr("diffrate_ext.models.norm_ahead.is_traced", lambda: True)
+    assert fused_in(model) == 0
+
+
+@torch.no_grad()
+def test_the_norm_is_forgotten_once_it_was_asked_for() -> None:
+    norm = nn.LayerNorm(8)
+    ahead = NormAhead(norm)
+    x = ahead.add(torch.randn(1, 3, 8), torch.randn(1, 3, 8))
+    other = torch.randn(1, 3, 8)
+    torch.testing.assert_close(ahead.take(other), norm(other))
+    with CalledOperators() as called:
+        torch.testing.assert_close(ahead.take(x), norm(x))
+    assert called.names == []
+    assert ahead._written is None
