@@ -14,8 +14,8 @@ namespace diffrate::cuda {
 template <class T>
 struct NormRows {
   const T* x;
-  const T* residual;
-  T* sum;
+  const T* residual = nullptr;
+  T* sum = nullptr;
 };
 
 template <class T, bool kAligned, bool kAdds>

@@ -55,34 +55,39 @@ def test_the_same_result(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(model(tiny_images(model)), apart(model, monkeypatch))
 
 
-def doubled(*arguments: Any) -> Any:
-    return 2 * arguments[-1]
+def ramp(tokens: Tensor) -> Tensor:
+    """Factors that a norm does not divide out again."""
+    return torch.linspace(0.5, 2.0, tokens.shape[-1])
 
 
-def doubled_in_place(*arguments: Any) -> None:
-    tokens = arguments[-1]
-    (tokens[0] if isinstance(tokens, tuple) else tokens).mul_(2)
+def changed(*arguments: Any) -> Any:
+    return arguments[-1] * ramp(arguments[-1])
 
 
-def doubled_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (2 * arguments[0], *arguments[1:])
+def changed_in_place(*arguments: Any) -> None:
+    tokens = arguments[-1][0] if isinstance(arguments[-1], tuple) else arguments[-1]
+    tokens.mul_(ramp(tokens))
+
+
+def changed_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (changed(arguments[0]), *arguments[1:])
 
 
 def own_forward(block: nn.Module) -> None:
     forward = block.forward
-    block.forward = lambda x, step: forward(x.mul_(2), step)  # type: ignore[method-assign]
+    block.forward = lambda x, step: forward(x.mul_(ramp(x)), step)  # type: ignore[method-assign]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     "change",
     [
-        lambda block: block.register_forward_hook(doubled),
-        lambda block: block.register_forward_hook(doubled_in_place),
-        lambda block: block.register_forward_pre_hook(doubled_input),
-        lambda block: block.register_forward_pre_hook(doubled_in_place),
+        lambda block: block.register_forward_hook(changed),
+        lambda block: block.register_forward_hook(changed_in_place),
+        lambda block: block.register_forward_pre_hook(changed_input),
+        lambda block: block.register_forward_pre_hook(changed_in_place),
         own_forward,
-        lambda block: block.norm1.register_forward_hook(doubled),
+        lambda block: block.norm1.register_forward_hook(changed),
     ],
     ids=["output", "output in place", "input", "input in place", "own forward", "norm"],
 )
