@@ -124,9 +124,10 @@ def run_blocks(
     slot = None if observe is None else torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
     entry: NormAhead | None = None
     for block, following, new_step in zip_longest(blocks, blocks[1:], steps[: len(blocks)]):
-        exit = None if following is None else NormAhead.between(block, following)
-        if checkpointing and torch.is_grad_enabled():
-            x, state, moved = checkpoint(_run_block, block, x, new_step, state, entry, exit, use_reentrant=False)
+        recomputed = checkpointing and torch.is_grad_enabled()
+        exit = None if following is None or recomputed else NormAhead.between(block, following)
+        if recomputed:
+            x, state, moved = checkpoint(_run_block, block, x, new_step, state, use_reentrant=False)
         else:
             x, state, moved = _run_block(block, x, new_step, state, entry, exit)
         entry = exit
@@ -137,7 +138,12 @@ def run_blocks(
 
 
 def _run_block(
-    block: nn.Module, x: Tensor, new_step: NewStep, state: TokenState, entry: NormAhead | None, exit: NormAhead | None
+    block: nn.Module,
+    x: Tensor,
+    new_step: NewStep,
+    state: TokenState,
+    entry: NormAhead | None = None,
+    exit: NormAhead | None = None,
 ) -> tuple[Tensor, TokenState, Tensor | None]:
     step = new_step(state)
     step.entry, step.exit = entry, exit

@@ -19,15 +19,19 @@ class NormAhead:
 
     @classmethod
     def between(cls, before: nn.Module, after: nn.Module) -> NormAhead | None:
-        """None where the second block does not begin with a norm, and where a hook may change the tokens on the way."""
-        norm = getattr(unwrapped(after), "first_norm", None)
-        left = any(module._forward_hooks or "forward" in vars(module) for module in (before, unwrapped(before)))
-        entered = any(module._forward_pre_hooks or "forward" in vars(module) for module in (after, unwrapped(after)))
-        return None if norm is None or left or entered else cls(norm)
+        """None where it is of no use or would show.
+
+        That is where the second block does not begin with a norm, where something else may see or change the tokens on
+        the way, and under a compiler, which fuses the two by itself.
+        """
+        norm = getattr(after, "first_norm", None)
+        if norm is None or before._forward_hooks or after._forward_pre_hooks or is_traced():
+            return None
+        return cls(norm) if _is_called_as_it_is(before) and _is_called_as_it_is(after) else None
 
     def add(self, x: Tensor, branch: Tensor) -> Tensor:
-        """The sum, whose norm is kept until it is asked for. A compiler fuses the two by itself."""
-        norm = None if is_traced() else fusable_norm(self.norm, x, branch)
+        """The sum, whose norm is kept until it is asked for."""
+        norm = fusable_norm(self.norm, x, branch)
         if norm is None:
             return x + branch
         self._written = ops.add_norm(x, branch, norm)
@@ -36,3 +40,7 @@ class NormAhead:
     def take(self, x: Tensor) -> Tensor:
         written, self._written = self._written, None
         return written.normalized if written is not None and written.x is x else self.norm(x)
+
+
+def _is_called_as_it_is(block: nn.Module) -> bool:
+    return unwrapped(block) is block and block._compiled_call_impl is None and "forward" not in vars(block)

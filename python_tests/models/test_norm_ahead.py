@@ -116,8 +116,17 @@ def test_apart_where_gradients_are_needed(model: nn.Module) -> None:
 @torch.no_grad()
 def test_apart_under_a_compiler(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fuses the two by itself, with what comes before."""
-    monkeypatch.setattr("diffrate_ext.models.norm_ahead.is_traced", lambda: True)
-    assert fused_in(model) == 0
+    first, second, third = blocks_of(model)[:3]
+    assert NormAhead.between(first, second) is not None
+    assert NormAhead.between(torch.compile(first), second) is None
+    assert NormAhead.between(first, torch.compile(second)) is None
+    second.compile()
+    assert NormAhead.between(first, second) is None
+    assert NormAhead.between(second, third) is None
+    second._compiled_call_impl = None
+    with monkeypatch.context() as patch:
+        patch.setattr("diffrate_ext.models.norm_ahead.is_traced", lambda: True)
+        assert fused_in(model) == 0
 
 
 @torch.no_grad()
