@@ -16,7 +16,6 @@ from ..models.fusing import fusable_norm
 from ..ops.proportional_attention import has_kernel
 from ..schedule import KeptNumbers, scale_kept_numbers
 
-
 _MOST_BY_ROWS = 2048
 """With more tokens, several blocks of prune_merge read all importances of an image: one mean is less than all rows."""
 
