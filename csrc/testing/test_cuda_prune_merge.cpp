@@ -47,16 +47,18 @@ class Call {
     if (options.scores == Options::Scores::ties)
       for (int64_t i = 0; i < c.images * patches(); ++i)
         importance_[i] = i % 11 == 3 ? NAN : i % 7 == 2 ? -0.0f : i % 7 == 5 ? 0.0f : std::floor(importance_[i] * 4);
-    for (int64_t row = 0; row < c.images * options.row_heads; ++row)
-      for (int64_t j = c.prefix + 3; j < c.tokens; ++j) {
-        float* numbers = rows_.get() + row * c.tokens;
-        if (j % 5 == 0) numbers[j] = numbers[j - 3];  // ties, if all heads count
-        if (j % 13 == 0 && row % options.row_heads == j / 13 % options.row_heads) numbers[j] = NAN;  // of one head
-      }
+    for (int64_t i = 0; i < c.images; ++i)
+      for (int64_t j = c.prefix + 3; j < c.tokens; ++j)
+        for (int64_t h = 0; h < options.row_heads; ++h) {
+          const int64_t next = (h + 1) % options.row_heads;
+          if (j % 6 == 0) row(i, h)[j] = row(i, h)[j - 3];     // a tie, if all heads count
+          if (j % 3 == 1) row(i, h)[j] = row(i, next)[j - 1];  // nearly one: the order in which they are added up tells
+          if (j % 15 == 8 && h == j / 15 % options.row_heads) row(i, h)[j] = NAN;
+        }
     for (int64_t i = 0; i < c.images; ++i)
       for (int64_t j = c.prefix; options.scores == Options::Scores::mean_of_rows && j < c.tokens; ++j) {
         float sum = 0;  // as cuda/head_mean.cu has it
-        for (int64_t h = 0; h < options.row_heads; ++h) sum += rows_[(i * options.row_heads + h) * c.tokens + j];
+        for (int64_t h = 0; h < options.row_heads; ++h) sum += row(i, h)[j];
         importance_[i * patches() + j - c.prefix] = sum / static_cast<float>(options.row_heads);
       }
     if (options.not_numbers)  // some tokens, a whole one, and zeros
@@ -132,6 +134,9 @@ class Call {
 
  private:
   int64_t patches() const { return c_.tokens - c_.prefix; }
+  float* row(int64_t image, int64_t head) const {
+    return rows_.get() + (image * options_.row_heads + head) * c_.tokens;
+  }
   int64_t elements() const { return c_.images * c_.tokens * c_.channels; }
 
   const Case c_;
