@@ -49,13 +49,13 @@ __device__ Key before_padding(Key key) {
   return key < kPaddingKey<Key> ? key : kPaddingKey<Key> - 1;
 }
 
-// What so many heads have at one place, all asked for before the first is used.
+// A number of each of up to so many heads, all asked for before the first is used.
 constexpr int kHeadsAtOnce = 16;
 struct HeadNumbers {
-  static constexpr int kStep = 4;  // no more than asked for, in such steps
+  static constexpr int kStep = 4;  // where there are fewer heads, whole steps are left out
   float numbers[kHeadsAtOnce] = {};
 
-  // Of the heads from one on whose number is at `first`; `left`: how many there are.
+  // `first`: that of the first head; `left`: how many heads there are, or more than fit.
   __device__ void ask(const float* first, int64_t stride, int left) {
 #pragma unroll
     for (int begin = 0; begin < kHeadsAtOnce; begin += kStep) {
@@ -77,10 +77,10 @@ struct HeadNumbers {
   }
 };
 
-// The key of a patch's float importance, asked for at once but not waited for before it is used. That goes for one
-// number, and for the rows of all heads in float, as proportional_attention leaves them: of these a thread adds up the
-// ones of its patch, which is the mean of key_at and of head_mean, bit by bit. Threads that share a patch's heads would
-// gain nothing: one round trip is what it takes, and they would have to meet after it.
+// The key of a patch's float importance, asked for at once but not waited for before it is used: one number, or one for
+// each head in float, as proportional_attention gives them. These are added up in the order of key_at and head_mean, so
+// that the mean is theirs, bit by bit. One thread does it for a patch: it waits for memory once, and if several shared
+// the heads they would have to wait for each other besides.
 class AskedKey {
  public:
   // Not `wanted`: nothing is read, and there is no key.
