@@ -67,6 +67,7 @@ def cases(
     def by_rows() -> Any:
         with torch.no_grad():  # with gradients there are no rows on the way
             rows = ops.proportional_attention(q, k, v, size, importance_from="class_rows")[1]
+            assert rows is not None
             return ops.prune_merge(x, rows, k_p, k_m, size, residual=residual)
 
     yield "proportional_attention, class rows into prune_merge", by_rows
