@@ -64,6 +64,14 @@ def cases(
         yield f"proportional_attention, {kind}", partial(ops.proportional_attention, q, k, v, size, **options)
         given = mask.clone().requires_grad_()
         yield f"masked_attention, {kind}", partial(ops.masked_attention, q, k, v, given, size, **options)
+
+    def by_rows() -> Any:
+        with torch.no_grad():  # with gradients there are no rows on the way
+            rows = ops.proportional_attention(q, k, v, size, importance_from="class_rows")[1]
+            assert rows is not None
+            return ops.prune_merge(x, rows, k_p, k_m, size, residual=residual)
+
+    yield "proportional_attention, class rows into prune_merge", by_rows
     logits = torch.randn(3, tokens - 1, device=device, requires_grad=True)
     yield "compression_rate", lambda: ops.compression_rate(logits, tokens - 1)
     alive = mask.clone().requires_grad_()

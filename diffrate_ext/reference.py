@@ -184,6 +184,8 @@ def proportional_attention(
     out = (attn @ v.to(attn.dtype)).to(v.dtype)
     if importance_from is None:
         return out, None
+    if importance_from == "class_rows":
+        return out, attn[:, :, 0].detach()
     return out, token_importance(attn.detach(), prefix, importance_from, attn.dtype)
 
 

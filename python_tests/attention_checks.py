@@ -13,10 +13,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffrate_ext import InputTypeError, InputValueError
-from diffrate_ext.reference import class_attention
+from diffrate_ext.reference import class_attention, proportional_attention
 
 TINY = torch.finfo(torch.float32).tiny
 Operator = Callable[..., Tensor]
+
+
+def class_rows(q: Tensor, k: Tensor, size: Tensor | None, **options: Any) -> Tensor:
+    rows = proportional_attention(q, k, k, size, importance_from="class_rows", **options)[1]
+    assert rows is not None
+    return rows
 
 
 def check_accuracy(operator: Operator, reference: Operator, case: AttentionCase, device: torch.device) -> None:
@@ -46,6 +52,8 @@ def rounded_terms(case: AttentionCase, reference: Operator) -> Tensor:
     if size is not None:
         logits = logits + size.double().clamp_min(TINY).log()[:, None, None]
     terms = logits.softmax(-1) * (1 + logits.abs() + logits.amax(-1, keepdim=True).abs())
+    if reference is class_rows:
+        return terms[:, :, 0]
     per_head = terms[:, :, 0] if reference is class_attention else terms.mean(2)
     return per_head.mean(1)[:, case.prefix :]
 

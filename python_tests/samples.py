@@ -140,6 +140,12 @@ def _samples() -> list[Sample]:
             3,
         ),
         Sample(
+            "proportional_attention, class rows",
+            lambda q, k, v, size: ops.proportional_attention(q, k, v, size, importance_from="class_rows"),
+            lambda images: (*(_tensor(images, 2, 17, 8, seed=s) for s in range(3)), _positive(images, 17)),
+            3,
+        ),
+        Sample(
             "masked_attention",
             lambda q, k, v, mask, size: ops.masked_attention(q, k, v, mask, size),
             lambda images: (

@@ -138,6 +138,7 @@ struct AttentionArgs {
   Vector size;  // data may be null: all ones
   double scale;
   bool received;     // where there is v: importance is the attention received, not the class token's
+  bool by_head;      // of proportional_attention: importance is the rows of the class token (B, H, N), not their mean
   void* out;         // (B, N, H, D)
   void* importance;  // (B, N-P); with v it may be null on CUDA: not wanted
   Heads grad;        // of out; masked_attention_backward alone uses this and what follows

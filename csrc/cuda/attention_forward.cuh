@@ -372,8 +372,9 @@ __global__ void __launch_bounds__(kAttentionThreads)
   pass.write_out(rows, inverse, floor);
 }
 
-// Importance, from the rows that the forward pass has left in scratch memory, where it comes first.
+// Importance, if it is wanted and is a mean: from the rows that the forward pass has left, where they come first.
 inline const char* mean_over_heads(const AttentionArgs& a, bool masked, const void* rows, Stream stream) {
+  if (a.importance == nullptr || a.by_head) return nullptr;
   return head_mean({.type = a.type,
                     .images = a.images,
                     .heads = a.heads,
@@ -391,7 +392,7 @@ template <bool kMasked, bool kValues>
 const char* attention_forward(const AttentionArgs& a, const Scratch& scratch, void* on) {
   Stream stream = static_cast<Stream>(on);
   if (a.tokens > INT32_MAX / 2) return "too many tokens";
-  void* memory = scratch.take(attention_rows_bytes(a, kMasked));
+  void* memory = attention_rows_memory(a, kMasked, scratch);
   const char* error = dispatch_heads(a.type, a.head_dim, [&](auto example, auto depth) {
     using T = decltype(example);
     using C = ForwardConfig<T, decltype(depth)::value, kMasked, kValues>;
@@ -401,8 +402,8 @@ const char* attention_forward(const AttentionArgs& a, const Scratch& scratch, vo
                   HeadRows<C::kWarpRows, C::kBlockRows>::blocks(a), kAttentionThreads, ForwardShared<C>(nullptr).bytes,
                   stream, a, AttentionRows<Wide<T>>(a, kMasked, memory), aligned);
   });
-  if (error != nullptr || a.importance == nullptr) return error;
-  if (a.received) {
+  if (error != nullptr) return error;
+  if (a.received && a.importance != nullptr) {
     error = kMasked ? masked_sum_over_queries(a, memory, stream) : sum_over_queries(a, memory, stream);
     if (error != nullptr) return error;
   }

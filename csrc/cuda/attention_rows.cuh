@@ -57,6 +57,11 @@ inline int64_t attention_rows_bytes(const AttentionArgs& a, bool masked) {
                              : AttentionRows<float>(a, masked, nullptr).bytes;
 }
 
+// Memory for AttentionRows: that of the result, where the class token's rows are the result.
+inline void* attention_rows_memory(const AttentionArgs& a, bool masked, const Scratch& scratch) {
+  return a.by_head ? a.importance : scratch.take(attention_rows_bytes(a, masked));
+}
+
 // Attention received: the sums over queries, from base, inverse and floor, in scratch memory laid out as AttentionRows.
 const char* sum_over_queries(const AttentionArgs& a, void* scratch, Stream stream);
 const char* masked_sum_over_queries(const AttentionArgs& a, void* scratch, Stream stream);

@@ -8,10 +8,10 @@ const char* proportional_attention(const AttentionArgs& a, const Scratch& scratc
   const ShortChoice choice = choose_short_attention(a);
   if (choice.error != nullptr) return choice.error;
   if (choice.variant < 0) return attention_forward<false, true>(a, scratch, stream);
-  void* rows = scratch.take(attention_rows_bytes(a, false));
+  void* rows = attention_rows_memory(a, false, scratch);
   Stream on = static_cast<Stream>(stream);
   const char* error = short_attention(a, choice, a.importance == nullptr ? nullptr : static_cast<float*>(rows), on);
-  return error != nullptr || a.importance == nullptr ? error : mean_over_heads(a, false, rows, on);
+  return error != nullptr ? error : mean_over_heads(a, false, rows, on);
 }
 
 }  // namespace diffrate::cuda

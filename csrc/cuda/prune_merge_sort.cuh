@@ -11,12 +11,17 @@ __device__ void sort_image(const ImageBlock<T, kReading>& block) {
   using W = Wide<T>;
   const PruneMergeArgs& a = block.a;
   if (a.tokens > kNearTokens) return;
+  auto key_of = [&](int64_t patch) {
+    if constexpr (std::is_same_v<W, float>)
+      return AskedKey(a.importance, block.image, patch, true).key();
+    else
+      return key_at<W>(a.importance, block.image, patch);
+  };
   int tokens = static_cast<int>(a.tokens), prefix = static_cast<int>(a.prefix), patches = tokens - prefix;
   for (int j = static_cast<int>(threadIdx.x); j < prefix + padded_keys(patches); j += kPruneMergeThreads) {
     W size = j < tokens ? size_of<W>(a.size, block.image, j) : W(1);  // asked for first: a key waits for its importance
     if (j >= prefix)
-      block.memory.keys[j - prefix] =
-          j < tokens ? before_padding(key_at<W>(a.importance, block.image, j - prefix)) : kPaddingKey<KeyOf<W>>;
+      block.memory.keys[j - prefix] = j < tokens ? before_padding(key_of(j - prefix)) : kPaddingKey<KeyOf<W>>;
     if (j < tokens) block.token.size[j] = size;
     if (j < prefix) block.token.order[j] = j;
   }

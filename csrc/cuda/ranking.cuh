@@ -49,34 +49,80 @@ __device__ Key before_padding(Key key) {
   return key < kPaddingKey<Key> ? key : kPaddingKey<Key> - 1;
 }
 
-// The key of a patch's float importance, asked for at once but not waited for before it is used.
+// A number of each of up to so many heads, all asked for before the first is used.
+constexpr int kHeadsAtOnce = 16;
+struct HeadNumbers {
+  static constexpr int kStep = 4;  // where there are fewer heads, whole steps are left out
+  float numbers[kHeadsAtOnce] = {};
+
+  // `first`: that of the first head; `left`: how many heads there are, or more than fit.
+  __device__ void ask(const float* first, int64_t stride, int left) {
+#pragma unroll
+    for (int begin = 0; begin < kHeadsAtOnce; begin += kStep) {
+      if (begin >= left) break;
+#pragma unroll
+      for (int i = begin; i < begin + kStep; ++i)
+        if (i < left) numbers[i] = first[i * stride];
+    }
+  }
+  // In ascending order; those that are not there are zeros.
+  __device__ float added_to(float sum, int left) const {
+#pragma unroll
+    for (int begin = 0; begin < kHeadsAtOnce; begin += kStep) {
+      if (begin >= left) break;
+#pragma unroll
+      for (int i = begin; i < begin + kStep; ++i) sum += numbers[i];
+    }
+    return sum;
+  }
+};
+
+// The key of a patch's float importance, asked for at once but not waited for before it is used: one number, or one for
+// each head in float, as proportional_attention gives them. These are added up in the order of key_at and head_mean, so
+// that the mean is theirs, bit by bit. One thread does it for a patch: it waits for memory once, and if several shared
+// the heads they would have to wait for each other besides.
 class AskedKey {
  public:
   // Not `wanted`: nothing is read, and there is no key.
   __device__ AskedKey(const Importance& from, int64_t image, int64_t patch, bool wanted)
       : from_(from), image_(image), patch_(patch) {
-    if (!wanted || !single()) return;
-    int64_t at = image * from.stride_image + patch * from.stride_token;
-    if (from.type == Type::f32)
-      bits_ = static_cast<const uint32_t*>(from.data)[at];
-    else
-      bits_ = static_cast<const uint16_t*>(from.data)[at];
+    if (!wanted) return;
+    if (by_head())
+      heads_.ask(numbers(), from.stride_head, static_cast<int>(from.heads));
+    else if (single_half())
+      half_ = static_cast<const uint16_t*>(from.data)[place()];
   }
   __device__ uint32_t key() const {
-    if (!single()) return key_at<float>(from_, image_, patch_);
-    if (from_.type == Type::f32) return descending_key(bits_as<float>(bits_));
-    uint16_t half = static_cast<uint16_t>(bits_);
-    return descending_key(from_.type == Type::f16 ? to_wide(bits_as<__half>(half))
-                                                  : to_wide(bits_as<__nv_bfloat16>(half)));
+    if (by_head()) return descending_key(mean());
+    if (!single_half()) return key_at<float>(from_, image_, patch_);
+    return descending_key(from_.type == Type::f16 ? to_wide(bits_as<__half>(half_))
+                                                  : to_wide(bits_as<__nv_bfloat16>(half_)));
   }
 
  private:
-  // A mean has to wait for what it is made of.
-  __device__ bool single() const { return from_.heads * from_.queries == 1 && from_.type != Type::f64; }
+  __device__ bool by_head() const { return from_.type == Type::f32 && from_.queries == 1; }
+  __device__ bool single_half() const {
+    return from_.heads * from_.queries == 1 && (from_.type == Type::f16 || from_.type == Type::bf16);
+  }
+  __device__ int64_t place() const { return image_ * from_.stride_image + patch_ * from_.stride_token; }
+  __device__ const float* numbers() const { return static_cast<const float*>(from_.data) + place(); }
+
+  __device__ float mean() const {
+    int left = static_cast<int>(from_.heads);
+    float sum = heads_.added_to(0, left);
+    const float* next = numbers();
+    while ((left -= kHeadsAtOnce) > 0) {
+      HeadNumbers more;
+      more.ask(next += kHeadsAtOnce * from_.stride_head, from_.stride_head, left);
+      sum = more.added_to(sum, left);
+    }
+    return sum / static_cast<float>(from_.heads);
+  }
 
   const Importance& from_;
   int64_t image_, patch_;
-  uint32_t bits_ = 0;
+  HeadNumbers heads_;
+  uint16_t half_ = 0;
 };
 
 // How many of `patches` keys come before that of `patch`; equal keys keep their order. So many neighbouring lanes,

@@ -6,13 +6,16 @@ namespace {
 
 std::tuple<Tensor, Tensor> proportional_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> size,
                                                   double scale, int64_t prefix, std::string importance_from) {
-  DIFFRATE_CHECK(importance_from == "class" || importance_from == "received" || importance_from == "none",
-                 "importance_from must be 'class', 'received' or 'none', got '", importance_from, "'");
+  const bool by_head = importance_from == "class_rows", received = importance_from == "received";
+  const bool wanted = importance_from != "none";
+  DIFFRATE_CHECK(by_head || received || !wanted || importance_from == "class",
+                 "importance_from must be 'class', 'class_rows', 'received' or 'none', got '", importance_from, "'");
   AttentionArgs args = attention_inputs(q, k, &v, size, scale, prefix);
-  bool wanted = importance_from != "none";
   Tensor out = empty_heads(q);
-  Tensor importance = empty_like(q, {args.images, wanted ? args.tokens - prefix : 0}, wide_type(q));
-  args.received = importance_from == "received";
+  Tensor importance = by_head ? empty_like(q, {args.images, args.heads, args.tokens}, wide_type(q))
+                              : empty_like(q, {args.images, wanted ? args.tokens - prefix : 0}, wide_type(q));
+  args.received = received;
+  args.by_head = by_head;
   args.out = out.mutable_data_ptr();
   args.importance = wanted ? importance.mutable_data_ptr() : nullptr;
   run::proportional_attention(q, args);

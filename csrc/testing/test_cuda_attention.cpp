@@ -1,5 +1,7 @@
 // Tests of the CUDA kernels of class_attention, received_attention, proportional_attention and masked_attention on the
 // emulated device: values against plain loops in double, in several orders of threads.
+#include <numeric>
+
 #include "testing/attention_expected.h"
 
 namespace diffrate::cuda {
@@ -36,6 +38,33 @@ bool untouched(const N* numbers, int64_t count) {
   return std::all_of(numbers, numbers + count, [](N number) { return std::isnan(to_wide(number)); });
 }
 
+// The class token's rows, where they are wanted instead of their mean over heads: they have that mean, bit by bit, and
+// are whole rows.
+template <class T>
+void check_rows(AttentionArgs args, const Results<T, Wide<T>>& with_mean, const emulation::Schedule& schedule,
+                const std::string& label) {
+  using W = Wide<T>;
+  Results<T, W> results(args, NAN);
+  auto rows = exact<W>(args.images * args.heads * args.tokens, W(NAN));
+  args.out = results.out.get();
+  args.importance = rows.get();
+  args.by_head = true;
+  emulation::schedule() = schedule;
+  const char* error = start(Operator::proportional_attention, args);
+  check(error == nullptr, error ? error : "launched");
+  auto row = [&](int64_t image, int64_t head) { return rows.get() + (image * args.heads + head) * args.tokens; };
+  for (int64_t b = 0; b < args.images; ++b) {
+    for (int64_t j = args.prefix; j < args.tokens; ++j) {
+      W sum = 0;
+      for (int64_t h = 0; h < args.heads; ++h) sum += row(b, h)[j];
+      results.importance[b * (args.tokens - args.prefix) + j - args.prefix] = sum / static_cast<W>(args.heads);
+    }
+    for (int64_t h = 0; h < args.heads; ++h)
+      check(std::abs(std::accumulate(row(b, h), row(b, h) + args.tokens, W(0)) - 1) < 1e-4, "a whole row: " + label);
+  }
+  check(results.same(with_mean), "rows by head: " + label);
+}
+
 template <class T>
 void test(const Case& c, int64_t prefix, Measure measure, unsigned seed) {
   Inputs<T> inputs(c, seed);
@@ -55,6 +84,8 @@ void test(const Case& c, int64_t prefix, Measure measure, unsigned seed) {
       expected.check_out(results, label);
     else
       check(untouched(results.out.get(), results.count), "out is not written: " + label);
+    if (which == Operator::proportional_attention && measure == Measure::of_class)
+      check_rows<T>(inputs.args, results, kSchedules[seed % 3], label);
     if (measure != Measure::none)
       expected.check_importance(results, label);
     else

@@ -18,8 +18,9 @@ std::string error_of(const char* error) { return error == nullptr ? "" : error; 
 // What differs between calls of one shape.
 struct Options {
   bool residual, weighted, sizes, cosine_sizes;
-  enum class Scores { given, half, heads, ties } scores;
-  bool not_numbers;  // among the features
+  enum class Scores { given, half, heads, ties, rows, mean_of_rows } scores;
+  bool not_numbers;        // among the features
+  int64_t row_heads = 12;  // of rows
 };
 
 template <class T>
@@ -41,10 +42,25 @@ class Call {
         residual_(random_numbers<T>(elements(), 2)),
         importance_(random_floats(c.images * patches(), 3)),
         heads_(random_numbers<T>(c.images * 3 * patches(), 4)),
+        rows_(random_floats(c.images * options.row_heads * c.tokens, 6, 0, 1)),
         size_(random_floats(c.images * c.tokens, 5, 0.5f, 3)) {
     if (options.scores == Options::Scores::ties)
       for (int64_t i = 0; i < c.images * patches(); ++i)
         importance_[i] = i % 11 == 3 ? NAN : i % 7 == 2 ? -0.0f : i % 7 == 5 ? 0.0f : std::floor(importance_[i] * 4);
+    for (int64_t i = 0; i < c.images; ++i)
+      for (int64_t j = c.prefix + 3; j < c.tokens; ++j)
+        for (int64_t h = 0; h < options.row_heads; ++h) {
+          const int64_t next = (h + 1) % options.row_heads;
+          if (j % 6 == 0) row(i, h)[j] = row(i, h)[j - 3];     // a tie, if all heads count
+          if (j % 3 == 1) row(i, h)[j] = row(i, next)[j - 1];  // nearly one: the order in which they are added up tells
+          if (j % 15 == 8 && h == j / 15 % options.row_heads) row(i, h)[j] = NAN;
+        }
+    for (int64_t i = 0; i < c.images; ++i)
+      for (int64_t j = c.prefix; options.scores == Options::Scores::mean_of_rows && j < c.tokens; ++j) {
+        float sum = 0;  // as cuda/head_mean.cu has it
+        for (int64_t h = 0; h < options.row_heads; ++h) sum += row(i, h)[j];
+        importance_[i * patches() + j - c.prefix] = sum / static_cast<float>(options.row_heads);
+      }
     if (options.not_numbers)  // some tokens, a whole one, and zeros
       for (int64_t i = 0; i < elements(); i += 7 * c.channels + 1) x_[i] = T(NAN);
     if (options.not_numbers)
@@ -69,6 +85,15 @@ class Call {
                     .queries = 1,
                     .stride_image = 3 * patches(),
                     .stride_head = patches(),
+                    .stride_query = 0,
+                    .stride_token = 1};
+    if (options_.scores == Options::Scores::rows)
+      importance = {.data = rows_.get() + c_.prefix,
+                    .type = Type::f32,
+                    .heads = options_.row_heads,
+                    .queries = 1,
+                    .stride_image = options_.row_heads * c_.tokens,
+                    .stride_head = c_.tokens,
                     .stride_query = 0,
                     .stride_token = 1};
     return error_of(run_cuda<PruneMergeArgs>(&cuda::Kernels::prune_merge,
@@ -109,6 +134,9 @@ class Call {
 
  private:
   int64_t patches() const { return c_.tokens - c_.prefix; }
+  float* row(int64_t image, int64_t head) const {
+    return rows_.get() + (image * options_.row_heads + head) * c_.tokens;
+  }
   int64_t elements() const { return c_.images * c_.tokens * c_.channels; }
 
   const Case c_;
@@ -117,6 +145,7 @@ class Call {
   std::unique_ptr<T[]> x_, residual_;
   std::unique_ptr<float[]> importance_;
   std::unique_ptr<T[]> heads_;
+  std::unique_ptr<float[]> rows_;  // (B, H, N)
   std::unique_ptr<float[]> size_;
 };
 
@@ -178,6 +207,31 @@ void test_all_plans() {
   test_plans<__nv_bfloat16>(Type::bf16, {1, 197, 640, 1, 165, 148}, heads, 4);
 }
 
+// Rows of all heads sort exactly as their mean does, which head_mean would give, whichever plan runs.
+template <class T>
+void test_rows(Type type) {
+  const Case shapes[] = {{2, 70, 24, 1, 60, 41}, {1, 197, 16, 2, 165, 148}, {1, 513, 16, 1, 400, 390}};
+  for (const Case& c : shapes)
+    for (int64_t heads : {1, 2, 3, 4, 5, 8, 12, 13, 16, 17, 24, 40}) {
+      if (c.tokens > 500 && heads != 16) continue;
+      Options options{false, false, true, true, Options::Scores::mean_of_rows, false, heads};
+      typename Call<T>::Results want, got;
+      Call<T> of_mean(type, c, options);
+      options.scores = Options::Scores::rows;
+      Call<T> of_rows(type, c, options);
+      choose("rows-1!");
+      check(of_mean.run(want).empty(), "prune_merge: the mean of rows", c.tokens, heads);
+      for (const cuda::Choice& choice : cuda::kChoices) {
+        choose(choice.name);
+        std::string error = of_rows.run(got), difference = of_rows.difference(got, want);
+        check(
+            error.empty() && difference.empty(),
+            std::string("prune_merge: ") + choice.name + ", " + std::to_string(heads) + " heads: " + error + difference,
+            c.tokens, c.channels);
+      }
+    }
+}
+
 void test_names() {
   Call<float> call(Type::f32, {1, 17, 24, 1, 12, 8}, {});
   Call<float>::Results results;
@@ -225,6 +279,9 @@ void test_choices() {
 int main() {
   diffrate::testing::test_names();
   diffrate::testing::test_choices();
+  diffrate::testing::test_rows<__nv_bfloat16>(diffrate::Type::bf16);
+  diffrate::testing::test_rows<__half>(diffrate::Type::f16);
+  diffrate::testing::test_rows<float>(diffrate::Type::f32);
   diffrate::testing::test_all_plans();
   return diffrate::testing::report("plans of prune_merge");
 }

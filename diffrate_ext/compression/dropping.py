@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,11 @@ from .. import ops
 from ..models.adapter import TokenRules
 from ..models.compressed import NewStep, Plan, Step, TokenState
 from ..models.fusing import fusable_norm
+from ..ops.proportional_attention import has_kernel
 from ..schedule import KeptNumbers, scale_kept_numbers
+
+_MOST_BY_ROWS = 2048
+"""With more tokens, several blocks of prune_merge read all importances of an image: one mean is less than all rows."""
 
 
 class DropTokens(Step):
@@ -25,12 +30,19 @@ class DropTokens(Step):
         self.rules, self.k_p, self.k_m, self.before = rules, k_p, k_m, before
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        rules, size = self.rules, self.before.on(q.device).size
-        removes = self.k_m < q.shape[2]
+        size, importance_from = self.before.on(q.device).size, self._importance_from(q, k, v)
         out, self.importance = ops.proportional_attention(
-            q, k, v, size, scale=scale, prefix=rules.prefix, importance_from=rules.importance_from if removes else None
+            q, k, v, size, scale=scale, prefix=self.rules.prefix, importance_from=importance_from
         )
         return out
+
+    def _importance_from(self, q: Tensor, k: Tensor, v: Tensor) -> Literal["class", "class_rows", "received"] | None:
+        rules, tokens = self.rules, q.shape[2]
+        if self.k_m >= tokens:
+            return None
+        if rules.importance_from == "class" and not rules.spares_most_important and has_kernel(q, k, v):
+            return "class_rows" if tokens <= _MOST_BY_ROWS else "class"
+        return rules.importance_from
 
     def reduce(self, x: Tensor, branch: Tensor) -> Tensor:
         return self._reduce(x, branch, None)[0]

@@ -11,7 +11,7 @@ from . import _attention
 from ._attention import check_class_token, check_queries, check_values, empty_heads, fits_cuda_kernels
 from ._autograd import refuse_gradient
 from ._call import REFUSED, call, needs_gradient
-from ._checks import check_choice
+from ._checks import check_choice, constant
 from .class_attention import class_attention
 from .received_attention import received_attention
 
@@ -24,7 +24,7 @@ def proportional_attention(
     *,
     scale: float | None = None,
     prefix: int = 1,
-    importance_from: Literal["class", "received"] | None = "class",
+    importance_from: Literal["class", "class_rows", "received"] | None = "class",
 ) -> tuple[Tensor, Tensor | None]:
     """Attention that weights each token by its size, and the importance derived from it.
 
@@ -38,19 +38,20 @@ def proportional_attention(
         scale: of the logits, by default ``D ** -0.5``.
         prefix: P.
         importance_from: ``"class"``, the class token's attention, ``"received"``, the mean over queries, or None where
-            no importance is needed.
+            no importance is needed. ``"class_rows"`` is the class token's attention of each head, to all tokens:
+            :func:`prune_merge` takes it as it is. On CUDA that saves the launch which averages.
 
     Returns:
         out (B, H, N, D) over (B, N, H, D) memory, so that the transpose before the projection is free, and importance
-        (B, N-P) float32 (float64 for float64 input), or None. Gradients reach q, k and v; sizes and importance are
-        constants.
+        (B, N-P), class rows (B, H, N) or None. Importance is float32 (float64 for float64 input). Gradients reach q, k
+        and v; sizes and importance are constants.
 
     Raises:
         InputValueError, InputTypeError: an argument has another shape, dtype or device.
     """
     refused: Exception | None = None
     try:
-        if _has_kernel(q, k, v):
+        if has_kernel(q, k, v):
             if not _are_plain(size, scale, prefix, importance_from):
                 size, scale, prefix = _check(q, k, v, size, scale, prefix, importance_from)
             arguments = (q, k, v, size, q.shape[3] ** -0.5 if scale is None else scale, prefix)
@@ -66,8 +67,20 @@ def proportional_attention(
     out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as it mostly is: a copy only if torch followed q's layout
     if importance_from is None:
         return out, None
+    if importance_from == "class_rows":
+        return out, _class_rows(constant(q), constant(k), size, scale)
     measure = class_attention if importance_from == "class" else received_attention
     return out, measure(q, k, size, scale=scale, prefix=prefix)
+
+
+def has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether one kernel gives attention and importance. Elsewhere class rows take longer than their mean."""
+    return (
+        q.device.type == _attention.CUDA
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and fits_cuda_kernels(q)
+        and not needs_gradient(q, k, v)
+    )
 
 
 def _check(
@@ -80,10 +93,10 @@ def _check(
     importance_from: str | None,
 ) -> tuple[Tensor | None, float, int]:
     """Size, scale and prefix as kernels take them."""
-    check_choice("importance_from", importance_from, ("class", "received", None))
+    check_choice("importance_from", importance_from, ("class", "class_rows", "received", None))
     checked = check_queries(q, k, size, scale, prefix)
     check_values(v, q)
-    if importance_from == "class":
+    if importance_from in ("class", "class_rows"):
         check_class_token(prefix)
     return checked
 
@@ -94,16 +107,7 @@ def _are_plain(size: Tensor | None, scale: float | None, prefix: int, importance
         (size is None or size.dtype == torch.float32)
         and type(scale) in (float, type(None))
         and type(prefix) is int
-        and (importance_from != "class" or prefix >= 1)
-    )
-
-
-def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return (
-        q.device.type == _attention.CUDA
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and fits_cuda_kernels(q)
-        and not needs_gradient(q, k, v)
+        and (prefix >= 1 or importance_from not in ("class", "class_rows"))
     )
 
 
@@ -114,6 +118,14 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale
     if scale < 0:  # gradients become NaN
         q, scale = -q, -scale
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def _class_rows(q: Tensor, k: Tensor, size: Tensor | None, scale: float) -> Tensor:
+    """The class token's attention, (B, H, N). Not by a matrix product: autocast would round it to half precision."""
+    logits = (q[:, :, :1].to(wide_dtype(q)) * k).sum(-1) * scale
+    if size is not None:
+        logits = logits + size.clamp_min(TINY).log()[:, None]
+    return logits.softmax(-1)
 
 
 def _key_bias(size: Tensor | None, q: Tensor) -> Tensor | None:
@@ -131,8 +143,11 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     check_queries(q, k, size, scale, prefix)
     check_values(v, q)
-    patches = 0 if importance_from == "none" else q.shape[2] - prefix
-    return empty_heads(q), q.new_empty((q.shape[0], patches), dtype=wide_dtype(q))
+    images, heads, tokens, _ = q.shape
+    shape = (images, heads, tokens) if importance_from == "class_rows" else (images, tokens - prefix)
+    if importance_from == "none":
+        shape = (images, 0)
+    return empty_heads(q), q.new_empty(shape, dtype=wide_dtype(q))
 
 
 refuse_gradient(

@@ -89,7 +89,7 @@ def opcheck_cases() -> list[Any]:
         cases[f"received_attention, {dtype}"] = (_raw.received_attention, (q, k, size, 0.5))
         cases[f"class_attention, bare, {dtype}"] = (_raw.class_attention, (q.contiguous(), k.contiguous(), None, 1.0))
         cases[f"received_attention, prefix, {dtype}"] = (_raw.received_attention, (q, k, None, -0.5, 1))
-        for importance_from in ("class", "received", "none"):
+        for importance_from in ("class", "class_rows", "received", "none"):
             label = f"proportional_attention, {importance_from}, {dtype}"
             cases[label] = (_raw.proportional_attention, (q, k, q, size, 0.5, 2, importance_from))
     for gradient in (False, True):

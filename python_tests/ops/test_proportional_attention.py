@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffrate_ext import InputTypeError, InputValueError, ops, reference
 from diffrate_ext.ops import _attention
+from diffrate_ext.ops.proportional_attention import has_kernel
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -84,7 +85,11 @@ def test_accuracy(device: torch.device, case: AttentionCase) -> None:
         )
 
 
-REFERENCES = {"class": reference.class_attention, "received": reference.received_attention}
+REFERENCES = {
+    "class": reference.class_attention,
+    "class_rows": attention_checks.class_rows,
+    "received": reference.received_attention,
+}
 
 
 @pytest.mark.parametrize("importance_from", REFERENCES)
@@ -98,6 +103,28 @@ def test_importance(device: torch.device, importance_from: Any, case: AttentionC
     attention_checks.check_accuracy(measure, REFERENCES[importance_from], case, device)
 
 
+@given(case=attention_cases(least_prefix=1))
+def test_class_rows(device: torch.device, case: AttentionCase) -> None:
+    """Beside the same out they have the importance as their mean; where one kernel gives both, bit by bit."""
+    q, k, v = case.qkv(device)
+    size = case.size(device)
+    options: dict[str, Any] = {"scale": case.scale, "prefix": case.prefix}
+    out, rows = ops.proportional_attention(q, k, v, size, importance_from="class_rows", **options)
+    expected, importance = ops.proportional_attention(q, k, v, size, **options)
+    assert rows is not None
+    assert importance is not None
+    assert_same("out", out, expected)
+    mean = (sum(rows.unbind(1), torch.zeros_like(rows[:, 0])) / case.heads)[:, case.prefix :]
+    if not has_kernel(q, k, v):
+        torch.testing.assert_close(mean, importance, atol=1e-5, rtol=1e-4)
+        return
+    assert_same("mean", mean, importance)
+    x = torch.randn(case.images, case.tokens, 8, device=device)
+    kept = (case.tokens, case.tokens)
+    by_rows, by_mean = (ops.prune_merge(x, attn, *kept, prefix=case.prefix).slot for attn in (rows, importance))
+    assert_same("order", by_rows, by_mean)
+
+
 # --- the operator itself, where there is a kernel; half precision reaches it through ops, too
 
 
@@ -107,7 +134,7 @@ def kernel_or_skip(device: torch.device) -> Any:
     return torch.ops.diffrate.proportional_attention
 
 
-@given(case=attention_cases(), importance_from=st.sampled_from(["class", "received", "none"]))
+@given(case=attention_cases(), importance_from=st.sampled_from([*REFERENCES, "none"]))
 def test_kernel_accuracy(device: torch.device, case: AttentionCase, importance_from: str) -> None:
     operator = kernel_or_skip(device)
     q, k, v = case.qkv()
@@ -136,7 +163,7 @@ def logit_terms(case: AttentionCase, q: Tensor, k: Tensor, size: Tensor | None) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("importance_from", ["class", "received", None])
+@pytest.mark.parametrize("importance_from", [*REFERENCES, None])
 def test_half_precision_uses_the_kernel(
     device: torch.device, dtype: torch.dtype, importance_from: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +185,7 @@ def test_the_kernel_refuses_a_gradient(device: torch.device) -> None:
         operator(q, q, q, None, 1.0)[0].sum().backward()
 
 
-@pytest.mark.parametrize("importance_from", ["class", "received"])
+@pytest.mark.parametrize("importance_from", REFERENCES)
 def test_kernel_with_special_values(device: torch.device, importance_from: str) -> None:
     operator = kernel_or_skip(device)
     q, k, v = AttentionCase(3, 2, 65, 16, 1, torch.float32).qkv(device)
@@ -301,7 +328,7 @@ TOKENS = 601  # large beside what is legitimately there: H * N * D elements are 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [None, "random"])
-@pytest.mark.parametrize("importance_from", ["class", "received", None])
+@pytest.mark.parametrize("importance_from", [*REFERENCES, None])
 def test_no_attention_map_is_built(train: bool, dtype: torch.dtype, sizes: str | None, importance_from: Any) -> None:
     case = AttentionCase(1, 2, TOKENS, 16, 1, dtype, "packed qkv", sizes)
     q, k, v = (tensor.requires_grad_(train) for tensor in case.qkv())
@@ -343,9 +370,14 @@ Q = attention_checks.Q
         (
             {"importance_from": "cls"},
             InputValueError,
-            "importance_from must be one of 'class', 'received', None, got 'cls'",
+            "importance_from must be one of 'class', 'class_rows', 'received', None, got 'cls'",
         ),
         ({"prefix": 0}, InputValueError, "prefix must be at least 1 (index 0 is the class token), got 0"),
+        (
+            {"prefix": 0, "importance_from": "class_rows"},
+            InputValueError,
+            "prefix must be at least 1 (index 0 is the class token), got 0",
+        ),
     ],
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -141,7 +141,7 @@ def dyadic_attention(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> T
 
 @given(
     tokens=st.sampled_from([2, 3, 17, 65, 129]),
-    heads=st.sampled_from([1, 2, 3, 5]),
+    heads=st.sampled_from([1, 2, 3, 5, 12, 16, 17]),
     prefix=st.sampled_from([0, 1, 2]),
     kind=st.sampled_from(["rows", "class", "received"]),
     dtype=st.sampled_from(DTYPES),
