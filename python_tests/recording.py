@@ -55,7 +55,10 @@ def record(call: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], 
 @contextmanager
 def on_the_cpu(monkeypatch: Any) -> Iterator[list[int]]:
     """Searches with ``cuda_graph`` run on the CPU, within a ``with`` block. Yields one number for each replay."""
-    ops = importlib.import_module("diffrate_ext.ops.masked_prune_merge")
+    masked, slots = (
+        importlib.import_module(f"diffrate_ext.ops.{name}") for name in ("masked_prune_merge", "compose_slots")
+    )
+    looks_on_the_cpu_only = ((rates, "_check_finite"), (masked, "_check_kept"), (slots, "check_range"))
 
     replays: list[int] = []
 
@@ -71,6 +74,6 @@ def on_the_cpu(monkeypatch: Any) -> Iterator[list[int]]:
     with monkeypatch.context() as patch:
         patch.setattr(loop, "check_recordable", lambda model, device, processes: None)
         patch.setattr(loop, "record_cuda_graph", counted)
-        for module, check in ((rates, "_check_finite"), (ops, "_check_kept")):  # these look on the CPU only
+        for module, check in looks_on_the_cpu_only:
             patch.setattr(module, check, lambda *_: None)
         yield replays
