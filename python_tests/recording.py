@@ -12,11 +12,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffrate_ext.rate_search import loop, rates
+from diffrate_ext.rate_search import loop
 
 WAITS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
 FROM_THE_HOST = {"aten::lift_fresh"}  # what torch.tensor does with Python's numbers
 WARM_UP_CALLS = 2
+LOOKS_ON_THE_CPU_ONLY = {
+    "rate_search.rates": "_check_finite",
+    "ops.masked_prune_merge": "_check_kept",
+    "ops.compose_slots": "check_range",
+    "ops.restore_tokens": "check_range",
+}
 
 
 class Recording(TorchDispatchMode):
@@ -55,11 +61,6 @@ def record(call: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], 
 @contextmanager
 def on_the_cpu(monkeypatch: Any) -> Iterator[list[int]]:
     """Searches with ``cuda_graph`` run on the CPU, within a ``with`` block. Yields one number for each replay."""
-    masked, slots = (
-        importlib.import_module(f"diffrate_ext.ops.{name}") for name in ("masked_prune_merge", "compose_slots")
-    )
-    looks_on_the_cpu_only = ((rates, "_check_finite"), (masked, "_check_kept"), (slots, "check_range"))
-
     replays: list[int] = []
 
     def counted(device: torch.device, call: Callable[[], tuple[Tensor, ...]]) -> Any:
@@ -74,6 +75,6 @@ def on_the_cpu(monkeypatch: Any) -> Iterator[list[int]]:
     with monkeypatch.context() as patch:
         patch.setattr(loop, "check_recordable", lambda model, device, processes: None)
         patch.setattr(loop, "record_cuda_graph", counted)
-        for module, check in looks_on_the_cpu_only:
-            patch.setattr(module, check, lambda *_: None)
+        for module, check in LOOKS_ON_THE_CPU_ONLY.items():
+            patch.setattr(importlib.import_module(f"diffrate_ext.{module}"), check, lambda *_: None)
         yield replays
