@@ -36,6 +36,7 @@ from .settings import SearchSettings
 # the last part of the key of a step's own random choices, such as dropout, beside the loader's
 _IN_THE_STEP = 1
 
+Compute: TypeAlias = Callable[..., tuple[Tensor, ...]]
 Loader: TypeAlias = "Iterable[Batch] | Callable[[int], Iterable[Batch]]"
 
 
@@ -149,10 +150,8 @@ class _Search:
         self.processes = Processes.current()
         own = next(rates.model.parameters())
         self.device, self.dtype = own.device, own.dtype
-        self.compute: Callable[..., tuple[Tensor, ...]] = self._compute
         if settings.cuda_graph:
             check_recordable(rates.model, self.device, self.processes.world)
-            self.compute = Replayed(self._compute, partial(record_cuda_graph, self.device))
         self.logits = {name: p for name, p in rates.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.logits.values(), lr=settings.first_lr, betas=settings.betas, weight_decay=settings.weight_decay
@@ -196,9 +195,12 @@ class _Search:
 
     def steps(self, loader: Loader, checkpoint_every: int, report: Callable[[StepRecord], None] | None) -> Schedule:
         """All steps that are left. Returns the schedule that the rates stand for after them."""
+        compute: Compute = self._compute
+        if self.settings.cuda_graph:  # not of self, which it refers to: its memory is to be free after the last step
+            compute = Replayed(self._compute, partial(record_cuda_graph, self.device))
         try:
             for batch in self._batches(loader):
-                record = self._train(batch)
+                record = self._train(batch, compute)
                 if self.history.wants(self.step):
                     self.history = self.history.with_record(record)
                 self.step += 1
@@ -260,14 +262,14 @@ class _Search:
         with seeded(self.settings.seed, step, self.processes.rank):
             return next(batches)
 
-    def _train(self, batch: Batch) -> StepRecord:
+    def _train(self, batch: Batch, compute: Compute) -> StepRecord:
         """One step: forward, backward and update."""
         settings, step = self.settings, self.step
         images, labels = self._on_device(batch)
         with_flops = torch.full((), float(step >= settings.warmup_steps), device=self.device)
         self.module.train()
         with seeded(settings.seed, step, self.processes.rank, _IN_THE_STEP, device=self.device):
-            numbers, *gradients = self.compute(images, labels, with_flops)
+            numbers, *gradients = compute(images, labels, with_flops)
         for logits, gradient in zip(self.logits.values(), gradients, strict=True):
             logits.grad = gradient
         # one wait for the device, and the same numbers in every process: all go on, or none

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from diffrate_ext import InputValueError, SearchSettings, search
 from diffrate_ext.compression.flops import flops
-from diffrate_ext.rate_search import graph
+from diffrate_ext.rate_search import graph, loop
 from diffrate_ext.rate_search.graph import Replayed, check_recordable
 
 STEPS = 5
@@ -82,6 +84,25 @@ def test_a_batch_of_another_size_is_computed(monkeypatch: Any) -> None:
     with on_the_cpu(monkeypatch) as replays:
         assert found(tiny_model(), batches, replace(SETTINGS, cuda_graph=True)) == eager
     assert len(replays) == STEPS - 2
+
+
+def test_the_graph_is_freed_with_its_search(monkeypatch: Any) -> None:
+    """At once: its memory is that of a whole step, and the next search may need it."""
+    made: list[weakref.ref[Replayed]] = []
+
+    class Noted(Replayed):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(loop, "Replayed", Noted)
+    gc.disable()
+    try:
+        with on_the_cpu(monkeypatch):
+            found(tiny_model(), tiny_batches(2), replace(SETTINGS, cuda_graph=True))
+        assert [reference() for reference in made] == [None]
+    finally:
+        gc.enable()
 
 
 def test_labels_of_another_kind_are_computed(monkeypatch: Any) -> None:
