@@ -77,7 +77,7 @@ sanitize() {
 
 tune() {
     for kernel in attention prune_merge; do
-        "$python" -P "benchmarks/tune_$kernel.py" >"$log" 2>&1 || { cat "$log" && return 1; }
+        "$python" "benchmarks/tune_$kernel.py" >"$log" 2>&1 || { cat "$log" && return 1; }
         sed 's/^/    /' "$log" | page "cuda_tune_$kernel" "$(tail -n 1 "$log")"
     done
 }

@@ -173,6 +173,18 @@ def captured(call: Callable[[], Any]) -> tuple[Callable[[], Any] | None, str | N
     return replay, None
 
 
+def graph_seconds(call: Callable[[], Any], device: torch.device, rounds: int) -> float:
+    """The median time of a call as a CUDA graph; of the call itself where there is no GPU, to try a script out.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+    replay, reason = captured(call) if device.type == "cuda" else (call, None)
+    if replay is None:
+        raise RuntimeError(reason)
+    return measure({GRAPH: replay}, [()], device=device, rounds=rounds, min_seconds=0).time(GRAPH).median
+
+
 def summary(error: Exception) -> str:
     """Its type and its first line."""
     lines = str(error).strip().splitlines()

@@ -6,6 +6,8 @@ attention maps, and computes the gradients of the weights too, as the authors' c
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,17 +19,20 @@ import torch
 import torch.nn.functional as F
 from cases import OURS, PEAK_MEMORY, Bar
 from checks import WrongResultError, relative_error
-from harness import GRAPH, captured, measure, peak_memory
+from harness import GRAPH, Spread, captured, measure, peak_memory, summary
 from models import timm_model
 from torch import Tensor, nn
 
-from diffrate_ext import RateSearch, reference
+from diffrate_ext import InputValueError, RateSearch, SearchSettings, flops, reference
+from diffrate_ext import search as search_for_rates
 from diffrate_ext.embedded import build_model
 from diffrate_ext.rate_search import masking, rates
 from diffrate_ext.timing import random_images
 
 RIVAL = "reference operators, with weight gradients"
 FROZEN_RIVAL = "reference operators, weights frozen"
+LOOP = "search(), bfloat16"
+LOOP_STEPS, FIRST_STEPS = 40, 5  # of which the first ones are slower, and not counted
 TARGET_SHARE = 0.63  # of the FLOPs, as DeiT-S at 2.9 G
 
 
@@ -109,7 +114,14 @@ def run_search_step(spec: Search, device: torch.device, *, quick: bool) -> dict[
     ratio = {name: timings.ratio(name, OURS) for name in contenders if name != OURS}
     seconds = {name: vars(timings.time(name)) for name in contenders}
     unavailable = {}
-    if device.type == "cuda":  # a step that never waits for the host can be captured
+    if device.type == "cuda":
+        seconds[LOOP] = vars(Spread.of(loop_seconds(spec, device, cuda_graph=False)))
+        name = f"{LOOP}, {GRAPH}"
+        try:
+            seconds[name] = vars(Spread.of(loop_seconds(spec, device, cuda_graph=True)))
+        except InputValueError as error:
+            unavailable[name] = summary(error)
+    if device.type == "cuda" and not unavailable:  # a step that never waits for the host can be captured
         name = f"{OURS}, {GRAPH}"
         replay, reason = captured(contenders[OURS])
         if replay is None:
@@ -128,6 +140,21 @@ def run_search_step(spec: Search, device: torch.device, *, quick: bool) -> dict[
         "unavailable": unavailable,
         "bars": [bar.judge(reached) for bar in spec.bars],
     }
+
+
+def loop_seconds(spec: Search, device: torch.device, *, cuda_graph: bool) -> list[float]:
+    """Of the steps of a whole search under autocast, with their updates and records; the images are on the device."""
+    model = spec.build().to(device)
+    batch = random_images(model, spec.batch), torch.arange(spec.batch) % 10
+    ends: list[float] = []
+    search_for_rates(
+        model,
+        [batch],
+        TARGET_SHARE * flops(model) / 1e9,
+        SearchSettings(steps=LOOP_STEPS, amp=True, cuda_graph=cuda_graph),
+        report=lambda _: ends.append(time.perf_counter()),
+    )
+    return [end - start for start, end in itertools.pairwise(ends)][FIRST_STEPS:]
 
 
 def check(spec: Search, state: dict[str, Tensor], target: float, device: torch.device) -> float:

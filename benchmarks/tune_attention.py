@@ -3,8 +3,8 @@
     python benchmarks/tune_attention.py [--seconds 25] [--dtype bfloat16]
 
 Of each shape, each variant with sizes and the class token's attention, in microseconds a call, as CUDA graphs;
-"default" is what the library chooses by itself, "floor" the time that the bytes alone take. What is wrong, or does not
-fit, is said and left out.
+"default" is what the library chooses by itself, "floor" the time that a copy of as many bytes takes. What is wrong, or
+does not fit, is said and left out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from harness import graph_seconds
+from machine import measure_bandwidth
 from torch import Tensor
 
 import diffrate_ext.ops  # noqa: F401  (registers the operators)
@@ -28,7 +29,6 @@ from diffrate_ext import reference
 
 VARIABLE = "DIFFRATE_ATTENTION_VARIANT"
 STREAMING, DEFAULT = "streaming", "default"
-BYTES_PER_SECOND = 4.2e12  # of a copy on an H200
 CACHE = 160e6  # bytes: more than any cache holds
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -47,8 +47,10 @@ class Shape:
     def __str__(self) -> str:
         return f"{self.images},{self.heads},{self.tokens},{self.head_dim}"
 
-    def floor(self) -> float:
-        return 8 * self.images * self.heads * self.tokens * self.head_dim / BYTES_PER_SECOND * 1e6
+    @property
+    def bytes(self) -> int:
+        """Of q, k, v and the result."""
+        return 8 * self.images * self.heads * self.tokens * self.head_dim
 
 
 SHAPES = (
@@ -110,35 +112,16 @@ def check(variant: str, data: Inputs) -> str | None:
 
 def timed(call: Callable[[Inputs], object], sets: list[Inputs], calls: int, replays: int) -> float:
     """Microseconds a call, as a CUDA graph of `calls` calls that go round the sets of inputs."""
-    if not sets[0][0].is_cuda:  # a trial of this script
-        begin = time.perf_counter()
-        call(sets[0])
-        return (time.perf_counter() - begin) * 1e6
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for data in sets[:2]:
-            call(data)
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def around() -> None:
         for i in range(calls):
             call(sets[i % len(sets)])
-    times = []
-    for _ in range(replays + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times[1:])
+
+    return graph_seconds(around, sets[0][0].device, replays) * 1e6 / calls
 
 
-def measure(shape: Shape, dtype: torch.dtype, device: torch.device, calls: int, replays: int) -> None:
-    bytes_of_one = 8 * shape.images * shape.heads * shape.tokens * shape.head_dim
-    sets = [inputs(shape, dtype, device) for _ in range(max(2, min(8, math.ceil(CACHE / bytes_of_one))))]
+def tune(shape: Shape, dtype: torch.dtype, device: torch.device, calls: int, replays: int) -> None:
+    sets = [inputs(shape, dtype, device) for _ in range(max(2, min(8, math.ceil(CACHE / shape.bytes))))]
     contenders: dict[str, Callable[[Inputs], object]] = {
         name: partial(attend, name) for name in variants(shape, dtype, device)
     }
@@ -154,7 +137,7 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, calls: int, 
             shape.failures.append(f"{name}: {str(error).splitlines()[0][:150]}")
 
 
-def report(shapes: list[Shape]) -> None:
+def report(shapes: list[Shape], bandwidth: float) -> None:
     print(f"\n{'B,H,N,D':>16} {'floor':>7} {'torch':>7} {'stream':>7} {'default':>7} {'best':>7}  by")
     for shape in shapes:
         ours = {name: us for name, us in shape.microseconds.items() if name not in ("torch", DEFAULT)}
@@ -162,7 +145,11 @@ def report(shapes: list[Shape]) -> None:
             continue
         best = min(ours, key=ours.__getitem__)
         times = [shape.microseconds.get(name, math.nan) for name in ("torch", STREAMING, DEFAULT, best)]
-        print(f"{shape!s:>16} {shape.floor():7.1f} " + " ".join(f"{us:7.1f}" for us in times) + f"  {best}")
+        print(
+            f"{shape!s:>16} {shape.bytes / bandwidth * 1e6:7.1f} "
+            + " ".join(f"{us:7.1f}" for us in times)
+            + f"  {best}"
+        )
 
 
 @torch.no_grad()
@@ -177,22 +164,23 @@ def main() -> None:
     begin = time.monotonic()
     shapes = [Shape(arguments.images or images, heads, n, depth) for images, heads, n, depth in SHAPES]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    print(f"{name}, torch {torch.__version__}, {arguments.dtype}", flush=True)
+    bandwidth = measure_bandwidth(device)
+    print(f"{name}, torch {torch.__version__}, {arguments.dtype}, a copy takes {bandwidth / 1e12:.2f} TB/s", flush=True)
     for shape in shapes:
         if time.monotonic() - begin > arguments.seconds:
             print(f"no time for {shape}")
             continue
         try:
-            measure(shape, dtype, device, calls=20, replays=10)
+            tune(shape, dtype, device, calls=20, replays=10)
         except Exception as error:  # out of memory, say
             shape.failures.append(str(error).splitlines()[0][:150])
-        print(f"\n{shape}, floor {shape.floor():.1f}  [{time.monotonic() - begin:.1f} s]")
+        print(f"\n{shape}, floor {shape.bytes / bandwidth * 1e6:.1f}  [{time.monotonic() - begin:.1f} s]")
         for name, microseconds in sorted(shape.microseconds.items(), key=lambda item: item[1]):
             print(f"  {microseconds:8.1f}  {name}")
         for failure in shape.failures:
             print(f"           {failure}")
         sys.stdout.flush()
-    report(shapes)
+    report(shapes, bandwidth)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,16 @@ the end; the others go on.
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from harness import graph_seconds
+from machine import measure_bandwidth
 from torch import Tensor
 
 from diffrate_ext import ops, reference
@@ -145,32 +145,12 @@ def differing(inputs: Inputs, result: tuple[Tensor, Tensor, Tensor]) -> int:
 
 def microseconds(call: Callable[[int], object]) -> float:
     """Per launch."""
-    if DRY:
-        begin = time.perf_counter()
-        call(0)
-        return (time.perf_counter() - begin) * 1e6
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def launches() -> None:
         for i in range(LAUNCHES):
             call(i)
-    for _ in range(2):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) * 1e3 / LAUNCHES
 
-
-def bandwidth() -> float:
-    """Of a copy on this device, in bytes per microsecond."""
-    if DRY:
-        return 1e4
-    source = torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / microseconds(lambda i: target.copy_(source))
+    return graph_seconds(launches, DEVICE, REPLAYS) * 1e6 / LAUNCHES
 
 
 def tune(shape: Shape, names: list[str], bytes_per_us: float) -> None:
@@ -216,7 +196,7 @@ def main() -> None:
     """Prints the table."""
     torch.manual_seed(0)
     names = plan_names()
-    bytes_per_us = bandwidth()
+    bytes_per_us = measure_bandwidth(DEVICE) / 1e6
     name = "CPU" if DRY else torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, a copy takes {bytes_per_us / 1e6:.2f} TB/s; us per launch, bfloat16")
     print("   B    N     C  k_p  k_m res |" + "".join(n.rjust(WIDTH) for n in ["choice", *names]) + " |  floor  best")

@@ -113,6 +113,12 @@ def add_search_command(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="mixed precision, bfloat16 (default: on CUDA, where it halves the time of a step)",
     )
+    training.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="replay the step from a CUDA graph: the same result, faster where the host is slow to launch it, for more "
+        "memory (one process; default: no)",
+    )
 
     data = parser.add_argument_group("images")
     data.add_argument(
@@ -176,30 +182,13 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
 
     from .. import embedded
     from ..images.sources import match_classes, open_images
-    from ..rate_search.settings import SearchSettings
 
     ours = arguments.model is None
     if not ours and arguments.images is None:
         raise UsageError("--model needs --images FOLDER to learn from")
     _check_tensorboard(arguments)
 
-    def choose(value: Any, default: Any, of_ours: Any) -> Any:
-        return value if value is not None else of_ours if ours else default
-
-    settings = SearchSettings(
-        steps=choose(arguments.steps, STEPS, SEARCH_STEPS),
-        lr=arguments.lr,
-        min_lr=arguments.min_lr,
-        weight_decay=arguments.weight_decay,
-        flops_weight=arguments.flops_weight,
-        flops_loss=arguments.flops_loss,
-        warmup_steps=arguments.warmup_steps,
-        soft_targets=choose(arguments.soft_targets, False, True),
-        amp=device.type == "cuda" if arguments.amp is None else arguments.amp,
-        start=arguments.start,
-        granularity=arguments.granularity,
-        seed=arguments.seed,
-    )
+    settings = _settings(arguments, device)
     images = open_images(arguments.images, split=arguments.split)
     if not images.labelled and not settings.soft_targets:
         raise UsageError(
@@ -221,13 +210,39 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
         remarks.print("Random weights: what is searched for is real, what is found says nothing.")
     loading = {
         "batch_size": arguments.batch_size,
-        "augment": choose(arguments.augment, True, False),
-        "mixup": choose(arguments.mixup, MIXUP, 0.0),
-        "cutmix": choose(arguments.cutmix, CUTMIX, 0.0),
-        "smoothing": 0.0 if settings.soft_targets else choose(arguments.label_smoothing, SMOOTHING, 0.0),
-        "workers": choose(arguments.workers, default_workers(), 0),
+        "augment": _choose(arguments, "augment", True, False),
+        "mixup": _choose(arguments, "mixup", MIXUP, 0.0),
+        "cutmix": _choose(arguments, "cutmix", CUTMIX, 0.0),
+        "smoothing": 0.0 if settings.soft_targets else _choose(arguments, "label_smoothing", SMOOTHING, 0.0),
+        "workers": _choose(arguments, "workers", default_workers(), 0),
     }
     return _Job(model.to(device), images, settings, processes, loading, remarks)
+
+
+def _choose(arguments: argparse.Namespace, name: str, default: Any, of_ours: Any) -> Any:
+    """An option's value, or its default: the embedded model has its own."""
+    value = getattr(arguments, name)
+    return value if value is not None else of_ours if arguments.model is None else default
+
+
+def _settings(arguments: argparse.Namespace, device: torch.device) -> SearchSettings:
+    from ..rate_search.settings import SearchSettings
+
+    return SearchSettings(
+        steps=_choose(arguments, "steps", STEPS, SEARCH_STEPS),
+        lr=arguments.lr,
+        min_lr=arguments.min_lr,
+        weight_decay=arguments.weight_decay,
+        flops_weight=arguments.flops_weight,
+        flops_loss=arguments.flops_loss,
+        warmup_steps=arguments.warmup_steps,
+        soft_targets=_choose(arguments, "soft_targets", False, True),
+        amp=device.type == "cuda" if arguments.amp is None else arguments.amp,
+        cuda_graph=arguments.cuda_graph,
+        start=arguments.start,
+        granularity=arguments.granularity,
+        seed=arguments.seed,
+    )
 
 
 def _check_tensorboard(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any, TypeAlias
 
@@ -26,6 +27,7 @@ from ..models import adapter_for
 from ..schedule import Schedule
 from ..seeding import seeded
 from .checkpoints import Fact, SearchFolder, SearchState, replacing
+from .graph import Replayed, check_recordable, record_cuda_graph
 from .history import SearchHistory, StepRecord, kept_after
 from .processes import Processes
 from .rates import RateSearch, check_reachable, flops_loss
@@ -34,6 +36,7 @@ from .settings import SearchSettings
 # the last part of the key of a step's own random choices, such as dropout, beside the loader's
 _IN_THE_STEP = 1
 
+Compute: TypeAlias = Callable[..., tuple[Tensor, ...]]
 Loader: TypeAlias = "Iterable[Batch] | Callable[[int], Iterable[Batch]]"
 
 
@@ -98,7 +101,7 @@ def search(
     Raises:
         InputTypeError: the model's family is not supported, or a batch is of another type.
         InputValueError: a part of the model is not supported; the target cannot be reached; there are no images, or no
-            labels; a checkpoint is of a search with another fingerprint.
+            labels; a checkpoint is of a search with another fingerprint; a CUDA graph is asked for and cannot be.
         FileExistsError: ``output`` holds a search, and ``resume`` is False.
         DivergedError: the loss is not finite.
         KeyboardInterrupt: with a message that says what was done and how to continue.
@@ -147,6 +150,8 @@ class _Search:
         self.processes = Processes.current()
         own = next(rates.model.parameters())
         self.device, self.dtype = own.device, own.dtype
+        if settings.cuda_graph:
+            check_recordable(rates.model, self.device, self.processes.world)
         self.logits = {name: p for name, p in rates.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.logits.values(), lr=settings.first_lr, betas=settings.betas, weight_decay=settings.weight_decay
@@ -159,6 +164,7 @@ class _Search:
         self.history = SearchHistory(target_gflops, self.uncompressed, settings.steps, tokens)
         self.step = self.steps_before = 0
         self.saved: int | None = None  # the step of the checkpoint on disk
+        self.answer: Tensor | None = None  # of the uncompressed model to one image: the shape of labels that fit
 
     def start(self, fingerprint: Mapping[str, Fact], resume: bool) -> None:
         """Take over the state of the search in the folder, or see that there is none."""
@@ -189,9 +195,12 @@ class _Search:
 
     def steps(self, loader: Loader, checkpoint_every: int, report: Callable[[StepRecord], None] | None) -> Schedule:
         """All steps that are left. Returns the schedule that the rates stand for after them."""
+        compute: Compute = self._compute
+        if self.settings.cuda_graph:  # not of self, which it refers to: its memory is to be free after the last step
+            compute = Replayed(self._compute, partial(record_cuda_graph, self.device))
         try:
             for batch in self._batches(loader):
-                record = self._train(batch)
+                record = self._train(batch, compute)
                 if self.history.wants(self.step):
                     self.history = self.history.with_record(record)
                 self.step += 1
@@ -253,37 +262,64 @@ class _Search:
         with seeded(self.settings.seed, step, self.processes.rank):
             return next(batches)
 
-    def _train(self, batch: Batch) -> StepRecord:
+    def _train(self, batch: Batch, compute: Compute) -> StepRecord:
         """One step: forward, backward and update."""
-        settings, rates, step = self.settings, self.rates, self.step
-        images, labels = split_batch(batch)
-        if labels is None and not settings.soft_targets:
-            raise InputValueError("the loader gives images without labels: these need soft targets (soft_targets=True)")
-        images = images.to(self.device, self.dtype, non_blocking=True)
+        settings, step = self.settings, self.step
+        images, labels = self._on_device(batch)
+        with_flops = torch.full((), float(step >= settings.warmup_steps), device=self.device)
         self.module.train()
-        self.optimizer.zero_grad()
         with seeded(settings.seed, step, self.processes.rank, _IN_THE_STEP, device=self.device):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.amp):
-                teacher = self._teacher(images) if settings.soft_targets else None
-                logits = self.module(images).float()
-            targets, truth = _targets(labels, teacher, logits)
-            classification = F.cross_entropy(logits, targets)
-            gflops = rates.gflops()
-            cost = flops_loss(gflops, self.target, self.uncompressed, settings.flops_weight, settings.flops_loss)
-            cost = cost if step >= settings.warmup_steps else 0 * cost
-            (classification + cost).backward()
-
-        gradients = torch.stack([p.grad.isfinite().all() for p in self.logits.values() if p.grad is not None])
-        parts = (classification, cost, (logits.argmax(1) == truth).float().mean(), gflops, gradients.all())
+            numbers, *gradients = compute(images, labels, with_flops)
+        for logits, gradient in zip(self.logits.values(), gradients, strict=True):
+            logits.grad = gradient
         # one wait for the device, and the same numbers in every process: all go on, or none
-        numbers = self.processes.mean(torch.stack([part.detach().double() for part in parts]))
-        loss, cost_now, accuracy, gflops_now, finite = numbers.tolist()
-        if not math.isfinite(loss + cost_now) or finite < 1:
-            raise DivergedError(self._diverged(loss, cost_now))
-        after_pruning, after_merging = kept_after(rates.schedule())
+        loss, cost, accuracy, gflops, finite = self.processes.mean(numbers).tolist()
+        if not math.isfinite(loss + cost) or finite < 1:
+            raise DivergedError(self._diverged(loss, cost))
+        after_pruning, after_merging = kept_after(self.rates.schedule())
         lr = self.optimizer.param_groups[0]["lr"] = settings.lr_at(step)
         self.optimizer.step()
-        return StepRecord(step, loss, cost_now, accuracy, gflops_now, lr, after_pruning, after_merging)
+        return StepRecord(step, loss, cost, accuracy, gflops, lr, after_pruning, after_merging)
+
+    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """A batch's images and its labels, which were checked while the host has them."""
+        images, labels = split_batch(batch)
+        if labels is None and not self.settings.soft_targets:
+            raise InputValueError("the loader gives images without labels: these need soft targets (soft_targets=True)")
+        images = images.to(self.device, self.dtype, non_blocking=True)
+        if labels is None:
+            return images, None
+        if self.answer is None:
+            self.answer = self._teacher(images[:1])
+        return images, _checked(labels, self.answer.expand(len(images), -1))
+
+    def _compute(self, images: Tensor, labels: Tensor | None, with_flops: Tensor) -> tuple[Tensor, ...]:
+        """Forward and backward; nothing here reads what the device computes.
+
+        Args:
+            images, labels: on the device.
+            with_flops: 0-d; 1, or 0 to go without the FLOPs term.
+
+        Returns:
+            five numbers (classification loss, FLOPs loss, accuracy, GFLOPs, 1 if all gradients are finite), and the
+            gradients of the logits.
+        """
+        settings, rates = self.settings, self.rates
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.amp):
+            teacher = self._teacher(images) if settings.soft_targets else None
+            logits = self.module(images).float()
+        targets, truth = _targets(labels, teacher)
+        classification = F.cross_entropy(logits, targets)
+        gflops = rates.gflops()
+        cost = flops_loss(gflops, self.target, self.uncompressed, settings.flops_weight, settings.flops_loss)
+        cost = with_flops * cost
+        (classification + cost).backward()
+
+        gradients = [p.grad for p in self.logits.values() if p.grad is not None]
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        parts = (classification, cost, (logits.argmax(1) == truth).float().mean(), gflops, finite)
+        return torch.stack([part.detach().double() for part in parts]), *gradients
 
     def _teacher(self, images: Tensor) -> Tensor:
         with torch.no_grad(), self.rates.uncompressed() as plain:
@@ -323,20 +359,24 @@ def _endless(loader: Loader, start: int) -> Iterator[Batch]:
             raise InputValueError(f"the loader gave no images{again}")
 
 
-def _targets(labels: Tensor | None, teacher: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """What the logits are to be, and the class of each image, on their device."""
+def _checked(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels or probabilities that fit logits of this shape, on their device."""
+    if not labels.is_floating_point():
+        check_labels(labels, logits)
+        return labels.to(logits.device, torch.int64)
+    if labels.shape != logits.shape:
+        expected = f"{tuple(logits.shape)}, as the logits have"
+        raise InputValueError(f"probabilities as labels must have shape {expected}, got {tuple(labels.shape)}")
+    return labels.to(logits.device, logits.dtype)
+
+
+def _targets(labels: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the logits are to be, and the class of each image."""
     if labels is None:
         assert teacher is not None
         return teacher, teacher.argmax(1)
-    if labels.is_floating_point():
-        if labels.shape != logits.shape:
-            expected = f"{tuple(logits.shape)}, as the logits have"
-            raise InputValueError(f"probabilities as labels must have shape {expected}, got {tuple(labels.shape)}")
-        labels = labels.to(logits.device, logits.dtype)
-        return labels if teacher is None else teacher, labels.argmax(1)
-    check_labels(labels, logits)
-    labels = labels.to(logits.device, torch.int64)
-    return labels if teacher is None else teacher, labels
+    truth = labels.argmax(1) if labels.is_floating_point() else labels
+    return labels if teacher is None else teacher, truth
 
 
 def _model_fingerprint(model: nn.Module) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def test_variants_are_a_page_each(checkout: Path) -> None:
     status, asked, _ = gpu_stages(checkout, "tune")
     assert status == 0
     scripts = [f"benchmarks/tune_{kernel}.py" for kernel in ("attention", "prune_merge")]
-    assert asked == [*(f"tune -P {script}" for script in scripts), "report"]
+    assert asked == [*(f"tune {script}" for script in scripts), "report"]
     for script in scripts:
         assert (BENCHMARKS.parent / script).exists()
         name = f"cuda_{Path(script).stem}"

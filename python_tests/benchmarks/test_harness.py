@@ -34,6 +34,20 @@ def test_contenders_take_turns() -> None:
         harness.measure({"a": contender("a")}, [(0,)], device=CPU, rounds=2, min_seconds=0)
 
 
+def test_a_graph_is_timed_or_said_to_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    assert 0.01 <= harness.graph_seconds(lambda: time.sleep(0.01), CPU, 3) < 1
+    monkeypatch.setattr(harness, "captured", lambda call: (None, "it waits"))
+    with pytest.raises(RuntimeError, match="it waits"):
+        harness.graph_seconds(lambda: None, gpu, 3)
+    replays: list[None] = []
+    monkeypatch.setattr(harness, "captured", lambda call: (lambda: replays.append(None), None))
+    monkeypatch.setattr(harness, "_seconds", lambda call, inputs, calls, device: call() or 1e-3)
+    monkeypatch.setattr(harness, "synchronize", lambda device: None)
+    assert harness.graph_seconds(lambda: pytest.fail("the call itself is timed"), gpu, 3) == 1e-3
+    assert len(replays) >= 3
+
+
 def test_peak_memory_counts_what_is_alive_at_once() -> None:
     mebi = 2**20
 

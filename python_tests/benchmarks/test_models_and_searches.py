@@ -14,7 +14,7 @@ import search_step
 import torch
 from torch import Tensor
 
-from diffrate_ext import RateSearch, ops
+from diffrate_ext import InputValueError, RateSearch, ops
 from diffrate_ext.embedded import build_model
 
 CPU = torch.device("cpu")
@@ -98,6 +98,15 @@ def test_searches_of_a_gpu_run() -> None:
     assert [(spec.name, spec.batch) for spec in found] == [("DeiT-S", 128), ("embedded ViT", 128)]
     assert not any(spec.bars for spec in found)
     assert all(spec.bars for spec in search_step.searches(CPU, quick=False))
+
+
+def test_steps_of_a_whole_search_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_step, "LOOP_STEPS", 8)
+    times = search_step.loop_seconds(search_step.QUICK_SEARCHES[0], CPU, cuda_graph=False)
+    assert len(times) == 8 - 1 - search_step.FIRST_STEPS
+    assert min(times) > 0
+    with pytest.raises(InputValueError, match="cuda_graph needs a model on a CUDA device"):
+        search_step.loop_seconds(search_step.QUICK_SEARCHES[0], CPU, cuda_graph=True)
 
 
 def test_the_rival_of_a_search_step_uses_no_operator(monkeypatch: pytest.MonkeyPatch) -> None:

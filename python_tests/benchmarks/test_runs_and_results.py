@@ -18,6 +18,7 @@ import machine
 import pytest
 import report
 import run
+import torch
 
 BENCHMARKS = Path(run.__file__).parent
 
@@ -160,3 +161,25 @@ def test_quick_benchmarks_run(tmp_path: Path) -> None:
     models = json.loads((tmp_path / "cpu_models.json").read_text(encoding="utf-8"))["records"]
     assert {record["batch"] for record in models} == {1, 4, 16}
     assert {path: path.read_bytes() for path in (BENCHMARKS / "results").glob("*")} == committed
+
+
+def test_only_operators_with_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases.Ceilings, "measured", lambda *_: cases.Ceilings(1e9, 1e9))
+    settings, names = cases.Settings(torch.device("cpu")), ["sort_tokens", "compression_rate"]
+    every, some = ([job.args[0] for _, job in run.operator_jobs(settings, names, bars)] for bars in (False, True))
+    assert [case.label for case in some] == [case.label for case in every if case.bars] != []
+    assert {case.operator for case in some} <= {case.operator for case in every} == set(names)
+    assert len(some) < len(every)
+
+
+def test_only_models_with_bars() -> None:
+    gpu = torch.device("cuda")
+    every, some = (
+        [job.args[0] for _, job in run.model_jobs(gpu, torch.bfloat16, False, False, bars)] for bars in (False, True)
+    )
+    assert all(each.bars or each.gains for each in some)
+    assert any(each.gains for each in some)  # bars of another kind
+    assert any(each.bars and not each.gains for each in some)
+    assert some == [each for each in every if each.bars or each.gains]
+    none = list(run.model_jobs(gpu, torch.float32, False, False, True))
+    assert none == []  # in float32 nothing is to be reached

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import TEST_VIT, assert_is_a_drawing, fails, search
 
 from diffrate_ext import InputValueError, embedded
-from diffrate_ext.cli.main import main
+from diffrate_ext.cli.main import build_parser, main
+from diffrate_ext.cli.search import _settings
 from diffrate_ext.compression.flops import flops
 from diffrate_ext.schedule import Schedule
 
@@ -143,6 +145,23 @@ def test_search_passes_its_options_on(tmp_path, monkeypatch):
     assert seen["settings"] == SearchSettings(steps=100, soft_targets=True)
     assert (seen["mixup"], seen["cutmix"], seen["smoothing"], seen["labelled"]) == (0, 0, 0, False)
     assert seen["gflops"] == pytest.approx(0.6 * 0.3509, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "amp"),
+    [([], "cuda", True), ([], "cpu", False), (["--no-amp"], "cuda", False), (["--amp"], "cpu", True)],
+)
+def test_mixed_precision_is_the_default_on_a_gpu(words, device, amp):
+    arguments = build_parser().parse_args(["search", *words])
+    assert _settings(arguments, torch.device(device)).amp is amp
+
+
+def test_a_graph_is_for_those_who_ask(tmp_path, capsys):
+    folder = tmp_path / "search"
+    assert not _settings(build_parser().parse_args(["search"]), torch.device("cuda")).cuda_graph
+    assert _settings(build_parser().parse_args(["search", "--cuda-graph"]), torch.device("cuda")).cuda_graph
+    assert "needs a model on a CUDA device" in fails(search(folder, "--cuda-graph"), capsys)
+    assert not folder.exists()
 
 
 def test_search_without_labels(folder, tmp_path, capsys):
