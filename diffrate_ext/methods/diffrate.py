@@ -1,18 +1,18 @@
-"""Compression at inference: in each block tokens are sorted, pruned and merged (DiffRate, section 3)."""
+"""DiffRate: in each block tokens are sorted, pruned and merged (section 3 of the paper)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..models.adapter import TokenRules
-from ..models.compressed import NewStep, Plan, Step, TokenState
+from ..models.compressed import Step, TokenState
 from ..models.fusing import fusable_norm
-from ..schedule import KeptNumbers, scale_kept_numbers
+from .method import Method
 
 
 class DropTokens(Step):
@@ -72,14 +72,12 @@ def keep_order(size: Tensor, prefix: int) -> Tensor:
     return torch.arange(tokens - prefix, 0, -1, dtype=size.dtype, device=size.device).expand(images, -1)
 
 
-class DropPlan(Plan):
-    """Kept numbers of the blocks of one stage, for so many tokens at its input."""
+@dataclass(frozen=True)
+class DiffRate(Method):
+    """The default: importance decides what is pruned and merged, similar features what merges into what."""
 
-    def __init__(self, rules: TokenRules, tokens: int, numbers: KeptNumbers, fewest: int) -> None:
-        self.rules, self.tokens, self.numbers, self.fewest = rules, tokens, numbers, fewest
+    name: ClassVar[str] = "diffrate"
+    prunes_and_merges: ClassVar[bool] = True
 
-    def steps(self, tokens: int, training: bool) -> Sequence[NewStep]:
-        numbers = self.numbers
-        if tokens != self.tokens:  # images of another size keep the rates
-            numbers = scale_kept_numbers(numbers, self.tokens, tokens, self.rules.prefix, self.fewest)
-        return [partial(DropTokens, self.rules, k_p, k_m) for k_p, k_m in numbers]
+    def step(self, rules: TokenRules, k_p: int, k_m: int, before: TokenState) -> Step:
+        return DropTokens(rules, k_p, k_m, before)
