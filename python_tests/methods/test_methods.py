@@ -131,6 +131,7 @@ def test_gradients_reach_the_weights(run: tuple[Any, str]) -> None:
 
 @pytest.mark.slow
 def test_compiles_whole(run: tuple[Any, str]) -> None:
+    torch.compiler.reset()
     model, method = run
     compress(model, weak_schedule(model), method=method)
     images = tiny_images(model)
@@ -197,7 +198,7 @@ def test_as_tome_with_r_16() -> None:
     """The rule of the paper, for ViT-S: 16 in every block."""
     with torch.device("meta"):
         model = timm.create_model("deit_small_patch16_224")
-    left = [197 - 16 * (block + 1) for block in range(12)]
+    left = [*(197 - 16 * (block + 1) for block in range(11)), 11]  # the last block has 20 patches left
     gflops = flops(model, Schedule(None, left)) / 1e9
     assert uniform_schedule(model, gflops, method="tome").after_merging == tuple(left)
 
