@@ -22,6 +22,7 @@ from ._build import build_info  # noqa: E402
 from .errors import DivergedError, InputError, InputTypeError, InputValueError  # noqa: E402
 
 if TYPE_CHECKING:
+    from .comparison import Compared, compare
     from .compression.compress import compress, restore, token_slots
     from .compression.copies import compressed_copy, uncompressed_copy
     from .compression.flops import flops
@@ -39,6 +40,7 @@ __version__ = _version("diffrate_ext")
 
 __all__ = [
     "Benchmark",
+    "Compared",
     "DivergedError",
     "Evaluation",
     "InputError",
@@ -53,6 +55,7 @@ __all__ = [
     "StepRecord",
     "benchmark",
     "build_info",
+    "compare",
     "compress",
     "compressed_copy",
     "evaluate",
@@ -70,6 +73,7 @@ __all__ = [
 # Where the others are. Loaded when first used: they import timm and matplotlib, and the operators need neither.
 _LAZY = {
     "Benchmark": "timing",
+    "Compared": "comparison",
     "Evaluation": "evaluation",
     "PublishedSchedule": "schedule",
     "RateSearch": "rate_search.rates",
@@ -79,6 +83,7 @@ _LAZY = {
     "SearchSettings": "rate_search.settings",
     "StepRecord": "rate_search.history",
     "benchmark": "timing",
+    "compare": "comparison",
     "compress": "compression.compress",
     "compressed_copy": "compression.copies",
     "evaluate": "evaluation",

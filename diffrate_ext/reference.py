@@ -128,6 +128,24 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return (unit * weight + (0 if bias is None else bias)).to(x.dtype)
 
 
+def bipartite_match(keys: Tensor, merged: int, *, prefix: int = 1) -> Tensor:
+    """ToMe's bipartite soft matching (section 3 of its paper), image by image and token by token."""
+    slot = torch.empty(keys.shape[:2], dtype=torch.int64, device=keys.device)
+    even, odd = ([token for token in range(prefix, keys.shape[1]) if token % 2 == parity] for parity in (0, 1))
+    for image, unit in enumerate(F.normalize(keys.to(wide_dtype(keys)), dim=-1)):
+        nearest = {}
+        for token in even if merged else ():
+            cosines = (unit[odd] @ unit[token]).nan_to_num(nan=-torch.inf)
+            nearest[token] = (float(cosines.max()), odd[int(cosines.argmax())])
+        merging = sorted(nearest, key=lambda token: -nearest[token][0])[:merged]  # of equal ones the first
+        stay = [*range(prefix), *(token for token in even if token not in merging), *odd]
+        for position, token in enumerate(stay):
+            slot[image, token] = position
+        for token in merging:
+            slot[image, token] = slot[image, nearest[token][1]]
+    return slot
+
+
 def merge_reduce(x: Tensor, dst: Tensor, kept: int, *, weights: Tensor | None = None) -> Tensor:
     """Mean of the tokens that share a destination, optionally weighted: (B, N, C) -> (B, kept, C).
 

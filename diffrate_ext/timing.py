@@ -18,6 +18,7 @@ from .errors import InputValueError
 from .images.data_config import data_config
 
 if TYPE_CHECKING:
+    from .methods import Method
     from .schedule import Schedule
 
 
@@ -110,10 +111,18 @@ class Comparison:
     """A model uncompressed and compressed by several schedules, timed in turn on the same images.
 
     All are copies that share the model's weights; the model is left as it is. Arguments and errors as for
-    :func:`benchmark`.
+    :func:`benchmark`; ``methods``: one for each schedule, by default DiffRate.
     """
 
-    def __init__(self, model: nn.Module, schedules: Sequence[Schedule], images: Tensor, *, warmup: int = 2) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        schedules: Sequence[Schedule],
+        images: Tensor,
+        *,
+        methods: Sequence[str | Method] | None = None,
+        warmup: int = 2,
+    ) -> None:
         if len(images) == 0:
             raise InputValueError("images must hold at least one image")
         if warmup < 0:
@@ -121,7 +130,9 @@ class Comparison:
         self.images = images
         self.gflops = [flops(model, schedule) / 1e9 for schedule in schedules]
         self.uncompressed_gflops = flops(model) / 1e9
-        self.models = [uncompressed_copy(model), *(compressed_copy(model, schedule) for schedule in schedules)]
+        pairs = zip(schedules, methods or ["diffrate"] * len(schedules), strict=True)
+        copies = [compressed_copy(model, schedule, method=method) for schedule, method in pairs]
+        self.models = [uncompressed_copy(model), *copies]
         self.warmup = warmup
         self.seconds: list[list[float]] = []
 

@@ -1,4 +1,4 @@
-"""The command line: ``diffrate demo | search | evaluate | benchmark | visualize | info``.
+"""The command line: ``diffrate demo | search | evaluate | compare | benchmark | visualize | info``.
 
 Nothing heavy is imported until a command runs, so that ``--help`` and wrong arguments answer at once.
 """
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..embedded import SEARCH_STEPS
 from ..errors import InputError
@@ -20,24 +20,16 @@ from .common import (
     UsageError,
     add_model_options,
     add_schedule_options,
-    check_embedded_options,
     consoles,
     device_named,
-    model_named,
     positive,
     schedules_named,
     warnings_on,
 )
+from .compare import add_compare_command
 from .evaluate import add_evaluate_command
 from .search import add_search_command
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from ..demo import Workload
-
-PICTURES_BY_DEFAULT = 64
-"""Of the user's own; large models take seconds for each on a CPU."""
+from .workload import PICTURES_BY_DEFAULT, add_picture_options, workload_named
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         "timm model on your pictures.",
     )
     add_model_options(demo)
-    _add_picture_options(demo, f"default: all 2,000 embedded ones; {PICTURES_BY_DEFAULT} of yours, evenly spread")
+    add_picture_options(demo, f"default: all 2,000 embedded ones; {PICTURES_BY_DEFAULT} of yours, evenly spread")
     add_schedule_options(demo)
     demo.add_argument(
         "--search-steps",
@@ -108,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_search_command(commands)
     add_evaluate_command(commands)
+    add_compare_command(commands)
 
     benchmark = commands.add_parser(
         "benchmark",
@@ -134,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Draws which tokens are pruned and which are merged into which, by the strongest of the schedules.",
     )
     add_model_options(visualize)
-    _add_picture_options(visualize, "default: 4")
+    add_picture_options(visualize, "default: 4")
     add_schedule_options(visualize)
     visualize.add_argument(
         "--output",
@@ -151,43 +144,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_picture_options(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--images", type=Path, metavar="PATH", help="a picture, or a folder of pictures (with sub-folders)"
-    )
-    parser.add_argument("--n-images", type=positive, metavar="N", help=f"how many images ({default})")
-
-
 def _version() -> str:
     try:
         return metadata.version("diffrate-ext")
     except metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-def _workload(arguments: argparse.Namespace, pictures: int, embedded_images: int | None, remarks: Console) -> Workload:
-    """The model and the images that the arguments name; at most ``pictures`` of the user's own by default."""
-    from ..demo import Workload, embedded_workload
-
-    check_embedded_options(arguments)
-    if arguments.model is None:
-        return embedded_workload(arguments.n_images or embedded_images)
-    if arguments.images is None:
-        raise UsageError("--model needs --images PATH, a picture or a folder of pictures")
-
-    from ..images.loading import transform_for
-    from ..images.pictures import find_pictures, load_pictures, spread
-
-    found = find_pictures(arguments.images)
-    chosen = spread(found, arguments.n_images or pictures)
-    model = model_named(arguments)
-    loaded = load_pictures(chosen, transform_for(model, augment=False))
-    for path, reason in loaded.skipped:
-        remarks.print(f"skipped {path}: {reason}", style="yellow", markup=False, soft_wrap=True)
-    if len(chosen) < len(found):
-        remarks.print(f"{len(chosen)} of {len(found)} pictures, evenly spread (--n-images takes more or fewer)")
-    titles = [path.name if len(path.name) <= 20 else f"{path.name[:19]}…" for path in loaded.paths]
-    return Workload(arguments.model, model, loaded.images, titles)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -196,7 +157,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     output = check_output(arguments.output)
     results, remarks = consoles()
-    workload = _workload(arguments, PICTURES_BY_DEFAULT, None, remarks)
+    workload = workload_named(arguments, PICTURES_BY_DEFAULT, None, remarks)
     workload.model.to(device_named(arguments.device))
     if arguments.model is None and not arguments.gflops and not arguments.schedule:
         schedules = learned_schedule(workload, arguments.search_steps, remarks)
@@ -292,7 +253,7 @@ def _visualize(arguments: argparse.Namespace) -> None:
     output = check_output(arguments.output)
     results, remarks = consoles()
     n_images = arguments.n_images or 4
-    workload = _workload(arguments, n_images, 40, remarks)
+    workload = workload_named(arguments, n_images, 40, remarks)
     draw(workload, schedules_named(arguments, workload.model), output, n_images=n_images)
     results.print(f"Picture: {output}", soft_wrap=True, markup=False)
 

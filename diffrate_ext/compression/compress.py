@@ -8,17 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputTypeError, InputValueError
+from ..methods import Method, MethodPlan, method_of
 from ..models import adapter_for
 from ..modes import evaluating
 from ..schedule import Schedule, same_model
-from .dropping import DropPlan
 from .patching import compressed_modules, install_plans, remove_plans
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def compress(model: Model, schedule: Schedule, *, linear_patch_embedding: bool = True) -> Model:
-    """Make a model prune and merge tokens between attention and MLP of its blocks (DiffRate, section 3).
+def compress(
+    model: Model, schedule: Schedule, *, method: str | Method = "diffrate", linear_patch_embedding: bool = True
+) -> Model:
+    """Make a model prune and merge tokens between attention and MLP of its blocks.
 
     The model changes in place: parameters, state_dict and ``isinstance`` stay as they are, attention stays fused. On a
     model that is compressed already the schedule is replaced. For images of another size than the model's own, the
@@ -28,6 +30,11 @@ def compress(model: Model, schedule: Schedule, *, linear_patch_embedding: bool =
     Args:
         model: one of timm's VisionTransformer or MetaFormer (CAFormer) models.
         schedule: the tokens that each block keeps.
+        method: how a block comes down to them. ``"diffrate"`` (section 3 of the paper) prunes the least important
+            tokens and merges the next ones; the others remove tokens in one way, and go by those left after the block
+            alone: ``"tome"`` merges the tokens with the most similar keys, ``"evit"`` keeps those with the most class
+            attention and fuses the rest into one more, ``"random"`` prunes any. Or a ``Method`` with options, such as
+            ``diffrate_ext.methods.ToMe(proportional_attention=False)``.
         linear_patch_embedding: compute a patch embedding whose kernels do not overlap as a matrix product, with the
             same weights. Equal to rounding, and much faster than cuDNN's convolution.
 
@@ -36,15 +43,17 @@ def compress(model: Model, schedule: Schedule, *, linear_patch_embedding: bool =
 
     Raises:
         InputTypeError: the model's family is not supported.
-        InputValueError: a part of the model is not supported, or the schedule does not fit it.
+        InputValueError: a part of the model is not supported, or the schedule does not fit it or the method.
     """
     if not isinstance(schedule, Schedule):
         raise InputTypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
     if not isinstance(linear_patch_embedding, bool):
         raise InputTypeError(f"linear_patch_embedding must be a bool, got {type(linear_patch_embedding).__name__}")
-    adapter = adapter_for(model)
-    parts = zip(adapter.stages, adapter.kept_numbers(schedule), strict=True)
-    plans = [DropPlan(adapter.rules, stage.tokens, kept, stage.fewest) for stage, kept in parts]
+    method, adapter = method_of(method), adapter_for(model)
+    numbers = adapter.kept_numbers(schedule)
+    method.check(adapter, numbers)
+    parts = zip(adapter.stages, numbers, strict=True)
+    plans = [MethodPlan(method, adapter.rules, stage.tokens, kept, stage.fewest) for stage, kept in parts]
     install_plans(adapter, plans, linear_patch_embedding=linear_patch_embedding)
     return model
 

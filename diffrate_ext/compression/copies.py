@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..methods import Method
 from ..models.classes import CompressedModule
 from ..schedule import Schedule
 from .compress import compress
@@ -15,8 +16,8 @@ from .patching import remove_plans
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def compressed_copy(model: Model, schedule: Schedule) -> Model:
-    """A copy of ``model`` compressed by ``schedule``; ``model`` stays as it is.
+def compressed_copy(model: Model, schedule: Schedule, *, method: str | Method = "diffrate") -> Model:
+    """A copy of ``model`` compressed by ``schedule`` and a method; ``model`` stays as it is.
 
     The copy has modules of its own and shares the parameters and buffers: comparing a large model with several
     compressed forms of itself takes the memory of one, and training either trains both.
@@ -24,7 +25,7 @@ def compressed_copy(model: Model, schedule: Schedule) -> Model:
     Raises:
         InputTypeError, InputValueError: as :func:`diffrate_ext.compress`, for a model or schedule that does not fit.
     """
-    return compress(uncompressed_copy(model), schedule)
+    return compress(uncompressed_copy(model), schedule, method=method)
 
 
 def uncompressed_copy(model: Model) -> Model:

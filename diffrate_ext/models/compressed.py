@@ -1,7 +1,7 @@
 """How a compressed model runs: one loop over its blocks, each of which calls a :class:`Step`.
 
 A model's :class:`Plan` makes the steps of one forward pass, one for each block; the block computes attention
-and reduces its tokens through its step. Steps that drop tokens are in ``compression/dropping.py``, those of the rate
+and reduces its tokens through its step. Steps that drop tokens are in ``methods``, those of the rate
 search, which mask them, in ``rate_search/masking.py``.
 """
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from .. import _build  # noqa: F401  first: it loads the operators
 from ._norm import Norm
 from .add_norm import AddedTokens, add_norm
+from .bipartite_match import bipartite_match
 from .class_attention import class_attention
 from .compose_slots import compose_slots
 from .compression_rate import compression_rate
@@ -35,6 +36,7 @@ __all__ = [
     "NormalizedTokens",
     "SortedTokens",
     "add_norm",
+    "bipartite_match",
     "class_attention",
     "compose_slots",
     "compression_rate",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..compression.dropping import keep_order
+from ..methods.diffrate import keep_order
 from ..models.adapter import TokenRules
 from ..models.compressed import Step, TokenState
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..compression.dropping import DropPlan
 from ..compression.flops import flops
 from ..compression.patching import install_plans, without_plans
 from ..errors import DivergedError, InputTypeError, InputValueError
+from ..methods import DiffRate, MethodPlan
 from ..models import Stage, adapter_for
 from ..models.compressed import NewStep, Plan
 from ..numeric import rate_candidates
@@ -257,11 +257,11 @@ class RateSearch(nn.Module):
         rows = iter(values.unbind())
         return [next(rows) if here else None for here in self._rates_of(index, stage)]
 
-    def _drop_plan(self, index: int) -> DropPlan:
+    def _drop_plan(self, index: int) -> MethodPlan:
         """The compression that the rates stand for now."""
         adapter, stage = self._adapter, self._adapter.stages[index]
         numbers = adapter.kept_numbers(self.schedule())[index]
-        return DropPlan(adapter.rules, stage.tokens, numbers, stage.fewest)
+        return MethodPlan(DiffRate(), adapter.rules, stage.tokens, numbers, stage.fewest)
 
     def _mask_steps(self, index: int) -> list[NewStep]:
         """The search step at the current rates."""

@@ -1,20 +1,20 @@
-"""Compression at inference: in each block tokens are sorted, pruned and merged (DiffRate, section 3)."""
+"""DiffRate: in each block tokens are sorted, pruned and merged (section 3 of the paper)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..models.adapter import TokenRules
-from ..models.compressed import NewStep, Plan, Step, TokenState
+from ..models.compressed import Step, TokenState
 from ..models.fusing import fusable_norm
+from ..modes import is_traced
 from ..ops.proportional_attention import has_kernel
-from ..schedule import KeptNumbers, scale_kept_numbers
+from .method import Method
 
 _MOST_BY_ROWS = 2048
 """With more tokens, several blocks of prune_merge read all importances of an image: one mean is less than all rows."""
@@ -48,7 +48,8 @@ class DropTokens(Step):
         return self._reduce(x, branch, None)[0]
 
     def reduce_and_norm(self, x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        x, normalized = self._reduce(x, branch, None if self.importance is None else fusable_norm(norm, x, branch))
+        by_compiler = self.importance is None and is_traced()  # which fuses a sum and a norm by itself
+        x, normalized = self._reduce(x, branch, None if by_compiler else fusable_norm(norm, x, branch))
         return x, norm(x) if normalized is None else normalized
 
     def _reduce(self, x: Tensor, branch: Tensor, norm: ops.Norm | None) -> tuple[Tensor, Tensor | None]:
@@ -56,7 +57,7 @@ class DropTokens(Step):
         residual: Tensor | None = branch
         if importance is None:
             self.after, self.slot = self.before, None
-            return x + branch, None
+            return (x + branch, None) if norm is None else ops.add_norm(x, branch, norm)
         prefix = rules.prefix
         if rules.spares_most_important:  # in sorted order, as if the first token were a prefix
             x, size, order = ops.sort_tokens(x + branch, importance, size, prefix=prefix)
@@ -84,14 +85,12 @@ def keep_order(size: Tensor, prefix: int) -> Tensor:
     return torch.arange(tokens - prefix, 0, -1, dtype=size.dtype, device=size.device).expand(images, -1)
 
 
-class DropPlan(Plan):
-    """Kept numbers of the blocks of one stage, for so many tokens at its input."""
+@dataclass(frozen=True)
+class DiffRate(Method):
+    """The default: importance decides what is pruned and merged, similar features what merges into what."""
 
-    def __init__(self, rules: TokenRules, tokens: int, numbers: KeptNumbers, fewest: int) -> None:
-        self.rules, self.tokens, self.numbers, self.fewest = rules, tokens, numbers, fewest
+    name: ClassVar[str] = "diffrate"
+    prunes_and_merges: ClassVar[bool] = True
 
-    def steps(self, tokens: int, training: bool) -> Sequence[NewStep]:
-        numbers = self.numbers
-        if tokens != self.tokens:  # images of another size keep the rates
-            numbers = scale_kept_numbers(numbers, self.tokens, tokens, self.rules.prefix, self.fewest)
-        return [partial(DropTokens, self.rules, k_p, k_m) for k_p, k_m in numbers]
+    def step(self, rules: TokenRules, k_p: int, k_m: int, before: TokenState) -> Step:
+        return DropTokens(rules, k_p, k_m, before)

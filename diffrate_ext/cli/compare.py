@@ -1,0 +1,163 @@
+"""``diffrate compare``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import (
+    UsageError,
+    add_model_options,
+    consoles,
+    device_named,
+    positive,
+)
+from .workload import PICTURES_BY_DEFAULT, add_picture_options, workload_named
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..comparison import Compared
+
+
+def add_compare_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="methods of token compression side by side on a model and your pictures",
+        description="Compresses a model by each method to the same FLOPs and says how much of its results stays and "
+        "how much faster it becomes. Without --model: the embedded model on embedded test images, with labels.",
+    )
+    add_model_options(parser)
+    add_picture_options(parser, f"default: all 2,000 embedded ones; {PICTURES_BY_DEFAULT} of yours, evenly spread")
+    parser.add_argument(
+        "--gflops",
+        type=float,
+        nargs="+",
+        metavar="G",
+        help="targets (default: 80, 65 and 50 %% of the model's; none beside --schedule)",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="diffrate, tome, evit, random (default: all that can run the model)",
+    )
+    parser.add_argument(
+        "--schedule", type=Path, nargs="+", metavar="FILE", help="schedules as a search writes them, by DiffRate"
+    )
+    parser.add_argument("--any-model", action="store_true", help="a --schedule may be made for another model")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images in a batch (default: 32)")
+    parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="rounds of timing (default: 10)")
+    parser.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("diffrate_compare.png"),
+        metavar="FILE",
+        help="the plot (default: diffrate_compare.png)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(command=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from rich.progress import Progress
+
+    from ..comparison import compare
+    from ..comparison_plot import draw_comparison
+    from ..visualization import check_output
+    from .common import schedules_named
+
+    output = check_output(arguments.output)
+    results, remarks = consoles()
+    workload = workload_named(arguments, PICTURES_BY_DEFAULT, None, remarks)
+    workload.model.to(device_named(arguments.device))
+    schedules = {}
+    if arguments.schedule:
+        gflops, arguments.gflops = arguments.gflops, None
+        schedules = {named.name: named.schedule for named in schedules_named(arguments, workload.model)}
+        arguments.gflops = gflops
+        if len(schedules) < len(arguments.schedule):
+            raise UsageError("--schedule: two files have one name; rename one of them or its folder")
+    if arguments.no_pretrained:
+        remarks.print("Random weights: the speed is real, the rest says nothing about the trained model.")
+    batches = workload.batches(arguments.batch_size)
+    with Progress(console=remarks) as progress:
+        tasks = {
+            "images": progress.add_task("images", total=len(batches)),
+            "timing": progress.add_task("timing, interleaved", total=arguments.rounds),
+        }
+        rows = compare(
+            workload.model,
+            batches,
+            arguments.gflops,
+            arguments.methods,
+            schedules=schedules,
+            batch_size=arguments.batch_size,
+            rounds=arguments.rounds,
+            on_progress=lambda what, done: progress.update(tasks[what], completed=done),
+        )
+    draw_comparison(rows, workload.name).savefig(output, dpi=110)
+    if arguments.json:
+        print(json.dumps([_record(row) for row in rows], indent=2))
+        return
+    results.print(_table(rows, workload.name, arguments))
+    results.print(f"Plot: {output}", soft_wrap=True, markup=False)
+
+
+def _record(row: Compared) -> dict[str, Any]:
+    schedule, speed = row.schedule, row.speed
+    return {
+        "method": row.method,
+        "schedule": row.label,
+        "gflops": row.gflops,
+        "images": row.evaluation.n,
+        "top1": row.evaluation.top1,
+        "loss": row.evaluation.loss,
+        "agreement": row.evaluation.agreement,
+        "cosine": row.cosine,
+        "images_per_second": None if speed is None else speed.images_per_second,
+        "speed_up": None if speed is None else speed.speed_up,
+        "after_pruning": None if schedule is None else schedule.after_pruning,
+        "after_merging": None if schedule is None else schedule.after_merging,
+    }
+
+
+def _table(rows: list[Compared], name: str, arguments: argparse.Namespace) -> Table:
+    import torch
+    from rich.table import Table
+
+    first, *others = rows
+    where = f"{torch.get_num_threads()} CPU threads" if arguments.device == "cpu" else arguments.device
+    table = Table(
+        title=f"{name}, {first.evaluation.n:,} images",
+        caption="agreement: same class as uncompressed; cosine: of the pooled features and the uncompressed model's; "
+        f"speed: medians of {arguments.rounds} interleaved rounds, batches of {arguments.batch_size}, {where}",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("GFLOPs", "top-1", "agreement", "cosine", "images/s", "speed-up"):
+        table.add_column(heading, justify="right")
+    before = first.method
+    for row in rows:
+        if row.method != before:
+            table.add_section()
+        before = row.method
+        speed = row.speed or others[0].speed
+        assert speed is not None
+        rate = speed.uncompressed_images_per_second if row.speed is None else speed.images_per_second
+        table.add_row(
+            f"{row.method} {row.label}".strip(),
+            f"{row.gflops:.3g}",
+            _percent(row.evaluation.top1),
+            _percent(row.evaluation.agreement),
+            f"{row.cosine:.4f}",
+            f"{rate:.4g}",
+            "1.00x" if row.speed is None else f"{row.speed.speed_up:.2f}x",
+        )
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

@@ -1,0 +1,180 @@
+"""Methods of token compression side by side, on one model and the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .compression.copies import compressed_copy, uncompressed_copy
+from .compression.flops import flops
+from .compression.uniform import uniform_schedule
+from .errors import InputValueError
+from .evaluation import Batch, Evaluation, evaluate_all
+from .methods import METHODS, Method, method_of
+from .models import adapter_for
+from .schedule import Schedule
+from .timing import Benchmark, Comparison, random_images
+
+UNCOMPRESSED = "uncompressed"
+SHARES = (0.8, 0.65, 0.5)
+"""Of the uncompressed model's FLOPs: the targets when nobody names others."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How one method does at one schedule."""
+
+    method: str
+    """Its name, or "uncompressed"."""
+    label: str
+    """What the schedule is called: its target, or the name it was given."""
+    schedule: Schedule | None
+    gflops: float
+    evaluation: Evaluation
+    """Top-1 and loss where the images have labels; agreement with the uncompressed model where it has a head."""
+    cosine: float
+    """Between the pooled features (what the head takes) and those of the uncompressed model; the mean over images."""
+    speed: Benchmark | None
+    """None: the uncompressed model itself."""
+
+
+def compare(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    gflops: Sequence[float] | None = None,
+    methods: Sequence[str | Method] | None = None,
+    *,
+    schedules: Mapping[str, Schedule] | None = None,
+    batch_size: int = 16,
+    rounds: int = 10,
+    on_progress: Callable[[str, int], None] | None = None,
+) -> list[Compared]:
+    """What each method costs a model in accuracy and saves it in time, at the same FLOPs.
+
+    Runs on the device and in the dtype of the model's parameters. What is compressed are copies that share its
+    weights; the model is left as it is.
+
+    Args:
+        model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, with or without a head.
+        loader: batches of images, or (images, labels), as :func:`evaluate` takes them; read once.
+        gflops: targets, in units of 1e9 multiply-accumulates of one image, each met by the method's usual schedule.
+            None: 80, 65 and 50 % of the model's, or none where ``schedules`` are given.
+        methods: as for :func:`compress`. None: all that can run the model.
+        schedules: others to measure, by name, such as learned ones; under DiffRate.
+        batch_size, rounds: of the timing, as for :func:`benchmark`.
+        on_progress: called with "images", once for each batch, and "timing", once for each round, and the number so
+            far.
+
+    Returns:
+        the uncompressed model, then each method at each target that it can reach, then ``schedules``.
+
+    Raises:
+        InputTypeError, InputValueError: the model, a schedule, a method or a target does not fit, or there are no
+            images.
+    """
+    settings = _settings(model, gflops, methods, schedules or {})
+    models = [uncompressed_copy(model), *(compressed_copy(model, one, method=m) for _, m, one in settings)]
+
+    def watched() -> Iterator[Batch]:
+        for index, batch in enumerate(loader):
+            yield batch
+            if on_progress is not None:
+                on_progress("images", index + 1)
+
+    with _pooled_features(models) as cosines:
+        evaluations = evaluate_all(models, watched())
+    # features have no classes to agree on
+    agreement = 1.0 if getattr(model, "num_classes", 1) else None
+    evaluations[0] = replace(evaluations[0], agreement=agreement)
+    if agreement is None:
+        evaluations = [replace(evaluation, agreement=None) for evaluation in evaluations]
+    timing = Comparison(
+        model, [one for *_, one in settings], random_images(model, batch_size), methods=[m for _, m, _ in settings]
+    )
+    for done in timing.run(rounds):
+        if on_progress is not None:
+            on_progress("timing", done)
+    first = Compared(UNCOMPRESSED, "", None, flops(model) / 1e9, evaluations[0], 1.0, None)
+    rows = zip(settings, evaluations[1:], cosines[1:], timing.results(), strict=True)
+    return [
+        first,
+        *(
+            Compared(method.name, label, schedule, speed.gflops, evaluation, cosine / evaluation.n, speed)
+            for (label, method, schedule), evaluation, cosine, speed in rows
+        ),
+    ]
+
+
+def _settings(
+    model: nn.Module,
+    gflops: Sequence[float] | None,
+    methods: Sequence[str | Method] | None,
+    schedules: Mapping[str, Schedule],
+) -> list[tuple[str, Method, Schedule]]:
+    if methods is not None and not methods:
+        raise InputValueError("methods must name at least one method")
+    uncompressed = flops(model) / 1e9
+    if gflops is None:
+        gflops = [] if schedules else [share * uncompressed for share in SHARES]
+    found: list[tuple[str, Method, Schedule]] = []
+    for method in _runnable(model) if methods is None else [method_of(method) for method in methods]:
+        for target in gflops:
+            try:
+                found.append((f"{target:.3g} GFLOPs", method, uniform_schedule(model, target, method=method)))
+            except InputValueError:
+                if methods is not None or not 0 < target <= uncompressed:  # EViT, say, cannot go down as far as others
+                    raise
+    found += [(name, method_of("diffrate"), schedule) for name, schedule in schedules.items()]
+    if not found:
+        raise InputValueError("there is nothing to compare: name a target that a method can reach, or a schedule")
+    return found
+
+
+def _runnable(model: nn.Module) -> list[Method]:
+    adapter = adapter_for(model)
+    everything = [((stage.tokens, stage.tokens),) * len(stage.blocks) for stage in adapter.stages]
+    found = []
+    for method in (method() for method in METHODS.values()):
+        try:
+            method.check(adapter, everything)
+        except InputValueError:
+            continue
+        found.append(method)
+    return found
+
+
+@contextmanager
+def _pooled_features(models: Sequence[nn.Module]) -> Iterator[list[float]]:
+    """Within a ``with`` block, sums over images of the cosines between what a model's head takes and the first's.
+
+    The models have to run in order on each batch, the first one before the others.
+    """
+    sums = [0.0] * len(models)
+    wanted: list[Tensor] = []
+
+    def hook(index: int) -> Callable[..., None]:
+        def compare_with_first(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            features = inputs[0].to(torch.float32)
+            if index == 0:
+                wanted[:] = [features]
+            sums[index] += float(F.cosine_similarity(features, wanted[0], dim=-1).sum())
+
+        return compare_with_first
+
+    handles = [_head_of(model).register_forward_pre_hook(hook(index)) for index, model in enumerate(models)]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _head_of(model: Any) -> nn.Module:
+    head = model.get_classifier()
+    return head[0] if isinstance(head, tuple) else head  # a distilled model has two

@@ -1,0 +1,80 @@
+"""A plot of :func:`diffrate_ext.compare`: what is kept of the model against what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from .errors import InputValueError
+from .plotting import CURVES, INK, OWN
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .comparison import Compared
+
+
+def draw_comparison(rows: Sequence[Compared], title: str) -> Figure:
+    """Accuracy (without labels agreement, without a head the cosine) and cosine, against GFLOPs and speed-up.
+
+    Args:
+        rows: as :func:`diffrate_ext.compare` returns them.
+        title: what the model is called.
+
+    Returns:
+        a matplotlib figure, made without pyplot: nothing global changes.
+
+    Raises:
+        InputValueError: there is no compressed model among the rows.
+    """
+    from matplotlib.figure import Figure
+
+    first, *others = rows
+    if not others:
+        raise InputValueError("there is no compressed model to draw")
+    measures = [(name, value) for name, value in _MEASURES if value(first) is not None]
+    figure = Figure(figsize=(11, 4.2 * len(measures)), layout="constrained", facecolor="white")
+    figure.suptitle(f"{title}, {first.evaluation.n:,} images", fontsize=13, fontweight="bold", color=INK)
+    axes = figure.subplots(len(measures), 2, squeeze=False, sharey="row")
+    methods = list(dict.fromkeys(row.method for row in others))
+    for panels, (name, value) in zip(axes, measures, strict=True):
+        for axis, (label, cost) in zip(panels, _COSTS, strict=True):
+            _draw(axis, rows, methods, cost, value)
+            axis.set_xlabel(label)
+        panels[0].set_ylabel(name)
+        panels[0].invert_xaxis()  # to the right: more compression, as beside it
+    axes[0, 0].legend(frameon=False)
+    return figure
+
+
+def _draw(
+    axis: Axes,
+    rows: Sequence[Compared],
+    methods: Sequence[str],
+    cost: Callable[[Compared], float],
+    value: Callable[[Compared], float | None],
+) -> None:
+    first, *others = rows
+    axis.axhline(value(first) or 0, color=OWN, linestyle=":", zorder=1)
+    axis.plot([cost(first)], [value(first) or 0], "o", color=OWN, label=first.method)
+    for color, method in zip(_colors(len(methods)), methods, strict=True):
+        points = sorted((cost(row), value(row)) for row in others if row.method == method)
+        axis.plot(*zip(*points, strict=True), "o-", color=color, label=method, markersize=5)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _colors(count: int) -> list[str]:
+    return [CURVES[index % len(CURVES)] for index in range(count)]
+
+
+_MEASURES: tuple[tuple[str, Callable[[Compared], float | None]], ...] = (
+    ("top-1", lambda row: row.evaluation.top1),
+    ("agreement with uncompressed", lambda row: None if row.evaluation.top1 is not None else row.evaluation.agreement),
+    ("cosine to uncompressed features", lambda row: row.cosine),
+)
+_COSTS: tuple[tuple[str, Callable[[Compared], float]], ...] = (
+    ("GFLOPs of an image", lambda row: row.gflops),
+    ("speed-up", lambda row: 1.0 if row.speed is None else row.speed.speed_up),
+)

@@ -1,0 +1,73 @@
+"""EViT: in a few blocks the patches with the most class attention stay, and the others are fused into one token
+(Liang et al., "Not All Patches are What You Need", ICLR 2022, section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import InputValueError
+from ..models.adapter import Adapter, Stage, TokenRules
+from ..models.compressed import Step, TokenState
+from ..schedule import KeptNumbers
+from .method import Method
+
+
+class FuseInattentive(Step):
+    """The last of the kept tokens is the sum of what does not stay, by class attention."""
+
+    def __init__(self, rules: TokenRules, k_m: int, before: TokenState) -> None:
+        self.rules, self.k_m, self.before = rules, k_m, before
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        removes, prefix = self.k_m < q.shape[2], self.rules.prefix
+        out, self.importance = ops.proportional_attention(
+            q, k, v, None, scale=scale, prefix=prefix, importance_from="class" if removes else None
+        )
+        return out
+
+    def reduce(self, x: Tensor, branch: Tensor) -> Tensor:
+        x = x + branch
+        self.after = self.before  # no token counts for more than one
+        if self.importance is None:
+            self.slot = None
+            return x
+        prefix, stay = self.rules.prefix, self.k_m - 1
+        tokens, _, order = ops.sort_tokens(x, self.importance, prefix=prefix)
+        weights = self.importance.gather(1, order[:, stay:] - prefix).to(x.dtype)
+        fused = weights[:, None] @ tokens[:, stay:]
+        position = torch.arange(x.shape[1], device=x.device).clamp_max(stay)
+        self.slot = torch.empty_like(order).scatter_(1, order, position.expand_as(order))
+        return torch.cat([tokens[:, :stay], fused], dim=1)
+
+
+@dataclass(frozen=True)
+class EViT(Method):
+    """Pruning only, but what is pruned leaves its weighted sum behind. The fused token counts as one of the kept."""
+
+    name: ClassVar[str] = "evit"
+
+    def check(self, adapter: Adapter, numbers: Sequence[KeptNumbers]) -> None:
+        if adapter.rules.importance_from != "class":
+            raise InputValueError(f"EViT goes by the attention of a class token, which this {adapter.family} lacks")
+
+    def step(self, rules: TokenRules, k_p: int, k_m: int, before: TokenState) -> Step:
+        return FuseInattentive(rules, k_m, before)
+
+    def uniform(self, stage: Stage, strength: float) -> list[int]:
+        """In the blocks after each quarter of the depth (4, 7 and 10 of 12) the same share of the patches."""
+        depth, prefix = len(stage.blocks), stage.tokens - stage.grid[0] * stage.grid[1]
+        reducing = {depth * quarter // 4 for quarter in (1, 2, 3)}
+        numbers, tokens = [], stage.tokens
+        for index in range(depth):
+            if index in reducing and strength > 0:
+                stay = math.ceil((1 - strength) * (tokens - prefix))
+                tokens = min(tokens, max(stage.fewest, prefix + stay + 1))
+            numbers.append(tokens)
+        return numbers

@@ -1,0 +1,88 @@
+"""ToMe: in each block the tokens with the most similar keys are merged (Bolya et al., "Token Merging: Your ViT But
+Faster", ICLR 2023, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import InputValueError
+from ..models.adapter import Adapter, Stage, TokenRules
+from ..models.compressed import Step, TokenState
+from ..numeric import wide_dtype
+from ..schedule import KeptNumbers
+from .method import Method
+
+
+class MergeByKeys(Step):
+    """Every second token may merge into one of the others; those that are most similar do."""
+
+    def __init__(self, rules: TokenRules, k_m: int, before: TokenState, proportional: bool) -> None:
+        self.rules, self.k_m, self.before, self.proportional = rules, k_m, before, proportional
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        self.keys = k.mean(1) if self.k_m < k.shape[2] else None
+        size = self.before.on(q.device).size if self.proportional else None
+        return ops.proportional_attention(q, k, v, size, scale=scale, prefix=self.rules.prefix, importance_from=None)[0]
+
+    def reduce(self, x: Tensor, branch: Tensor) -> Tensor:
+        x = x + branch
+        if self.keys is None:
+            self.after, self.slot = self.before, None
+            return x
+        prefix = self.rules.prefix
+        merged = min(x.shape[1] - self.k_m, most_merged(x.shape[1], prefix))
+        slot, size = ops.bipartite_match(self.keys, merged, prefix=prefix), self.before.on(x.device).size
+        if size is None:
+            size = torch.ones(x.shape[:2], dtype=wide_dtype(x), device=x.device)
+        kept = x.shape[1] - merged
+        self.after = TokenState(size.new_zeros(len(size), kept).scatter_add_(1, slot, size))
+        self.slot = slot
+        return ops.merge_reduce(x, slot, kept, weights=size)
+
+
+def most_merged(tokens: int, prefix: int) -> int:
+    """How many of so many tokens can merge at once: those at even positions after the prefix, at most half."""
+    return max(0, min((tokens + 1) // 2 - (prefix + 1) // 2, (tokens - prefix) // 2))
+
+
+@dataclass(frozen=True)
+class ToMe(Method):
+    """Merging only, by the similarity of keys among all tokens; no token is thought unimportant."""
+
+    proportional_attention: bool = True
+    """A merged token counts in attention for as many tokens as it is made of. The paper turns it off for models that
+    were pretrained by MAE and not fine-tuned with it."""
+
+    name: ClassVar[str] = "tome"
+
+    def check(self, adapter: Adapter, numbers: Sequence[KeptNumbers]) -> None:
+        prefix, block = adapter.rules.prefix, 0
+        for stage, kept in zip(adapter.stages, numbers, strict=True):
+            before = stage.tokens
+            for _, after in kept:
+                fewest = before - most_merged(before, prefix)
+                if after < fewest:
+                    raise InputValueError(
+                        f"ToMe merges at most half of a block's patches: block {block} has {before} tokens and keeps "
+                        f"at least {fewest}, the schedule says {after}"
+                    )
+                before, block = after, block + 1
+
+    def step(self, rules: TokenRules, k_p: int, k_m: int, before: TokenState) -> Step:
+        return MergeByKeys(rules, k_m, before, self.proportional_attention)
+
+    def uniform(self, stage: Stage, strength: float) -> list[int]:
+        """The same number in every block of a stage that is compressed at all (r), as long as there are so many."""
+        numbers, tokens, prefix = [], stage.tokens, stage.tokens - stage.grid[0] * stage.grid[1]
+        for index in range(len(stage.blocks)):
+            wanted = stage.tokens - round(strength * stage.tokens * (index + 1) / 2)
+            if any(stage.compressible):
+                tokens = min(tokens, max(stage.fewest, tokens - most_merged(tokens, prefix), wanted))
+            numbers.append(tokens)
+        return numbers

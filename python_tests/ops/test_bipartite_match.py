@@ -1,0 +1,110 @@
+"""bipartite_match: ToMe's matching, against the same in loops."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from diffrate_ext import InputTypeError, InputValueError, ops, reference
+
+
+@given(
+    images=st.integers(0, 3),
+    tokens=st.integers(1, 40),
+    channels=st.integers(1, 9),
+    prefix=st.integers(0, 5),
+    kind=st.sampled_from(["normal", "few values", "NaN"]),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_the_same_as_by_loops(
+    device: torch.device,
+    images: int,
+    tokens: int,
+    channels: int,
+    prefix: int,
+    kind: str,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    prefix = min(prefix, tokens)
+    keys = keys_of(kind, (images, tokens, channels), seed)
+    merged = data.draw(st.integers(0, most(tokens, prefix)))
+    found = ops.bipartite_match(keys.to(device), merged, prefix=prefix).cpu()
+    assert torch.equal(found, reference.bipartite_match(keys, merged, prefix=prefix))
+
+
+def most(tokens: int, prefix: int) -> int:
+    even, odd = (len([token for token in range(prefix, tokens) if token % 2 == parity]) for parity in (0, 1))
+    return even if odd else 0
+
+
+def keys_of(kind: str, shape: tuple[int, int, int], seed: int) -> Tensor:
+    """float64, so that rounding decides nothing; of few values: vectors along the axes, whose cosines are exact."""
+    random = torch.Generator().manual_seed(seed)
+    if kind == "few values":
+        axis = torch.randint(shape[2], shape[:2], generator=random)
+        return torch.nn.functional.one_hot(axis, shape[2]).double() * torch.tensor([2.0, -1.0])[axis % 2][..., None]
+    keys = torch.randn(shape, generator=random, dtype=torch.float64)
+    if kind == "NaN":
+        keys[torch.rand(shape, generator=random) < 0.1] = torch.nan
+    return keys
+
+
+def test_by_hand(device: torch.device) -> None:
+    """Of the patches 2, 4 and 6 the second and the third look like patches 1 and 5."""
+    keys = torch.tensor([[9, 9], [1, 0], [1, 1], [2, 0.1], [-5, 5], [-1, 1], [0, 1]], device=device)[None]
+    assert ops.bipartite_match(keys, 0).tolist() == [[0, 4, 1, 5, 2, 6, 3]]
+    assert ops.bipartite_match(keys, 1).tolist() == [[0, 3, 1, 4, 5, 5, 2]]
+    assert ops.bipartite_match(keys, 2).tolist() == [[0, 2, 3, 3, 4, 4, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_merged_tokens_are_the_most_similar(device: torch.device, dtype: torch.dtype) -> None:
+    """To rounding, of which the cosines are compared."""
+    keys = torch.randn(4, 197, 64, device=device).to(dtype)
+    slot = ops.bipartite_match(keys, 40)
+    unit = torch.nn.functional.normalize(keys.double(), dim=-1)
+    for image in range(4):
+        cosine = unit[image, 2::2] @ unit[image, 1::2].T
+        even, odd = slot[image, 2::2], slot[image, 1::2]
+        assert odd.tolist() == list(range(odd[0], odd[0] + len(odd)))
+        merges = even >= odd[0]
+        assert merges.sum() == 40
+        chosen = cosine[merges].gather(1, (even[merges] - odd[0])[:, None])[:, 0]
+        torch.testing.assert_close(chosen, cosine[merges].amax(1), atol=1e-6, rtol=0)
+        assert chosen.min() >= cosine[~merges].amax() - 1e-6
+        assert even[~merges].tolist() == list(range(1, 1 + len(even) - 40))
+
+
+def test_keys_are_constants(device: torch.device) -> None:
+    keys = torch.randn(1, 9, 4, device=device, requires_grad=True)
+    assert not ops.bipartite_match(keys, 3).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"keys": 1}, InputTypeError, "keys must be a tensor (B, N, D), got int"),
+        ({"keys": torch.ones(2, 7)}, InputValueError, "keys must be (B, N, D), got shape (2, 7)"),
+        ({"keys": torch.ones(1, 7, 3).long()}, InputTypeError, "keys must be float32"),
+        ({"merged": 4}, InputValueError, "merged must be at most 3, of 7 tokens with a prefix of 1, got 4"),
+        ({"merged": -1}, InputValueError, "merged must be at least 0, got -1"),
+        ({"merged": 1.0}, InputTypeError, "merged must be an int, got float"),
+        ({"prefix": 8}, InputValueError, "prefix must be"),
+        (
+            {"prefix": 6, "merged": 1},
+            InputValueError,
+            "merged must be at most 0, of 7 tokens with a prefix of 6, got 1",
+        ),
+    ],
+)
+def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        ops.bipartite_match(**{"keys": torch.ones(1, 7, 3), "merged": 2, **changes})
