@@ -85,23 +85,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_prune_merge_backward(std::opti
                                                                        std::optional<Tensor> grad_out_mask, Tensor mask,
                                                                        Tensor order, Tensor dst, Tensor kept_p,
                                                                        Tensor kept_m, int64_t prefix) {
+  const bool with_x = grad_out.has_value(), with_mask = grad_out_mask.has_value();
   DIFFRATE_CHECK(mask.dim() == 2, "mask must be (B, N)");
-  int64_t images = mask.size(0), tokens = mask.size(1), channels = 0;
-  Tensor features = mask;
-  if (grad_out) {
-    check_tokens(*grad_out, prefix);
-    channels = grad_out->size(2);
-    check_shape(*grad_out, {images, tokens, channels}, "grad_out");
-    features = with_unit_last_stride(*grad_out);
-  }
+  DIFFRATE_CHECK(!with_x || grad_out->dim() == 3, "grad_out must be (B, N, C)");
+  int64_t images = mask.size(0), tokens = mask.size(1), channels = with_x ? grad_out->size(2) : 0;
   DIFFRATE_CHECK(tokens < INT32_MAX, "there are too many tokens");
+  DIFFRATE_CHECK(prefix >= 0 && prefix <= tokens, "prefix must be between 0 and the number of tokens");
+  if (with_x) check_shape(*grad_out, {images, tokens, channels}, "grad_out");
+  Tensor features = with_x ? with_unit_last_stride(*grad_out) : mask;
   order = positions(order, mask, "order");
   dst = positions(dst, mask, "dst");
   ScalarType wide = wide_type(features);
   auto wanted = [&](bool given, std::initializer_list<int64_t> shape, ScalarType type) {
     return given ? empty_like(features, shape, type) : empty_like(features, {0}, type);
   };
-  const bool with_x = grad_out.has_value(), with_mask = grad_out_mask.has_value();
   Tensor grad_x = wanted(with_x, {images, tokens, channels}, features.scalar_type());
   Tensor grad_mask = wanted(with_mask, {images, tokens}, wide);
   Tensor grad_prune_prob = wanted(with_mask, {tokens}, wide), grad_merge_prob = wanted(with_mask, {tokens}, wide);
