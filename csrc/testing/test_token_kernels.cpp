@@ -11,6 +11,8 @@ namespace {
 const Case kManyTokens = {2, 4200, 3, 1, 4190, 4150};
 // More images than a block of threads sums at once.
 const Case kManyImages = {70, 20, 3, 1, 14, 9};
+// More channels than a warp asks for at first.
+const Case kManyChannels = {2, 17, 390, 1, 12, 8};
 
 void test_sort_tokens(const Case& c, const cpu::Threads& threads) {
   auto x = random_floats(c.images * c.tokens * c.channels, 1);
@@ -431,8 +433,7 @@ int main() {
     test_sort_tokens(kManyTokens, threads);
     test_prune_merge(kManyTokens, threads, true, true);
     test_masked_prune_merge(kManyTokens, threads);
-    test_masked_prune_merge_backward(kManyTokens, threads, false);
-    test_masked_prune_merge_backward(kManyImages, threads, false);
+    for (const Case& c : {kManyTokens, kManyImages, kManyChannels}) test_masked_prune_merge_backward(c, threads, false);
     test_kept_number(5.5f, 2.5f, 3, threads);
     test_kept_number(5, 2.25f, 2, threads);
     test_kept_number(std::nextafter(0.5f, 0.0f), 3, 0, threads);  // a half cannot be added to it exactly
