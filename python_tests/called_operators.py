@@ -8,13 +8,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class CalledOperators(TorchDispatchMode):
-    """Collects their names, in order."""
+    """Collects their names and arguments, in order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.arguments: list[tuple] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "diffrate":
             self.names.append(func.__name__.split(".")[0])
+            self.arguments.append(args)
         return func(*args, **(kwargs or {}))

@@ -117,6 +117,27 @@ DIFFRATE_INLINE PruneMergeArgs alive_part(const MaskedPruneMergeArgs& a) {
           .norm = {}};
 }
 
+struct MaskedPruneMergeBackwardArgs {
+  Type type;  // of grad_out; without one, that of the mask
+  int64_t images, tokens, channels, prefix;
+  const void *kept_p, *kept_m;  // these and the mask as given to the forward pass, order and dst as it wrote them
+  Vector mask;
+  const int64_t *order, *dst;               // (B, N), contiguous
+  Tokens grad_out;                          // of x in the results
+  Vector grad_out_mask;                     // of the mask in the results
+  void* grad_x;                             // (B, N, C); may be null: not wanted, and grad_out not read
+  void* grad_mask;                          // (B, N)
+  void *grad_prune_prob, *grad_merge_prob;  // (N); may be null: not wanted, nor grad_mask, and grad_out_mask not read
+};
+
+// What `order` or `dst` says of a position; the position itself where that is no token, so that a caller of the
+// operator who hands over nonsense stays in bounds.
+DIFFRATE_INLINE int64_t token_at(const int64_t* positions, const MaskedPruneMergeBackwardArgs& a, int64_t image,
+                                 int64_t j) {
+  int64_t token = positions[image * a.tokens + j];
+  return token >= 0 && token < a.tokens ? token : j;
+}
+
 struct MergeReduceArgs {  // forward: x (B, N, C) -> out (B, kept, C); backward: x (B, kept, C) -> out (B, N, C)
   Type type;
   int64_t images, tokens, kept, channels;

@@ -1,5 +1,4 @@
-// Which tokens masked_prune_merge prunes and merges: the one rule of its kernels on CPU and CUDA and of its gradient in
-// Python.
+// Which tokens masked_prune_merge prunes and merges: the one rule of its kernels on CPU and CUDA, forward and backward.
 //
 //   1. Numbers. `alive` is the sum of the mask of image 0, as of every other image. It and the kept numbers are rounded
 //      to the nearest whole number, halves up (away from zero), and clamped to 0 .. tokens. NaN counts as 0.
@@ -33,6 +32,10 @@ DIFFRATE_INLINE int64_t whole_number_of_tokens(W number, int64_t tokens) {
 struct KeptPositions {
   int64_t last, middle, kept;
 };
+
+// Whether the token at this position is merged, and whether it is pruned.
+DIFFRATE_INLINE bool merges(const KeptPositions& at, int64_t j) { return j >= at.kept && j < at.middle; }
+DIFFRATE_INLINE bool prunes(const KeptPositions& at, int64_t j) { return j >= at.middle && j < at.last; }
 
 template <class W>
 DIFFRATE_INLINE KeptPositions kept_positions(W alive, W kept_p, W kept_m, int64_t tokens, int64_t prefix) {

@@ -1,18 +1,10 @@
 // Sort, prune and merge in the search step: all tokens stay, in sorted order, and a mask says which are alive. The kept
 // numbers are read here, on the device, so that no search step waits for the host.
-#include "common/kept_numbers.h"
+#include "cuda/kept_positions.cuh"
 #include "cuda/prune_merge_launch.cuh"
 
 namespace diffrate::cuda {
 namespace {
-
-template <class W>
-__device__ KeptPositions read_positions(const MaskedPruneMergeArgs& a) {
-  W alive = 0;  // every warp sums for itself
-  for (int64_t j = lane_id(); j < a.tokens; j += kWarp) alive += number_of<W>(a.mask, 0, j);
-  return kept_positions(warp_sum(alive), *static_cast<const W*>(a.kept_p), *static_cast<const W*>(a.kept_m), a.tokens,
-                        a.prefix);
-}
 
 template <class T, Reading kReading>
 __global__ void __launch_bounds__(kPruneMergeThreads, kBlocksAtOnce<T, kReading>)

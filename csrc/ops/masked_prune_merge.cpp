@@ -73,6 +73,55 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_prune_merge(Tensor x, 
   return {out, out_mask, out_size, order, dst};
 }
 
+Tensor positions(const Tensor& tensor, const Tensor& mask, const char* name) {
+  check_same_device(tensor, mask, name);
+  check_shape(tensor, {mask.size(0), mask.size(1)}, name);
+  DIFFRATE_CHECK(tensor.scalar_type() == ScalarType::Long, name, " must be int64");
+  return torch::stable::contiguous(tensor);
+}
+
+// Of x, mask, prune_prob and merge_prob. Without grad_out the first is empty, without grad_out_mask the others.
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_prune_merge_backward(std::optional<Tensor> grad_out,
+                                                                       std::optional<Tensor> grad_out_mask, Tensor mask,
+                                                                       Tensor order, Tensor dst, Tensor kept_p,
+                                                                       Tensor kept_m, int64_t prefix) {
+  const bool with_x = grad_out.has_value(), with_mask = grad_out_mask.has_value();
+  DIFFRATE_CHECK(mask.dim() == 2, "mask must be (B, N)");
+  DIFFRATE_CHECK(!with_x || grad_out->dim() == 3, "grad_out must be (B, N, C)");
+  int64_t images = mask.size(0), tokens = mask.size(1), channels = with_x ? grad_out->size(2) : 0;
+  DIFFRATE_CHECK(tokens < INT32_MAX, "there are too many tokens");
+  DIFFRATE_CHECK(prefix >= 0 && prefix <= tokens, "prefix must be between 0 and the number of tokens");
+  if (with_x) check_shape(*grad_out, {images, tokens, channels}, "grad_out");
+  Tensor features = with_x ? with_unit_last_stride(*grad_out) : mask;
+  order = positions(order, mask, "order");
+  dst = positions(dst, mask, "dst");
+  ScalarType wide = wide_type(features);
+  auto wanted = [&](bool given, std::initializer_list<int64_t> shape, ScalarType type) {
+    return given ? empty_like(features, shape, type) : empty_like(features, {0}, type);
+  };
+  Tensor grad_x = wanted(with_x, {images, tokens, channels}, features.scalar_type());
+  Tensor grad_mask = wanted(with_mask, {images, tokens}, wide);
+  Tensor grad_prune_prob = wanted(with_mask, {tokens}, wide), grad_merge_prob = wanted(with_mask, {tokens}, wide);
+  run::masked_prune_merge_backward(features,
+                                   {.type = type_of(features, "grad_out"),
+                                    .images = images,
+                                    .tokens = tokens,
+                                    .channels = channels,
+                                    .prefix = prefix,
+                                    .kept_p = kept_number(kept_p, features, "kept_p"),
+                                    .kept_m = kept_number(kept_m, features, "kept_m"),
+                                    .mask = vector_of(mask, features, tokens, "mask"),
+                                    .order = static_cast<const int64_t*>(order.const_data_ptr()),
+                                    .dst = static_cast<const int64_t*>(dst.const_data_ptr()),
+                                    .grad_out = with_x ? tokens_of(features) : Tokens{},
+                                    .grad_out_mask = vector_of(grad_out_mask, features, tokens, "grad_out_mask"),
+                                    .grad_x = with_x ? grad_x.mutable_data_ptr() : nullptr,
+                                    .grad_mask = with_mask ? grad_mask.mutable_data_ptr() : nullptr,
+                                    .grad_prune_prob = with_mask ? grad_prune_prob.mutable_data_ptr() : nullptr,
+                                    .grad_merge_prob = with_mask ? grad_merge_prob.mutable_data_ptr() : nullptr});
+  return {grad_x, grad_mask, grad_prune_prob, grad_merge_prob};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(diffrate, library) {
@@ -80,12 +129,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(diffrate, library) {
       "masked_prune_merge(Tensor x, Tensor mask, Tensor importance, Tensor? size, Tensor prune_prob, "
       "Tensor merge_prob, Tensor kept_p, Tensor kept_m, int prefix=1, str size_rule='cosine') "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "masked_prune_merge_backward(Tensor? grad_out, Tensor? grad_out_mask, Tensor mask, Tensor order, Tensor dst, "
+      "Tensor kept_p, Tensor kept_m, int prefix) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(diffrate, CPU, library) {
   library.impl("masked_prune_merge", TORCH_BOX(&masked_prune_merge));
+  library.impl("masked_prune_merge_backward", TORCH_BOX(&masked_prune_merge_backward));
 }
 STABLE_TORCH_LIBRARY_IMPL(diffrate, CUDA, library) {
   library.impl("masked_prune_merge", TORCH_BOX(&masked_prune_merge));
+  library.impl("masked_prune_merge_backward", TORCH_BOX(&masked_prune_merge_backward));
 }
 
 }  // namespace diffrate::ops

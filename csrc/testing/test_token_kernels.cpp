@@ -9,6 +9,10 @@ namespace {
 
 // More tokens than the CUDA kernels keep in shared memory.
 const Case kManyTokens = {2, 4200, 3, 1, 4190, 4150};
+// More images than a block of threads sums at once.
+const Case kManyImages = {70, 20, 3, 1, 14, 9};
+// More channels than a warp asks for at first.
+const Case kManyChannels = {2, 17, 390, 1, 12, 8};
 
 void test_sort_tokens(const Case& c, const cpu::Threads& threads) {
   auto x = random_floats(c.images * c.tokens * c.channels, 1);
@@ -325,6 +329,88 @@ void test_masked_prune_merge(const Case& c, const cpu::Threads& threads) {
   check(sizes, "masked_prune_merge: sizes", c.tokens, c.channels);
 }
 
+// Given an order and destinations, or nonsense in their place, which counts as each token's own position.
+void test_masked_prune_merge_backward(const Case& c, const cpu::Threads& threads, bool nonsense) {
+  int64_t rows = c.images * c.tokens, last = c.tokens - c.tokens / 8;
+  int64_t middle = std::min(last, c.k_p), kept = std::min(middle, c.k_m);
+  auto order = exact<int64_t>(rows), dst = exact<int64_t>(rows);
+  std::mt19937 generator(25);
+  for (int64_t b = 0; b < c.images; ++b) {
+    int64_t* of_image = order.get() + b * c.tokens;
+    std::iota(of_image, of_image + c.tokens, 0);
+    if (!nonsense) std::shuffle(of_image, of_image + c.tokens, generator);
+    for (int64_t j = 0; j < c.tokens; ++j)
+      dst[b * c.tokens + j] = j >= kept && j < middle && !nonsense ? c.prefix + (j * 5 + b) % (kept - c.prefix) : j;
+  }
+  auto given_order = exact<int64_t>(rows), given_dst = exact<int64_t>(rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    given_order[i] = nonsense ? -1 - i : order[i];
+    given_dst[i] = nonsense ? c.tokens + i : dst[i];
+  }
+  auto mask = exact<float>(rows);
+  for (int64_t i = 0; i < rows; ++i) mask[i] = i % c.tokens < last;
+  auto grad_out = random_floats(rows * c.channels, 26), grad_out_mask = random_floats(rows, 27);
+  const float kept_p = static_cast<float>(c.k_p) + 0.25f, kept_m = static_cast<float>(c.k_m) - 0.5f;
+  struct Gradients {
+    std::unique_ptr<float[]> x, mask, prune_prob, merge_prob;
+  };
+  auto compute = [&](bool with_x, bool with_mask) {
+    Gradients found{exact<float>(rows * c.channels, NAN), exact<float>(rows, NAN), exact<float>(c.tokens, NAN),
+                    exact<float>(c.tokens, NAN)};
+    cpu::kernels().masked_prune_merge_backward(
+        {.type = Type::f32,
+         .images = c.images,
+         .tokens = c.tokens,
+         .channels = c.channels,
+         .prefix = c.prefix,
+         .kept_p = &kept_p,
+         .kept_m = &kept_m,
+         .mask = vector_of(mask.get(), c),
+         .order = given_order.get(),
+         .dst = given_dst.get(),
+         .grad_out = tokens_of(with_x ? grad_out.get() : nullptr, c),
+         .grad_out_mask = vector_of(with_mask ? grad_out_mask.get() : nullptr, c),
+         .grad_x = with_x ? found.x.get() : nullptr,
+         .grad_mask = with_mask ? found.mask.get() : nullptr,
+         .grad_prune_prob = with_mask ? found.prune_prob.get() : nullptr,
+         .grad_merge_prob = with_mask ? found.merge_prob.get() : nullptr},
+        threads);
+    return found;
+  };
+  Gradients found = compute(true, true);
+  bool features = true, masks = true, probabilities = true;
+  std::vector<double> to_prune(c.tokens), to_merge(c.tokens);
+  for (int64_t b = 0; b < c.images; ++b) {
+    std::vector<double> members(c.tokens);
+    for (int64_t j = 0; j < c.tokens; ++j) ++members[dst[b * c.tokens + j]];
+    for (int64_t j = 0; j < c.tokens; ++j) {
+      int64_t at = b * c.tokens + j, from = b * c.tokens + order[at], to = b * c.tokens + dst[at];
+      bool merged = j >= kept && j < middle, pruned = j >= middle && j < last;
+      for (int64_t k = 0; k < c.channels; ++k) {
+        double shared = grad_out[to * c.channels + k] / members[dst[at]];
+        features = features && near(found.x[from * c.channels + k],
+                                    to == at ? shared : shared + double(grad_out[at * c.channels + k]));
+      }
+      masks = masks && found.mask[from] == (merged || pruned ? 0 : grad_out_mask[at]);
+      if (kept < middle && !pruned) to_merge[j] += double(grad_out_mask[at]) * mask[from];
+      if (middle < last && !merged) to_prune[j] += double(grad_out_mask[at]) * mask[from];
+    }
+  }
+  for (int64_t j = 0; j < c.tokens; ++j)
+    probabilities = probabilities && near(found.prune_prob[j], to_prune[j]) && near(found.merge_prob[j], to_merge[j]);
+  Gradients of_x = compute(true, false), of_mask = compute(false, true);
+  auto same = [](const auto& a, const auto& b, int64_t count) {
+    return std::memcmp(a.get(), b.get(), count * sizeof(float)) == 0;
+  };
+  check(features, "masked_prune_merge_backward: features", c.tokens, c.channels);
+  check(masks, "masked_prune_merge_backward: mask", c.tokens, c.channels);
+  check(probabilities, "masked_prune_merge_backward: probabilities", c.tokens, c.channels);
+  check(same(found.x, of_x.x, rows * c.channels) && same(found.mask, of_mask.mask, rows) &&
+            same(found.prune_prob, of_mask.prune_prob, c.tokens) &&
+            same(found.merge_prob, of_mask.merge_prob, c.tokens),
+        "masked_prune_merge_backward: either part alone", c.tokens, c.channels);
+}
+
 // How many of seven tokens, all alive before, stay alive. common/kept_numbers.h has the rule, test_numbers.cpp tests
 // it.
 void test_kept_number(float kept_p, float kept_m, int64_t expected, const cpu::Threads& threads) {
@@ -370,11 +456,13 @@ int main() {
         for (bool with_norm : {false, true}) test_prune_merge(c, threads, with_residual, with_norm);
       test_merge_reduce(c, threads);
       test_masked_prune_merge(c, threads);
+      for (bool nonsense : {false, true}) test_masked_prune_merge_backward(c, threads, nonsense);
     }
     test_sort_tokens(kManyTokens, threads);
     test_add_norm(kManyTokens, threads);
     test_prune_merge(kManyTokens, threads, true, true);
     test_masked_prune_merge(kManyTokens, threads);
+    for (const Case& c : {kManyTokens, kManyImages, kManyChannels}) test_masked_prune_merge_backward(c, threads, false);
     test_kept_number(5.5f, 2.5f, 3, threads);
     test_kept_number(5, 2.25f, 2, threads);
     test_kept_number(std::nextafter(0.5f, 0.0f), 3, 0, threads);  // a half cannot be added to it exactly

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import InputValueError
 from ..numeric import wide_dtype
+from ._autograd import refuse_gradient
 from ._checks import (
     check_choice,
     check_importance,
@@ -111,6 +112,13 @@ def _check_kept(mask: Tensor, kept_p: Tensor, kept_m: Tensor, prefix: int) -> No
         )
 
 
+def _nearest_whole(numbers: Tensor, tokens: int) -> Tensor:
+    """The nearest whole numbers in 0 .. tokens, halves up, 0 for NaN."""
+    numbers = numbers.nan_to_num(nan=0.0).clamp(0, tokens)
+    whole = numbers.floor()
+    return whole + (numbers - whole >= 0.5)
+
+
 @torch.library.register_fake("diffrate::masked_prune_merge")
 def _(
     x: Tensor,
@@ -129,57 +137,44 @@ def _(
     return x.new_empty(x.shape), x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide), *positions
 
 
+@torch.library.register_fake("diffrate::masked_prune_merge_backward")
+def _(
+    grad_out: Tensor | None,
+    grad_out_mask: Tensor | None,
+    mask: Tensor,
+    order: Tensor,
+    dst: Tensor,
+    kept_p: Tensor,
+    kept_m: Tensor,
+    prefix: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens = mask.shape[1]
+    shapes = (mask.shape, (tokens,), (tokens,)) if grad_out_mask is not None else ((0,), (0,), (0,))
+    of_x = mask.new_empty(0) if grad_out is None else grad_out.new_empty(grad_out.shape)
+    of_mask, of_prune_prob, of_merge_prob = (mask.new_empty(shape) for shape in shapes)
+    return of_x, of_mask, of_prune_prob, of_merge_prob
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    mask, prune_prob, merge_prob, kept_p, kept_m, ctx.prefix = inputs[1], *inputs[4:9]
+    mask, kept_p, kept_m, ctx.prefix = inputs[1], *inputs[6:9]
     _, _, size, order, dst = output
     ctx.mark_non_differentiable(size, order, dst)
-    ctx.save_for_backward(mask, prune_prob, merge_prob, kept_p, kept_m, order, dst)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(mask, order, dst, kept_p, kept_m)
 
 
-def _backward(ctx: Any, grad_x: Tensor, grad_mask: Tensor, *_: Tensor) -> tuple:
-    mask, prune_prob, merge_prob, kept_p, kept_m, order, dst = ctx.saved_tensors
-    position = torch.arange(order.shape[1], device=order.device)
-    # a destination's gradient goes to all that merged into it; a source stays in place besides
-    stays = torch.where(dst == position, -1, position.expand_as(dst))
-    unsorted = torch.empty_like(order)
-    gradient = torch.ops.diffrate.merge_reduce_backward(grad_x, unsorted.scatter(1, order, dst), None)
-    gradient = gradient + torch.ops.diffrate.merge_reduce_backward(grad_x, unsorted.scatter(1, order, stays), None)
-
-    alive = mask.gather(1, order)
-    last, middle, kept = _positions(alive.detach(), kept_p, kept_m, ctx.prefix)
-
-    def shown(first: Tensor, end: Tensor, probability: Tensor, acts: Tensor) -> Tensor:
-        """0 at positions first .. end-1, 1 elsewhere; like the probability when it is differentiated once more."""
-        hard = ((position < first) | (position >= end)).to(alive.dtype)
-        return hard + acts * (probability - probability.detach())
-
-    prunes, merges = (middle < last).to(alive.dtype), (kept < middle).to(alive.dtype)
-    by_pruning = shown(middle, last, prune_prob, prunes)
-    by_merging = shown(kept, middle, merge_prob, merges)
-    sorted_mask = grad_mask * by_pruning * by_merging
-    to_prune = (grad_mask * alive * by_merging).sum(0) * prunes
-    to_merge = (grad_mask * alive * by_pruning).sum(0) * merges
-    grad_of_mask = torch.empty_like(sorted_mask).scatter(1, order, sorted_mask)
-    return gradient, grad_of_mask, None, None, to_prune, to_merge, *[None] * 4
-
-
-def _positions(alive: Tensor, kept_p: Tensor, kept_m: Tensor, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The positions ``last``, ``middle`` and ``kept`` of csrc/common/kept_numbers.h, by the same rule.
-
-    Tokens before ``kept`` stay, those up to ``middle`` merge into them, those up to ``last`` are pruned.
-    """
-    # alive: of the first image, as of every other
-    last, pruned, merged = _nearest_whole(torch.stack([alive[:1].sum(), kept_p, kept_m]), alive.shape[1]).unbind()
-    middle = torch.minimum(pruned, last).clamp_min(prefix)
-    kept = torch.minimum(merged, middle)
-    return last, middle, torch.maximum(kept, middle.clamp_max(prefix + 1))
-
-
-def _nearest_whole(numbers: Tensor, tokens: int) -> Tensor:
-    """The nearest whole numbers in 0 .. tokens, halves up, 0 for NaN."""
-    numbers = numbers.nan_to_num(nan=0.0).clamp(0, tokens)
-    whole = numbers.floor()
-    return whole + (numbers - whole >= 0.5)
+def _backward(ctx: Any, grad_out: Tensor | None, grad_out_mask: Tensor | None, *_: Any) -> tuple:
+    needs_x, needs_mask, _, _, needs_prune_prob, needs_merge_prob, *_ = ctx.needs_input_grad
+    with_x = needs_x and grad_out is not None
+    with_mask = (needs_mask or needs_prune_prob or needs_merge_prob) and grad_out_mask is not None
+    if not with_x and not with_mask:
+        return (None,) * 10
+    of_x, of_mask, of_prune_prob, of_merge_prob = torch.ops.diffrate.masked_prune_merge_backward(
+        grad_out if with_x else None, grad_out_mask if with_mask else None, *ctx.saved_tensors, ctx.prefix
+    )
+    rates = (of_prune_prob, of_merge_prob) if with_mask else (None, None)
+    return of_x if with_x else None, of_mask if with_mask else None, None, None, *rates, *[None] * 4
 
 
 torch.library.register_autograd("diffrate::masked_prune_merge", _backward, setup_context=_setup_context)
+refuse_gradient("masked_prune_merge_backward", "masked_prune_merge cannot be differentiated twice")

@@ -53,8 +53,8 @@ def _(grad: Tensor, dst: Tensor, weights: Tensor | None = None) -> Tensor:
     return grad.new_empty(grad.shape[0], dst.shape[1], grad.shape[2])
 
 
-# Each is the gradient of the other, so that gradients of any order are right. Every operator that moves features has
-# gradients made of these two.
+# Each is the gradient of the other, so that gradients of any order are right. The gradients of sort_tokens and
+# prune_merge are made of these two.
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

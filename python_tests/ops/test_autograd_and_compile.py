@@ -116,6 +116,13 @@ def opcheck_cases() -> list[Any]:
                 )
             bare = (x.transpose(1, 2).contiguous().transpose(1, 2), mask, importance, None, *rates, *kept)
             cases[f"masked_prune_merge, bare, {kind}"] = (_raw.masked_prune_merge, bare)
+            choices = torch.arange(9).flip(0).expand(2, -1), dst.clamp_min(0)
+            arrived = floats(2, 9, 6, dtype=dtype), floats(2, 9, dtype=wide)  # it refuses to be differentiated
+            for name, gradients in {"all": arrived, "x": (arrived[0], None), "mask": (None, arrived[1])}.items():
+                cases[f"masked_prune_merge_backward, {name}, {kind}"] = (
+                    _raw.masked_prune_merge_backward,
+                    (*gradients, mask.detach(), *choices, *kept, 1),
+                )
         for dtype in (torch.float32, double):
             kind = f"{'with gradient' if gradient else 'no gradient'}, {dtype}"
             logits = floats(3, 5, dtype=dtype, gradient=gradient)

@@ -44,7 +44,9 @@ def masked_prune_merge(x: Tensor) -> tuple[Tensor, ...]:
     ones = torch.ones(IMAGES, TOKENS, device=x.device)
     kept = [torch.tensor(number, device=x.device) for number in (14.0, 9.0)]
     importance = torch.linspace(0, 1, TOKENS - 1, device=x.device).expand(IMAGES, -1)
-    return ops.masked_prune_merge(x, ones, importance, None, ones[0], ones[0], *kept)
+    results = ops.masked_prune_merge(x, ones, importance, None, ones[0], ones[0], *kept)
+    choices = results.order, results.dst
+    return *results, *torch.ops.diffrate.masked_prune_merge_backward(x, ones, ones, *choices, *kept, 1)
 
 
 def attention(x: Tensor) -> tuple[Tensor, ...]:

@@ -142,8 +142,9 @@ def test_offsets_beyond_32_bits(far_apart: Tensor) -> None:
     near = far_apart.contiguous()
     importance = torch.tensor([[1.0, 2.0]])
     dst = torch.tensor([[1, 0, 0]])
-    ones = torch.ones(1, 3)
     norm = ops.Norm(torch.ones(4, dtype=torch.float16))
+    ones, kept = torch.ones(1, 3), (torch.tensor(3.0), torch.tensor(2.0))
+    order, merged = torch.tensor([[0, 2, 1]]), torch.tensor([[0, 1, 1]])
     for function in (
         lambda x: ops.sort_tokens(x, importance),
         lambda x: ops.prune_merge(x, importance, 3, 2, residual=x),
@@ -155,9 +156,8 @@ def test_offsets_beyond_32_bits(far_apart: Tensor) -> None:
         lambda x: ops.prune_merge(torch.ones(1, 3, 2), x.transpose(1, 2)[:, :, :3], 2, 2),
         lambda x: ops.masked_attention(x[:, None], x[:, None], x[:, None], ones),
         lambda x: torch.ops.diffrate.masked_attention_backward(*[x[:, None]] * 4, ones, None, 1.0),
-        lambda x: ops.masked_prune_merge(
-            x, ones, importance, None, ones[0], ones[0], torch.tensor(3.0), torch.tensor(2.0)
-        ),
+        lambda x: ops.masked_prune_merge(x, ones, importance, None, ones[0], ones[0], *kept),
+        lambda x: torch.ops.diffrate.masked_prune_merge_backward(x, ones, ones, order, merged, *kept, 1),
     ):
         for a, b in zip(tensors(function(far_apart)), tensors(function(near)), strict=True):
             assert_same("result", a, b)
