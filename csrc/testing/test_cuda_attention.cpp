@@ -66,6 +66,20 @@ void test(const Case& c, int64_t prefix, Measure measure, unsigned seed) {
   }
 }
 
+// What has a kernel of its own, or an own way through it, for this many images or tokens.
+template <class T>
+void test_alone(Operator which, Measure measure, const Case& c, unsigned seed) {
+  Inputs<T> inputs(c, seed);
+  inputs.args.prefix = 1;
+  const std::string label =
+      "operator " + std::to_string(int(which)) + " alone, type " + std::to_string(int(kType<T>)) + ", " + c.name();
+  const Expected<T> expected(inputs, false, measure);
+  const auto first = run<T>(which, inputs.args, measure, kSchedules[0]);
+  expected.check_importance(first, label);
+  for (int i = 1; i < 3; ++i)
+    check(first.same(run<T>(which, inputs.args, measure, kSchedules[i])), "the same in another order: " + label);
+}
+
 // NaN in one image does not change another; a NaN query leaves the other queries as they are.
 template <class T>
 void test_nan() {
@@ -108,6 +122,10 @@ void test_type() {
         test<T>({1, 3, 37, 16, Layout(layout), Mask(mask), true}, 1, measure, 7);
   test<T>({0, 2, 8, 16, Layout::contiguous, Mask::ones, false}, 0, Measure::of_class, 1);
   test<T>({2, 2, 8, 16, Layout::contiguous, Mask::ones, false}, 8, Measure::received, 1);  // no patches
+  for (int layout = 0; layout < 3; ++layout)  // an image's heads in one block
+    for (int64_t head_dim : {24, 64, 80, 130})
+      test_alone<T>(Operator::class_attention, Measure::of_class,
+                    {9, 5, 37, head_dim, Layout(layout), Mask::ones, layout > 0}, 4);
   test_nan<T>();
 }
 
@@ -129,6 +147,9 @@ int main() {
   test_type<double>();
   test_type<__half>();
   test_type<__nv_bfloat16>();
+  // heads too many for one block, rows too long for shared memory
+  test_alone<float>(Operator::class_attention, Measure::of_class, {9, 97, 3, 4, Layout::packed, Mask::ones, true}, 5);
+  test_alone<float>(Operator::class_attention, Measure::of_class, {1, 1, 6200, 4, Layout::packed, Mask::ones, true}, 5);
   test_refused<float>("the CUDA kernels take heads of at most 128 channels");
   test_refused<double>("the CUDA kernels take heads of at most 64 channels in float64");
   return diffrate::testing::report("CUDA attention");
