@@ -38,7 +38,7 @@ template <class C>
 struct OnePassShared {
   using T = typename C::T;
 
-  T *queries, *keys;  // (padded, stride)
+  T *queries, *keys;  // (padded, stride): the padding of keys is zero
   float* bias;        // (2, kKeyTiles * 16): of each half's keys, -inf where there are none
   HalfRow* halves;    // (2, kPairs, 2, 16): two buffers
   float* sums;        // (kPairs, padded)
@@ -90,7 +90,7 @@ struct OnePass {
   __device__ int tiles_of_half(int of_half) const { return of_half == 0 ? (tiles + 1) / 2 : tiles / 2; }
 
   __device__ void fetch(bool aligned) const {
-    fetch_rows<T, C::kDepth>(shared.queries, padded, head_of<T>(a.q, image, head), a.q.stride_token, 0, a.tokens,
+    fetch_rows<T, C::kDepth>(shared.queries, tokens, head_of<T>(a.q, image, head), a.q.stride_token, 0, a.tokens,
                              static_cast<int>(a.head_dim), aligned);
     fetch_rows<T, C::kDepth>(shared.keys, padded, head_of<T>(a.k, image, head), a.k.stride_token, 0, a.tokens,
                              static_cast<int>(a.head_dim), aligned);
@@ -126,8 +126,13 @@ struct OnePass {
 
   __device__ __forceinline__ void score(int tile, Logits& e) const {
     constexpr int kRow = C::kStride * static_cast<int>(sizeof(T)), kTile = 16 * kRow;  // bytes
-    const Left<T, 1, C::kDepth> queries(shared.queries + tile * 16 * C::kStride);
     const int lane = lane_id(), last = tiles - 1 - key_tile;
+    const int query = tile * 16 + lane % 16;  // past the last one that once more: zeros could meet infinite keys
+    const SharedAddress from =
+        shared_address(shared.queries) + (query < tokens ? query : tokens - 1) * kRow + lane / 16 * 16;
+    uint32_t queries[C::kDepth / 16][4];
+#pragma unroll
+    for (int k = 0; k < C::kDepth / 16; ++k) load_matrices(queries[k], from + k * 32);
     const SharedAddress row =
         shared_address(shared.keys) + key_tile * kTile + (lane % 8 + lane / 16 * 8) * kRow + lane / 8 % 2 * 16;
     for_groups([&](int first, auto count) {
@@ -143,8 +148,8 @@ struct OnePass {
           const int t = first + u;
           uint32_t b[4];
           load_matrices(b, row + (t < last ? t : last) * kTile + k * 32);
-          multiply_add<T>(e[2 * t], queries.a[0][k], b[0], b[1], e[2 * t]);
-          multiply_add<T>(e[2 * t + 1], queries.a[0][k], b[2], b[3], e[2 * t + 1]);
+          multiply_add<T>(e[2 * t], queries[k], b[0], b[1], e[2 * t]);
+          multiply_add<T>(e[2 * t + 1], queries[k], b[2], b[3], e[2 * t + 1]);
         }
     });
   }
@@ -212,7 +217,7 @@ struct OnePass {
         const float low = weight(round, tile, 0, rows[0]), high = weight(round, tile, 1, rows[1]);
         for_keys([&](int n) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) columns[n][i] += e[n][i] * low + e[n][2 + i] * high;
+          for (int i = 0; i < 2; ++i) columns[n][i] += e[n][i] * low, columns[n][i] += e[n][2 + i] * high;
         });
       }
     }
