@@ -210,8 +210,9 @@ const char* class_attention(const AttentionArgs& a, const Scratch& scratch, void
   Stream stream = static_cast<Stream>(on);
   if (a.tokens > INT32_MAX / 2) return "too many tokens";
   const int64_t row_bytes = a.tokens * (a.type == Type::f64 ? 8 : 4);
+  // half of the multiprocessors read as fast as blocks for each head, and the mean needs no launch
   const bool all_heads =
-      a.images >= multiprocessors() && a.heads <= kGroups && (a.heads + 1) * row_bytes <= kNearBytes && a.heads > 0;
+      2 * a.images >= multiprocessors() && a.heads <= kGroups && (a.heads + 1) * row_bytes <= kNearBytes && a.heads > 0;
   const ClassPlan plan{all_heads ? static_cast<int>(a.heads) : 1, all_heads || 2 * row_bytes <= kNearBytes};
   void* rows = all_heads ? nullptr : scratch.take(a.images * a.heads * row_bytes);
   const char* error = dispatch(a.type, [&](auto example) { return start<decltype(example)>(a, plan, rows, stream); });
