@@ -97,13 +97,30 @@ void test(const Case& c, int64_t prefix, Measure measure, unsigned seed) {
   }
 }
 
+// What has a kernel of its own, or an own way through it, for this many images or tokens.
+template <class T>
+void test_alone(Operator which, Measure measure, const Case& c, unsigned seed) {
+  Inputs<T> inputs(c, seed);
+  inputs.args.prefix = 1;
+  const std::string label =
+      "operator " + std::to_string(int(which)) + " alone, type " + std::to_string(int(kType<T>)) + ", " + c.name();
+  const Expected<T> expected(inputs, false, measure);
+  const auto first = run<T>(which, inputs.args, measure, kSchedules[0]);
+  expected.check_importance(first, label);
+  for (int i = 1; i < 3; ++i)
+    check(first.same(run<T>(which, inputs.args, measure, kSchedules[i])), "the same in another order: " + label);
+}
+
 // NaN in one image does not change another; a NaN query leaves the other queries as they are.
 template <class T>
 void test_nan() {
   Case c{2, 2, 83, 16, Layout::contiguous, Mask::fractions, true};
-  for (Operator which : {Operator::proportional_attention, Operator::masked_attention})
+  for (Operator which : {Operator::class_attention, Operator::received_attention, Operator::proportional_attention,
+                         Operator::masked_attention})
     for (Measure measure : {Measure::of_class, Measure::received})
       for (int input = 0; input < 3; ++input) {
+        const bool has_out = which >= Operator::proportional_attention;
+        if (!has_out && (which == Operator::class_attention) != (measure == Measure::of_class)) continue;
         Inputs<T> inputs(c, 5);
         auto before = run<T>(which, inputs.args, measure, kSchedules[0]);
         const auto& a = inputs.args;
@@ -114,10 +131,31 @@ void test_nan() {
         check(after.same(before, 1, 2), name + " changed another image");
         for (int64_t i = 0; i < c.tokens; ++i) {
           const int64_t at = ((c.tokens + i) * 2 + 1) * c.head_dim + 3;
-          check(std::isnan(to_wide(after.out[at])) == (input > 0 || i == 0), name + ": out");
+          if (has_out) check(std::isnan(to_wide(after.out[at])) == (input > 0 || i == 0), name + ": out");
           check(std::isnan(after.importance[c.tokens + i]) == (input < 2), name + ": importance");
         }
       }
+}
+
+// Keys with logits of -inf receive nothing, also where they are all that one of two warps has. The kernel for other
+// types lets zeros in the place of missing queries meet them.
+template <class T>
+void test_infinite_keys() {
+  const Case c{1, 1, 40, 16, Layout::contiguous, Mask::ones, true};
+  for (auto [which, measure] : {std::pair{Operator::class_attention, Measure::of_class},
+                                std::pair{Operator::received_attention, Measure::received}}) {
+    if (which == Operator::received_attention && sizeof(T) > 2) continue;
+    Inputs<T> inputs(c, 1);
+    for (int64_t i = 0; i < c.tokens; ++i)
+      for (int64_t d = 0; d < c.head_dim; ++d) {
+        inputs.at(inputs.args.q, 0, 0, i, d) = from_wide<T>(1);
+        if (i >= 32) inputs.at(inputs.args.k, 0, 0, i, d) = from_wide<T>(-INFINITY);
+      }
+    auto results = run<T>(which, inputs.args, measure, kSchedules[0]);
+    double sum = 0, hidden = 0;
+    for (int64_t i = 0; i < c.tokens; ++i) (i < 32 ? sum : hidden) += double(results.importance[i]);
+    check(std::abs(sum - 1) < 1e-5 && hidden == 0, "keys of -inf, operator " + std::to_string(int(which)));
+  }
 }
 
 template <class T>
@@ -139,7 +177,16 @@ void test_type() {
         test<T>({1, 3, 37, 16, Layout(layout), Mask(mask), true}, 1, measure, 7);
   test<T>({0, 2, 8, 16, Layout::contiguous, Mask::ones, false}, 0, Measure::of_class, 1);
   test<T>({2, 2, 8, 16, Layout::contiguous, Mask::ones, false}, 8, Measure::received, 1);  // no patches
+  for (int layout = 0; layout < 3; ++layout)  // an image's heads in one block
+    for (int64_t head_dim : {24, 64, 80, 130})
+      test_alone<T>(Operator::class_attention, Measure::of_class,
+                    {9, 5, 37, head_dim, Layout(layout), Mask::ones, layout > 0}, 4);
+  if constexpr (sizeof(T) == 2)  // a head in one block: keys for full and half empty groups, and one too many
+    for (int64_t tokens : {16, 33, 120, 225, 257, 288, 289})
+      test_alone<T>(Operator::received_attention, Measure::received,
+                    {1, 1, tokens, tokens % 2 == 0 ? 64 : 80, Layout(tokens % 3), Mask::ones, tokens != 120}, 5);
   test_nan<T>();
+  test_infinite_keys<T>();
 }
 
 template <class T>
@@ -160,6 +207,9 @@ int main() {
   test_type<double>();
   test_type<__half>();
   test_type<__nv_bfloat16>();
+  // heads too many for one block, rows too long for shared memory
+  test_alone<float>(Operator::class_attention, Measure::of_class, {9, 97, 3, 4, Layout::packed, Mask::ones, true}, 5);
+  test_alone<float>(Operator::class_attention, Measure::of_class, {1, 1, 6200, 4, Layout::packed, Mask::ones, true}, 5);
   test_refused<float>("the CUDA kernels take heads of at most 128 channels");
   test_refused<double>("the CUDA kernels take heads of at most 64 channels in float64");
   return diffrate::testing::report("CUDA attention");

@@ -190,11 +190,12 @@ void test_prune_merge(const Case& c, const cpu::Threads& threads, bool with_resi
           c.channels);
 }
 
-void test_merge_reduce(const Case& c, const cpu::Threads& threads) {
+void test_merge_reduce(const Case& c, const cpu::Threads& threads, bool weighted) {
   auto x = random_floats(c.images * c.tokens * c.channels, 7);
+  auto weights = random_floats(c.images * c.tokens, 25, 0.5f, 3);
   auto dst = exact<int64_t>(c.images * c.tokens);
   for (int64_t i = 0; i < c.images * c.tokens; ++i)
-    dst[i] = i % 7 == 3 ? 1000 + c.k_m : (i * 5) % (c.k_m + 1) - 1;  // out of range: goes nowhere
+    dst[i] = i % 7 == 3 ? 1000000 + c.k_m : (i * 5) % (c.k_m + 1) - 1;  // out of range: goes nowhere
   auto out = exact<float>(c.images * c.k_m * c.channels);
   MergeReduceArgs args{.type = Type::f32,
                        .images = c.images,
@@ -205,19 +206,39 @@ void test_merge_reduce(const Case& c, const cpu::Threads& threads) {
                        .dst = dst.get(),
                        .dst_stride_image = c.tokens,
                        .dst_stride_token = 1,
-                       .weights = {},
+                       .weights = vector_of(weighted ? weights.get() : nullptr, c),
                        .out = out.get()};
   cpu::kernels().merge_reduce(args, threads);
+  auto grad = random_floats(c.images * c.k_m * c.channels, 26);
   auto back = exact<float>(c.images * c.tokens * c.channels);
   MergeReduceArgs backward = args;
-  backward.x = {out.get(), c.k_m * c.channels, c.channels};
+  backward.x = {grad.get(), c.k_m * c.channels, c.channels};
   backward.out = back.get();
   cpu::kernels().merge_reduce_backward(backward, threads);
-  // <mean(x), out> = <x, gradient of the mean at out>
-  double left = 0, right = 0;
-  for (int64_t i = 0; i < c.images * c.k_m * c.channels; ++i) left += double(out[i]) * out[i];
-  for (int64_t i = 0; i < c.images * c.tokens * c.channels; ++i) right += double(x[i]) * back[i];
-  check(near(left, right), "merge_reduce: the backward is the forward's transpose", c.tokens, c.channels);
+  bool means = true, gradients = true;
+  for (int64_t b = 0; b < c.images; ++b) {
+    std::vector<double> sum(c.k_m * c.channels), total(c.k_m);
+    auto goes_to = [&](int64_t i) { return dst[b * c.tokens + i] < c.k_m ? dst[b * c.tokens + i] : -1; };
+    auto weight = [&](int64_t i) { return weighted ? double(weights[b * c.tokens + i]) : 1; };
+    for (int64_t i = 0; i < c.tokens; ++i) {
+      if (goes_to(i) < 0) continue;
+      total[goes_to(i)] += weight(i);
+      for (int64_t k = 0; k < c.channels; ++k)
+        sum[goes_to(i) * c.channels + k] += weight(i) * x[(b * c.tokens + i) * c.channels + k];
+    }
+    for (int64_t j = 0; j < c.k_m * c.channels; ++j) {
+      const double mean = total[j / c.channels] != 0 ? sum[j] / total[j / c.channels] : 0;
+      means = means && near(out[b * c.k_m * c.channels + j], mean);
+    }
+    for (int64_t i = 0; i < c.tokens; ++i)
+      for (int64_t k = 0; k < c.channels; ++k) {
+        const int64_t to = goes_to(i);
+        const double share = to < 0 ? 0 : weight(i) / total[to] * grad[(b * c.k_m + to) * c.channels + k];
+        gradients = gradients && near(back[(b * c.tokens + i) * c.channels + k], share);
+      }
+  }
+  check(means, "merge_reduce: means", c.tokens, c.channels);
+  check(gradients, "merge_reduce: gradient", c.tokens, c.channels);
 }
 
 void test_compression_rate(int64_t patches, int64_t granularity, const cpu::Threads& threads) {
@@ -454,7 +475,7 @@ int main() {
       test_add_norm(c, threads);
       for (bool with_residual : {false, true})
         for (bool with_norm : {false, true}) test_prune_merge(c, threads, with_residual, with_norm);
-      test_merge_reduce(c, threads);
+      for (bool weighted : {false, true}) test_merge_reduce(c, threads, weighted);
       test_masked_prune_merge(c, threads);
       for (bool nonsense : {false, true}) test_masked_prune_merge_backward(c, threads, nonsense);
     }
@@ -463,6 +484,9 @@ int main() {
     test_prune_merge(kManyTokens, threads, true, true);
     test_masked_prune_merge(kManyTokens, threads);
     for (const Case& c : {kManyTokens, kManyImages, kManyChannels}) test_masked_prune_merge_backward(c, threads, false);
+    test_merge_reduce(kManyTokens, threads, true);
+    test_merge_reduce({1, 2100, 8, 1, 2090, 700}, threads, true);  // some tokens for each destination
+    test_merge_reduce({2, 1200, 8, 1, 1100, 900}, threads, true);
     test_kept_number(5.5f, 2.5f, 3, threads);
     test_kept_number(5, 2.25f, 2, threads);
     test_kept_number(std::nextafter(0.5f, 0.0f), 3, 0, threads);  // a half cannot be added to it exactly
