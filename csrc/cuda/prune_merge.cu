@@ -1,7 +1,7 @@
 // Sort, prune and merge: what stays is written without gaps.
+#include "cuda/layer_norm.cuh"
 #include "cuda/prune_merge_channels.cuh"
 #include "cuda/prune_merge_launch.cuh"
-#include "cuda/layer_norm.cuh"
 
 namespace diffrate::cuda {
 namespace {
