@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,11 +85,18 @@ def _compare(arguments: argparse.Namespace) -> None:
     if arguments.no_pretrained:
         remarks.print("Random weights: the speed is real, the rest says nothing about the trained model.")
     batches = workload.batches(arguments.batch_size)
-    with Progress(console=remarks) as progress:
-        tasks = {
-            "images": progress.add_task("images", total=len(batches)),
-            "timing": progress.add_task("timing, interleaved", total=arguments.rounds),
-        }
+    progress = Progress(console=remarks)
+    tasks = {
+        "images": progress.add_task("images", total=len(batches)),
+        "timing": progress.add_task("timing, interleaved", total=arguments.rounds),
+    }
+    with ExitStack() as while_running:
+
+        def show(what: str, done: int) -> None:
+            if not progress.live.is_started:  # not before: an error of the arguments comes alone
+                while_running.enter_context(progress)
+            progress.update(tasks[what], completed=done)
+
         rows = compare(
             workload.model,
             batches,
@@ -97,7 +105,7 @@ def _compare(arguments: argparse.Namespace) -> None:
             schedules=schedules,
             batch_size=arguments.batch_size,
             rounds=arguments.rounds,
-            on_progress=lambda what, done: progress.update(tasks[what], completed=done),
+            on_progress=show,
         )
     draw_comparison(rows, workload.name).savefig(output, dpi=110)
     if arguments.json:

@@ -17,12 +17,12 @@ def rows(output: str) -> dict[str, list[str]]:
     return {first: rest for first, *rest in cells}
 
 
-def assert_is_a_drawing(path):
+def assert_is_a_drawing(path, ink=0.2):
     pixels = np.asarray(Image.open(path).convert("RGB"))
     assert pixels.shape[0] > 300
     assert pixels.shape[1] > 800
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
-    assert (pixels != 255).any(-1).mean() > 0.2
+    assert (pixels != 255).any(-1).mean() > ink
 
 
 def fails(argv: list[str], capsys) -> str:
