@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from diffrate_ext import InputValueError, RateSearch, SearchSettings, flops, reference
 from diffrate_ext import search as search_for_rates
 from diffrate_ext.embedded import build_model
+from diffrate_ext.models.norm_ahead import NormAhead
 from diffrate_ext.rate_search import masking, rates
 from diffrate_ext.timing import random_images
 
@@ -67,8 +68,12 @@ def searches(device: torch.device, *, quick: bool) -> tuple[Search, ...]:
 
 @contextmanager
 def reference_operators() -> Iterator[None]:
-    """The search step by the reference instead of the operators, while it lasts."""
-    with mock.patch.object(masking, "ops", reference), mock.patch.object(rates, "ops", reference):
+    """The search step by the reference instead of the operators, and blocks apart from each other, while it lasts."""
+    with (
+        mock.patch.object(masking, "ops", reference),
+        mock.patch.object(rates, "ops", reference),
+        mock.patch.object(NormAhead, "between", lambda *_: None),
+    ):
         yield
 
 
