@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,11 @@ from .common import (
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
-    from torch import nn
 
     from ..images.sources import ImageSource
     from ..rate_search.loop import SearchResult
     from ..rate_search.processes import Processes
+    from ..rate_search.report import Measure
     from ..rate_search.settings import SearchSettings
 
 STEPS = 1000
@@ -97,7 +97,8 @@ def add_search_command(commands: Any) -> None:
     training.add_argument(
         "--soft-targets",
         action=argparse.BooleanOptionalAction,
-        help="learn what the uncompressed model says: needs no labels (default: no; embedded: yes)",
+        help="learn what the uncompressed model says: needs no labels (default: no; embedded model, and models without "
+        "classes such as DINOv2, whose features are kept: yes)",
     )
     training.add_argument(
         "--start",
@@ -154,7 +155,7 @@ def add_search_command(commands: Any) -> None:
 class _Job:
     """What all searches of one call share."""
 
-    model: nn.Module
+    model: Any
     images: ImageSource
     settings: SearchSettings
     processes: Processes
@@ -190,18 +191,19 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
 
     settings = _settings(arguments, device)
     images = open_images(arguments.images, split=arguments.split)
+    torch.manual_seed(arguments.seed)  # random weights are the same when the search is resumed
+    model: Any = embedded.load_model() if ours else model_named(arguments)
+    if not model.num_classes:
+        if arguments.soft_targets is False:
+            raise UsageError("--no-soft-targets: the model has no classes, so labels say nothing about it")
+        settings = replace(settings, soft_targets=True)
     if not images.labelled and not settings.soft_targets:
         raise UsageError(
             f"{images.where} has no labels ({images.why_unlabelled}): add --soft-targets, to learn from what the "
             "uncompressed model says"
         )
-    torch.manual_seed(arguments.seed)  # random weights are the same when the search is resumed
-    if ours:
-        model: nn.Module = embedded.load_model()
-    else:
-        model = model_named(arguments)
     if images.labelled and not settings.soft_targets:
-        images = match_classes(images, model.num_classes)  # type: ignore[arg-type]
+        images = match_classes(images, model.num_classes)
     if not images.labelled or settings.soft_targets:
         from ..images.sources import without_labels
 
@@ -292,10 +294,11 @@ def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder:
         "number of images": len(job.images),
         "global batch size": job.loading["batch_size"] * processes.world,
     }
+    measure: Measure = "accuracy" if job.images.labelled else "agreement" if job.model.num_classes else "cosine"
     with ExitStack() as stack:
         reports = [
             stack.enter_context(
-                progress_report(job.remarks, f"{gflops:g} GFLOPs", settings.steps, gflops, labelled=job.images.labelled)
+                progress_report(job.remarks, f"{gflops:g} GFLOPs", settings.steps, gflops, measure=measure)
             )
         ]
         if arguments.tensorboard:

@@ -19,11 +19,12 @@ class StepRecord:
     step: int
     """Updates made before it."""
     loss: float
-    """Mean cross entropy over the batch, in nats."""
+    """Mean cross entropy over the batch, in nats; of a model without classes 1 - cosine of the features."""
     flops_loss: float
     """The FLOPs term, its weight included."""
     accuracy: float
-    """Share of the batch whose most probable class is its label (the uncompressed model's, without labels)."""
+    """Share of the batch whose most probable class is its label (the uncompressed model's, without labels); of a model
+    without classes the mean cosine of its features and the uncompressed ones."""
     gflops: float
     lr: float
     after_pruning: tuple[int, ...] | None

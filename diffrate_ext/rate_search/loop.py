@@ -80,7 +80,8 @@ def search(
     rates; the first one reports, writes and evaluates.
 
     Args:
-        model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, trained.
+        model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, trained. One without classes
+            (``num_classes=0``, such as DINOv2) needs soft targets: the search then keeps its features, by their cosine.
         loader: batches of (images, labels) or, with soft targets, images alone: images (B, C, H, W) of the model's own
             size, labels (B,) of an integer dtype or probabilities (B, classes). Any iterable; it is iterated again and
             again. Or a function that takes a step and returns the batches from that step on, so that a resumed search
@@ -164,6 +165,12 @@ class _Search:
         self.history = SearchHistory(target_gflops, self.uncompressed, settings.steps, tokens)
         self.step = self.steps_before = 0
         self.saved: int | None = None  # the step of the checkpoint on disk
+        self.has_classes = bool(getattr(rates.model, "num_classes", 1))
+        if not self.has_classes and not settings.soft_targets:
+            raise InputValueError(
+                "the model has no classes (num_classes=0), so labels say nothing about it: search with soft targets "
+                "(soft_targets=True), which keep its features"
+            )
         self.answer: Tensor | None = None  # of the uncompressed model to one image: the shape of labels that fit
 
     def start(self, fingerprint: Mapping[str, Fact], resume: bool) -> None:
@@ -241,7 +248,8 @@ class _Search:
             return finished
         from .plot import draw_search
 
-        figure = draw_search(self.history, schedule, flops(self.rates.model, schedule) / 1e9)
+        gflops = flops(self.rates.model, schedule) / 1e9
+        figure = draw_search(self.history, schedule, gflops, "accuracy" if self.has_classes else "cosine")
         with replacing(self.folder.plot) as temporary:
             figure.savefig(temporary, dpi=110, format="png")
         self.folder.save_schedule(schedule)  # the last file: where it is, the search is finished
@@ -287,7 +295,7 @@ class _Search:
         if labels is None and not self.settings.soft_targets:
             raise InputValueError("the loader gives images without labels: these need soft targets (soft_targets=True)")
         images = images.to(self.device, self.dtype, non_blocking=True)
-        if labels is None:
+        if labels is None or not self.has_classes:
             return images, None
         if self.answer is None:
             self.answer = self._teacher(images[:1])
@@ -301,29 +309,39 @@ class _Search:
             with_flops: 0-d; 1, or 0 to go without the FLOPs term.
 
         Returns:
-            five numbers (classification loss, FLOPs loss, accuracy, GFLOPs, 1 if all gradients are finite), and the
-            gradients of the logits.
+            five numbers (the loss but for the FLOPs, the FLOPs loss, accuracy, GFLOPs, 1 if all gradients are finite),
+            and the gradients of the logits.
         """
         settings, rates = self.settings, self.rates
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.amp):
             teacher = self._teacher(images) if settings.soft_targets else None
-            logits = self.module(images).float()
-        targets, truth = _targets(labels, teacher)
-        classification = F.cross_entropy(logits, targets)
+            found = self.module(images).float()
+        lesson, accuracy = self._lesson(found, labels, teacher)
         gflops = rates.gflops()
         cost = flops_loss(gflops, self.target, self.uncompressed, settings.flops_weight, settings.flops_loss)
         cost = with_flops * cost
-        (classification + cost).backward()
+        (lesson + cost).backward()
 
         gradients = [p.grad for p in self.logits.values() if p.grad is not None]
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
-        parts = (classification, cost, (logits.argmax(1) == truth).float().mean(), gflops, finite)
+        parts = (lesson, cost, accuracy, gflops, finite)
         return torch.stack([part.detach().double() for part in parts]), *gradients
 
+    def _lesson(self, found: Tensor, labels: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss of what the model says, and how much of it is right; of features 1 - cosine, and the cosine."""
+        if not self.has_classes:
+            assert teacher is not None
+            cosine = F.cosine_similarity(found, teacher).mean()
+            return 1 - cosine, cosine
+        targets, truth = _targets(labels, teacher)
+        return F.cross_entropy(found, targets), (found.argmax(1) == truth).float().mean()
+
     def _teacher(self, images: Tensor) -> Tensor:
+        """What the uncompressed model says: probabilities, or features where it has no classes."""
         with torch.no_grad(), self.rates.uncompressed() as plain:
-            return plain(images).float().softmax(1)
+            found = plain(images).float()
+            return found.softmax(1) if self.has_classes else found
 
     def _diverged(self, loss: float, cost: float) -> str:
         message = (

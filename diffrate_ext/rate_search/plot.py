@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,9 @@ LOSS, ACCURACY, SEARCHED = CURVES[3], CURVES[2], CURVES[0]
 KEPT, MERGED, PRUNED = "#33608f", "#e0952b", "#d9d6d0"
 
 
-def draw_search(history: SearchHistory, schedule: Schedule, gflops: float) -> Figure:
+def draw_search(
+    history: SearchHistory, schedule: Schedule, gflops: float, measure: Literal["accuracy", "cosine"] = "accuracy"
+) -> Figure:
     """Draw how a search went, and the schedule that came out.
 
     Above, over the steps: the tokens that leave each block, and how many each block prunes and merges. Below: the final
@@ -33,6 +35,7 @@ def draw_search(history: SearchHistory, schedule: Schedule, gflops: float) -> Fi
         history: at least one record of the search.
         schedule: what it found.
         gflops: what the model takes under this schedule.
+        measure: "cosine" where the search was for features.
 
     Returns:
         a matplotlib figure, made without pyplot: nothing global changes.
@@ -62,7 +65,7 @@ def draw_search(history: SearchHistory, schedule: Schedule, gflops: float) -> Fi
     figure.colorbar(image, ax=axes[0, 2], label="tokens", pad=0.02)
     _plot_schedule(axes[1, 0], schedule, history.tokens)
     _plot_gflops(axes[1, 1], steps, history, gflops)
-    _plot_loss(axes[1, 2], steps, history)
+    _plot_loss(axes[1, 2], steps, history, measure)
     for axis in axes.flat:
         axis.title.set_color(INK)
         axis.tick_params(labelsize=8, colors=INK)
@@ -151,20 +154,24 @@ def _plot_gflops(axis: Axes, steps: NDArray[np.int64], history: SearchHistory, g
     _plain(axis)
 
 
-def _plot_loss(axis: Axes, steps: NDArray[np.int64], history: SearchHistory) -> None:
-    loss = np.array([record.loss for record in history.records])
-    accuracy = np.array([record.accuracy for record in history.records])
-    axis.set_title("on the batches: loss and accuracy", fontsize=11)
+def _plot_loss(axis: Axes, steps: NDArray[np.int64], history: SearchHistory, measure: str) -> None:
+    curves = [(axis, [record.loss for record in history.records], LOSS)]
     axis.set_xlabel("step")
-    axis.set_ylabel("cross entropy", color=LOSS)
-    beside = axis.twinx()
-    beside.set_ylabel("accuracy", color=ACCURACY)
-    beside.set_ylim(0, 1)
-    beside.yaxis.set_major_formatter("{x:.0%}")
-    beside.tick_params(labelsize=8, colors=INK)
-    for axis_, values, colour in ((axis, loss, LOSS), (beside, accuracy, ACCURACY)):
+    if measure == "cosine":
+        axis.set_title("on the batches: loss", fontsize=11)
+        axis.set_ylabel("1 - cosine of the features", color=LOSS)
+    else:
+        axis.set_title("on the batches: loss and accuracy", fontsize=11)
+        axis.set_ylabel("cross entropy", color=LOSS)
+        beside = axis.twinx()
+        beside.set_ylabel("accuracy", color=ACCURACY)
+        beside.set_ylim(0, 1)
+        beside.yaxis.set_major_formatter("{x:.0%}")
+        beside.tick_params(labelsize=8, colors=INK)
+        curves.append((beside, [record.accuracy for record in history.records], ACCURACY))
+    for axis_, values, colour in curves:
         axis_.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-        axis_.plot(steps, _running_mean(values), color=colour, linewidth=1.8)
+        axis_.plot(steps, _running_mean(np.array(values)), color=colour, linewidth=1.8)
         axis_.spines["top"].set_visible(False)
         axis_.margins(x=0.015)
     axis.set_ylim(0, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .history import StepRecord
 
 Report = Callable[["StepRecord"], None]
+Measure = Literal["accuracy", "agreement", "cosine"]
+"""What the accuracy of the records is: with soft targets agreement with the uncompressed model, of features cosine."""
 
 SMOOTHING = 0.9
 """Share of the earlier steps in the loss and the accuracy that are shown: those of single batches jump."""
@@ -36,7 +38,7 @@ class _RunningMeans:
 
 @contextmanager
 def progress_report(
-    console: Console, name: str, steps: int, target_gflops: float, *, labelled: bool = True
+    console: Console, name: str, steps: int, target_gflops: float, *, measure: Measure = "accuracy"
 ) -> Iterator[Report]:
     """Within a ``with`` block, a report that shows the progress of a search.
 
@@ -45,14 +47,15 @@ def progress_report(
         name: what is searched for.
         steps: the length of the search.
         target_gflops: where it is to go.
-        labelled: whether the accuracy is one; else it is called the agreement with the uncompressed model.
+        measure: what the records' accuracy is.
     """
-    means, accuracy_name = _RunningMeans(2), "accuracy" if labelled else "agreement"
+    means = _RunningMeans(2)
 
     def describe(record: StepRecord) -> str:
         loss, accuracy = means(record.loss, record.accuracy)
         gflops = f"{record.gflops:.4g} -> {target_gflops:.4g} GFLOPs"
-        return f"loss {loss:.3f}  {accuracy_name} {accuracy:.1%}  {gflops}"
+        numbers = f"cosine {accuracy:.4f}" if measure == "cosine" else f"loss {loss:.3f}  {measure} {accuracy:.1%}"
+        return f"{numbers}  {gflops}"
 
     if not console.is_terminal:
 

@@ -28,7 +28,8 @@ class SearchSettings:
         flops_weight: weight of the FLOPs term in the loss.
         flops_loss: kind of the FLOPs term, as for :meth:`RateSearch.flops_loss`.
         warmup_steps: so many first steps go without the FLOPs term.
-        soft_targets: learn from what the uncompressed model says about an image instead of from its label.
+        soft_targets: learn from what the uncompressed model says about an image instead of from its label; where it has
+            no classes, from its features.
         amp: compute in bfloat16 where torch's autocast does.
         cuda_graph: replay the step from a CUDA graph, to the same result: faster where the host limits the search. The
             memory of a step stays taken. For one process on one GPU, and models without hooks.

@@ -203,3 +203,21 @@ def test_resuming_nothing_is_said(tmp_path, capsys):
 
 def test_an_output_that_cannot_be_written_is_refused_first(capsys):
     assert "cannot be written" in fails(search(Path("/proc/search")), capsys)
+
+
+@pytest.mark.parametrize("pictures", ["folder", "labelled"])
+def test_a_model_without_classes_keeps_its_features(pictures, request, tmp_path, monkeypatch, capsys):
+    """With labels or without, and nobody has to say that they are soft targets."""
+    import timm
+
+    from diffrate_ext.cli import search as command
+
+    monkeypatch.setattr(command, "model_named", lambda _: timm.create_model("test_vit", num_classes=0))
+    images = str(request.getfixturevalue(pictures))
+    argv = search(tmp_path / "found", "--model", "test_vit", "--images", images, "--gflops", "0.025")
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert "cosine" in captured.err
+    assert "agreement" not in captured.err
+    assert (tmp_path / "found" / "search.png").exists()
+    assert "has no classes" in fails([*search(tmp_path / "again", *argv[9:]), "--no-soft-targets"], capsys)

@@ -63,8 +63,10 @@ def test_losses_are_smoothed():
 
 
 def test_without_labels_there_is_no_accuracy():
-    assert "agreement 25.0%" in told(1, labelled=False)
-    assert "accuracy" not in told(1, labelled=False)
+    assert "agreement 25.0%" in told(1, measure="agreement")
+    assert "accuracy" not in told(1, measure="agreement")
+    assert "cosine 0.2500" in told(1, measure="cosine")
+    assert "loss" not in told(1, measure="cosine")
 
 
 def test_a_bar_on_a_terminal():
@@ -149,3 +151,12 @@ def test_a_family_with_stages():
 def test_nothing_to_draw():
     with pytest.raises(ValueError, match="no records"):
         draw_search(history(0), Schedule([65], [65]), 1.0)
+
+
+def test_a_search_for_features_has_no_accuracy():
+    titles = {
+        measure: [axis.get_title() for axis in draw_search(history(9), Schedule([65], [65]), 3.0, measure).axes]
+        for measure in ("accuracy", "cosine")
+    }
+    assert "on the batches: loss and accuracy" in titles["accuracy"]
+    assert "on the batches: loss" in titles["cosine"]
