@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compression.copies import compressed_copy, uncompressed_copy
+from .compression.compress import check_made_for
 from .compression.flops import flops
-from .compression.uniform import uniform_schedule
+from .compression.uniform import SHARES, uniform_schedule
 from .errors import InputValueError
-from .evaluation import Batch, Evaluation, evaluate_all
+from .evaluation import Batch, Evaluation, evaluate_all, split_batch
 from .methods import METHODS, Method, method_of
 from .models import adapter_for
 from .schedule import Schedule
 from .timing import Benchmark, Comparison, random_images
 
 UNCOMPRESSED = "uncompressed"
-SHARES = (0.8, 0.65, 0.5)
-"""Of the uncompressed model's FLOPs: the targets when nobody names others."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,8 @@ class Compared:
     label: str
     """What the schedule is called: its target, or the name it was given."""
     schedule: Schedule | None
+    uniform: bool
+    """Whether the schedule is made by the method's usual rule, rather than given."""
     gflops: float
     evaluation: Evaluation
     """Top-1 and loss where the images have labels; agreement with the uncompressed model where it has a head."""
@@ -51,6 +51,7 @@ def compare(
     methods: Sequence[str | Method] | None = None,
     *,
     schedules: Mapping[str, Schedule] | None = None,
+    any_model: bool = False,
     batch_size: int = 16,
     rounds: int = 10,
     on_progress: Callable[[str, int], None] | None = None,
@@ -67,6 +68,7 @@ def compare(
             None: 80, 65 and 50 % of the model's, or none where ``schedules`` are given.
         methods: as for :func:`compress`. None: all that can run the model.
         schedules: others to measure, by name, such as learned ones; under DiffRate.
+        any_model: measure one of them although it says that it was made for another model.
         batch_size, rounds: of the timing, as for :func:`benchmark`.
         on_progress: called with "images", once for each batch, and "timing", once for each round, and the number so
             far.
@@ -78,37 +80,55 @@ def compare(
         InputTypeError, InputValueError: the model, a schedule, a method or a target does not fit, or there are no
             images.
     """
+    if rounds < 1:
+        raise InputValueError(f"rounds must be at least 1, got {rounds}")
+    for schedule in (schedules or {}).values() if not any_model else ():
+        check_made_for(model, schedule)
     settings = _settings(model, gflops, methods, schedules or {})
-    models = [uncompressed_copy(model), *(compressed_copy(model, one, method=m) for _, m, one in settings)]
+    timing = Comparison(
+        model,
+        [one.schedule for one in settings],
+        random_images(model, batch_size),
+        methods=[one.method for one in settings],
+    )
+    has_classes = bool(getattr(model, "num_classes", 1))
 
     def watched() -> Iterator[Batch]:
         for index, batch in enumerate(loader):
-            yield batch
+            yield batch if has_classes else split_batch(batch)[0]  # labels say nothing about features
             if on_progress is not None:
                 on_progress("images", index + 1)
 
-    with _pooled_features(models) as cosines:
-        evaluations = evaluate_all(models, watched())
-    # features have no classes to agree on
-    agreement = 1.0 if getattr(model, "num_classes", 1) else None
-    evaluations[0] = replace(evaluations[0], agreement=agreement)
-    if agreement is None:
+    with _pooled_features(timing.models) as cosines:
+        evaluations = evaluate_all(timing.models, watched())
+    evaluations[0] = replace(evaluations[0], agreement=1.0)
+    if not has_classes:
         evaluations = [replace(evaluation, agreement=None) for evaluation in evaluations]
-    timing = Comparison(
-        model, [one for *_, one in settings], random_images(model, batch_size), methods=[m for _, m, _ in settings]
-    )
     for done in timing.run(rounds):
         if on_progress is not None:
             on_progress("timing", done)
-    first = Compared(UNCOMPRESSED, "", None, flops(model) / 1e9, evaluations[0], 1.0, None)
-    rows = zip(settings, evaluations[1:], cosines[1:], timing.results(), strict=True)
-    return [
-        first,
-        *(
-            Compared(method.name, label, schedule, speed.gflops, evaluation, cosine / evaluation.n, speed)
-            for (label, method, schedule), evaluation, cosine, speed in rows
-        ),
+    first = Compared(UNCOMPRESSED, "", None, False, flops(model) / 1e9, evaluations[0], 1.0, None)
+    others = [
+        Compared(
+            one.method.name,
+            one.label,
+            one.schedule,
+            one.uniform,
+            speed.gflops,
+            evaluation,
+            cosine / evaluation.n,
+            speed,
+        )
+        for one, evaluation, cosine, speed in zip(settings, evaluations[1:], cosines[1:], timing.results(), strict=True)
     ]
+    return [first, *others]
+
+
+class _Setting(NamedTuple):
+    label: str
+    method: Method
+    schedule: Schedule
+    uniform: bool
 
 
 def _settings(
@@ -116,21 +136,23 @@ def _settings(
     gflops: Sequence[float] | None,
     methods: Sequence[str | Method] | None,
     schedules: Mapping[str, Schedule],
-) -> list[tuple[str, Method, Schedule]]:
+) -> list[_Setting]:
     if methods is not None and not methods:
         raise InputValueError("methods must name at least one method")
     uncompressed = flops(model) / 1e9
     if gflops is None:
         gflops = [] if schedules else [share * uncompressed for share in SHARES]
-    found: list[tuple[str, Method, Schedule]] = []
+    found: list[_Setting] = []
     for method in _runnable(model) if methods is None else [method_of(method) for method in methods]:
         for target in gflops:
             try:
-                found.append((f"{target:.3g} GFLOPs", method, uniform_schedule(model, target, method=method)))
+                schedule = uniform_schedule(model, target, method=method)
             except InputValueError:
                 if methods is not None or not 0 < target <= uncompressed:  # EViT, say, cannot go down as far as others
                     raise
-    found += [(name, method_of("diffrate"), schedule) for name, schedule in schedules.items()]
+                continue
+            found.append(_Setting(f"{target:.3g} GFLOPs", method, schedule, uniform=True))
+    found += [_Setting(name, method_of("diffrate"), one, uniform=False) for name, one in schedules.items()]
     if not found:
         raise InputValueError("there is nothing to compare: name a target that a method can reach, or a schedule")
     return found

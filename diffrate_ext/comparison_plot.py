@@ -37,10 +37,10 @@ def draw_comparison(rows: Sequence[Compared], title: str) -> Figure:
     figure = Figure(figsize=(11, 4.2 * len(measures)), layout="constrained", facecolor="white")
     figure.suptitle(f"{title}, {first.evaluation.n:,} images", fontsize=13, fontweight="bold", color=INK)
     axes = figure.subplots(len(measures), 2, squeeze=False, sharey="row")
-    methods = list(dict.fromkeys(row.method for row in others))
+    curves = list(dict.fromkeys(_curve(row) for row in others))
     for panels, (name, value) in zip(axes, measures, strict=True):
         for axis, (label, cost) in zip(panels, _COSTS, strict=True):
-            _draw(axis, rows, methods, cost, value)
+            _draw(axis, rows, curves, cost, value)
             axis.set_xlabel(label)
         panels[0].set_ylabel(name)
         panels[0].invert_xaxis()  # to the right: more compression, as beside it
@@ -51,18 +51,23 @@ def draw_comparison(rows: Sequence[Compared], title: str) -> Figure:
 def _draw(
     axis: Axes,
     rows: Sequence[Compared],
-    methods: Sequence[str],
+    curves: Sequence[str],
     cost: Callable[[Compared], float],
     value: Callable[[Compared], float | None],
 ) -> None:
     first, *others = rows
     axis.axhline(value(first) or 0, color=OWN, linestyle=":", zorder=1)
     axis.plot([cost(first)], [value(first) or 0], "o", color=OWN, label=first.method)
-    for color, method in zip(_colors(len(methods)), methods, strict=True):
-        points = sorted((cost(row), value(row)) for row in others if row.method == method)
-        axis.plot(*zip(*points, strict=True), "o-", color=color, label=method, markersize=5)
+    for color, curve in zip(_colors(len(curves)), curves, strict=True):
+        points = sorted((cost(row), value(row)) for row in others if _curve(row) == curve)
+        axis.plot(*zip(*points, strict=True), "o-", color=color, label=curve, markersize=5)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _curve(row: Compared) -> str:
+    """What a row is drawn with: its method's uniform schedules, or by itself."""
+    return row.method if row.uniform else row.label
 
 
 def _colors(count: int) -> list[str]:

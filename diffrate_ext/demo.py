@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from . import embedded
 from .compression.copies import compressed_copy
 from .compression.flops import flops
-from .compression.uniform import uniform_schedule
+from .compression.uniform import SHARES, uniform_schedule
 from .errors import InputValueError
 from .evaluation import Evaluation, evaluate
 from .schedule import Schedule
 from .timing import Benchmark, Comparison
 from .visualization import visualize
-
-SHARES = (0.80, 0.65, 0.50)
-"""Of the uncompressed model's FLOPs: the targets when nobody names others."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +154,8 @@ def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result
         "uncompressed",
         f"{first.uncompressed_gflops:.3g}",
         _number(result.uncompressed.loss),
-        _percent(result.uncompressed.top1),
-        _percent(1.0),
+        percent(result.uncompressed.top1),
+        percent(1.0),
         f"{first.uncompressed_images_per_second:.4g}",
         "1.00x",
         "1.00x",
@@ -168,8 +165,8 @@ def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result
             named.name,
             f"{speed.gflops:.3g}",
             _number(evaluation.loss),
-            _percent(evaluation.top1),
-            _percent(evaluation.agreement),
+            percent(evaluation.top1),
+            percent(evaluation.agreement),
             f"{speed.images_per_second:.4g}",
             f"{speed.speed_up:.2f}x",
             f"{speed.flops_ratio:.2f}x",
@@ -207,5 +204,6 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """For a table."""
     return "-" if share is None else f"{share:.1%}"

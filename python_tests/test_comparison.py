@@ -76,6 +76,23 @@ def test_a_model_without_a_head_has_features_alone() -> None:
     assert len(draw_comparison(rows, "features").axes) == 2
 
 
+@pytest.mark.parametrize("label", [0, 900])
+def test_labels_say_nothing_about_features(label: int) -> None:
+    model = tiny_vit(num_classes=0)
+    batch = tiny_images(model), torch.full((3,), label)
+    rows = compare(model, [batch], [target(model)], ["tome"], **QUICK)
+    assert [(row.evaluation.top1, row.evaluation.loss, row.evaluation.agreement) for row in rows] == [(None,) * 3] * 2
+
+
+def test_a_schedule_for_another_model() -> None:
+    model = tiny_vit()
+    model.pretrained_cfg = {"architecture": "mine"}
+    other = replace(tiny_schedule(model), model="deit_base_patch16_224.fb_in1k")
+    with pytest.raises(InputValueError, match="the schedule was made for deit_base"):
+        compare(model, [tiny_images(model)], schedules={"other": other}, **QUICK)
+    assert len(compare(model, [tiny_images(model)], schedules={"other": other}, any_model=True, **QUICK)) == 2
+
+
 def test_a_distilled_model() -> None:
     model = tiny_vit(VisionTransformerDistilled)
     rows = compare(model, [tiny_images(model)], [target(model)], ["diffrate"], **QUICK)
@@ -128,14 +145,14 @@ def test_targets_out_of_reach() -> None:
         ({"methods": []}, "methods must name at least one method"),
         ({"methods": ["dynamic"]}, "method must be one of diffrate, tome, evit, random, got 'dynamic'"),
         ({"gflops": [], "methods": ["tome"]}, "there is nothing to compare"),
-        ({"rounds": 0}, "rounds must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"rounds": 0, "loader": None}, "rounds must be at least 1, got 0"),
+        ({"batch_size": 0, "loader": None}, "batch_size must be at least 1, got 0"),
     ],
 )
 def test_errors(options: dict[str, Any], message: str) -> None:
     model = tiny_vit()
     with pytest.raises(InputValueError, match=re.escape(message)):
-        compare(model, [tiny_images(model)], **{**QUICK, **options})
+        compare(model, **{"loader": [tiny_images(model)], **QUICK, **options})
 
 
 def test_no_images() -> None:
@@ -173,6 +190,13 @@ def test_the_plot_shows_accuracy_where_there_are_labels(rows: list[Compared]) ->
         "top-1",
         "cosine to uncompressed features",
     ]
+
+
+def test_schedules_are_drawn_apart_from_their_method(rows: list[Compared]) -> None:
+    learned = replace(rows[1], label="learned", uniform=False)
+    axis = draw_comparison([*rows, learned], "tiny ViT").axes[2]
+    points = {line.get_label(): len(line.get_xydata()) for line in axis.get_lines()}
+    assert (points["diffrate"], points["learned"]) == (2, 1)
 
 
 def test_nothing_to_draw(rows: list[Compared]) -> None:

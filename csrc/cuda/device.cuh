@@ -1,7 +1,7 @@
 // The device, as the kernels see it: everything that is not plain C++.
 //
 // Kernels use, besides this file, only threadIdx.x, blockIdx.x, blockDim.x, gridDim.x, __syncthreads, __syncwarp,
-// __shfl_sync, __shfl_xor_sync, __ballot_sync, __popc, __ffs, the conversions of __half and __nv_bfloat16, and
+// __shfl_sync, __shfl_xor_sync, __ballot_sync, __popc, __ffs, __hadd2, the conversions of __half and __nv_bfloat16, and
 // <math.h>. They take all shared memory from `Shared`, and are started by `launch`. So the same sources run as host C++
 // in tests, where csrc/testing/overrides/cuda/device.cuh stands first in the include path and defines these names
 // again.

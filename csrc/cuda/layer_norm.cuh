@@ -1,5 +1,5 @@
 // Layer normalization of rows that were written before, or are sums of two, by a launch of its own. Within the kernel
-// of prune_merge it took longer: its registers are missing there.
+// of prune_merge it took longer: that kernel leaves too few registers.
 //
 // A warp takes a row at a time, and asks for its next row before it computes with this one. Rows stay in registers;
 // those that are too long, or double, or not aligned are read three times. The mean is subtracted before anything is

@@ -150,10 +150,16 @@ constexpr int kRankingThreads = 256;
 constexpr int64_t kRankedTokens = 64;
 constexpr int64_t kRankedKeys = 2048;
 
+// What for_ranked_tokens takes of the shared memory, first of all.
+template <class W>
+__device__ __host__ KeyOf<W>* take_ranked_keys(Shared& shared, int64_t tokens) {
+  return shared.take<KeyOf<W>>(tokens < kRankedKeys ? tokens : kRankedKeys);
+}
+
 template <class W>
 int64_t ranking_shared_bytes(int64_t tokens) {
   Shared shared(nullptr);
-  shared.take<KeyOf<W>>(tokens < kRankedKeys ? tokens : kRankedKeys);
+  take_ranked_keys<W>(shared, tokens);
   return shared.bytes();
 }
 
@@ -168,7 +174,8 @@ __device__ void for_ranked_tokens(const Importance& from, int64_t tokens, int64_
   int64_t parts = (tokens + kRankedTokens - 1) / kRankedTokens;
   int64_t image = blockIdx.x / parts, first = blockIdx.x % parts * kRankedTokens + warp_id() * kEach;
   int64_t patches = tokens - prefix;
-  KeyOf<W>* keys = Shared(shared_memory()).take<KeyOf<W>>(tokens < kRankedKeys ? tokens : kRankedKeys);
+  Shared shared(shared_memory());
+  KeyOf<W>* keys = take_ranked_keys<W>(shared, tokens);
   KeyOf<W> mine[kEach];
   int rank[kEach] = {};
   for (int i = 0; i < kEach; ++i) {

@@ -16,7 +16,7 @@ struct SortShared {
 
   __device__ __host__ SortShared(unsigned char* memory, int64_t tokens) {
     Shared pieces(memory);
-    pieces.take<KeyOf<W>>(tokens < kRankedKeys ? tokens : kRankedKeys);  // for_ranked_tokens
+    take_ranked_keys<W>(pieces, tokens);
     places = pieces.take<int32_t>(kRankedTokens);
     bytes = pieces.bytes();
   }

@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -151,19 +151,26 @@ def check_embedded_options(arguments: argparse.Namespace) -> None:
 
 def schedules_named(arguments: argparse.Namespace, model: nn.Module) -> list[NamedSchedule]:
     """What the arguments ask for; else the published schedules of this model, else the default targets."""
-    from ..compression.compress import check_made_for
     from ..compression.uniform import uniform_schedule
     from ..demo import NamedSchedule, published_schedules, uniform_schedules
-    from ..schedule import Schedule
 
     if arguments.gflops:
         return [NamedSchedule(f"{g:g} GFLOPs", uniform_schedule(model, g)) for g in arguments.gflops]
     if arguments.schedule:
-        named = [NamedSchedule(_name_of(path), Schedule.load(path)) for path in arguments.schedule]
-        for one in named if not arguments.any_model else []:
-            check_made_for(model, one.schedule)
-        return named
+        return schedules_in(arguments.schedule, model, any_model=arguments.any_model)
     return published_schedules(arguments.model or "") or uniform_schedules(model)
+
+
+def schedules_in(paths: Sequence[Path], model: nn.Module, *, any_model: bool) -> list[NamedSchedule]:
+    """Schedules from files; unless for ``any_model``, they must not say that they were made for another one."""
+    from ..compression.compress import check_made_for
+    from ..demo import NamedSchedule
+    from ..schedule import Schedule
+
+    named = [NamedSchedule(_name_of(path), Schedule.load(path)) for path in paths]
+    for one in named if not any_model else []:
+        check_made_for(model, one.schedule)
+    return named
 
 
 def _name_of(path: Path) -> str:

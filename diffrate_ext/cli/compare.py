@@ -14,6 +14,7 @@ from .common import (
     consoles,
     device_named,
     positive,
+    schedules_in,
 )
 from .workload import PICTURES_BY_DEFAULT, add_picture_options, workload_named
 
@@ -48,7 +49,9 @@ def add_compare_command(commands: Any) -> None:
     parser.add_argument(
         "--schedule", type=Path, nargs="+", metavar="FILE", help="schedules as a search writes them, by DiffRate"
     )
-    parser.add_argument("--any-model", action="store_true", help="a --schedule may be made for another model")
+    parser.add_argument(
+        "--any-model", action="store_true", help="use a --schedule although it says that it was made for another model"
+    )
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images in a batch (default: 32)")
     parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="rounds of timing (default: 10)")
     parser.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
@@ -68,20 +71,19 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     from ..comparison import compare
     from ..comparison_plot import draw_comparison
+    from ..methods import METHODS
     from ..visualization import check_output
-    from .common import schedules_named
 
     output = check_output(arguments.output)
     results, remarks = consoles()
     workload = workload_named(arguments, PICTURES_BY_DEFAULT, None, remarks)
     workload.model.to(device_named(arguments.device))
-    schedules = {}
-    if arguments.schedule:
-        gflops, arguments.gflops = arguments.gflops, None
-        schedules = {named.name: named.schedule for named in schedules_named(arguments, workload.model)}
-        arguments.gflops = gflops
-        if len(schedules) < len(arguments.schedule):
-            raise UsageError("--schedule: two files have one name; rename one of them or its folder")
+    paths = arguments.schedule or []
+    schedules = {
+        named.name: named.schedule for named in schedules_in(paths, workload.model, any_model=arguments.any_model)
+    }
+    if len(schedules) < len(paths):
+        raise UsageError("--schedule: two files have one name; rename one of them or its folder")
     if arguments.no_pretrained:
         remarks.print("Random weights: the speed is real, the rest says nothing about the trained model.")
     batches = workload.batches(arguments.batch_size)
@@ -103,10 +105,15 @@ def _compare(arguments: argparse.Namespace) -> None:
             arguments.gflops,
             arguments.methods,
             schedules=schedules,
+            any_model=True,  # whoever chose the schedules has checked that
             batch_size=arguments.batch_size,
             rounds=arguments.rounds,
             on_progress=show,
         )
+    most = max(sum(row.uniform and row.method == method for row in rows) for method in METHODS)
+    for method in METHODS if arguments.methods is None else ():
+        if (reached := sum(row.uniform and row.method == method for row in rows)) < most:
+            remarks.print(f"{method} cannot run this model, or not reach all targets: {reached} of {most} are shown")
     draw_comparison(rows, workload.name).savefig(output, dpi=110)
     if arguments.json:
         print(json.dumps([_record(row) for row in rows], indent=2))
@@ -137,6 +144,8 @@ def _table(rows: list[Compared], name: str, arguments: argparse.Namespace) -> Ta
     import torch
     from rich.table import Table
 
+    from ..demo import percent
+
     first, *others = rows
     where = f"{torch.get_num_threads()} CPU threads" if arguments.device == "cpu" else arguments.device
     table = Table(
@@ -158,14 +167,10 @@ def _table(rows: list[Compared], name: str, arguments: argparse.Namespace) -> Ta
         table.add_row(
             f"{row.method} {row.label}".strip(),
             f"{row.gflops:.3g}",
-            _percent(row.evaluation.top1),
-            _percent(row.evaluation.agreement),
+            percent(row.evaluation.top1),
+            percent(row.evaluation.agreement),
             f"{row.cosine:.4f}",
             f"{rate:.4g}",
             "1.00x" if row.speed is None else f"{row.speed.speed_up:.2f}x",
         )
     return table
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"

@@ -23,9 +23,9 @@ def compress(
     """Make a model prune and merge tokens between attention and MLP of its blocks.
 
     The model changes in place: parameters, state_dict and ``isinstance`` stay as they are, attention stays fused. On a
-    model that is compressed already the schedule is replaced. For images of another size than the model's own, the
-    kept numbers scale with the number of patches. torch.compile, export, DistributedDataParallel, ``fully_shard`` and
-    accelerate's hooks come after.
+    model that is compressed already the schedule and the method are replaced. For images of another size than the
+    model's own, the kept numbers scale with the number of patches. torch.compile, export, DistributedDataParallel,
+    ``fully_shard`` and accelerate's hooks come after.
 
     Args:
         model: one of timm's VisionTransformer or MetaFormer (CAFormer) models.

@@ -9,6 +9,9 @@ from ..methods import Method, method_of
 from ..models import adapter_for
 from ..schedule import Schedule
 
+SHARES = (0.80, 0.65, 0.50)
+"""Of the uncompressed model's FLOPs: the targets when nobody names others."""
+
 
 def uniform_schedule(model: nn.Module, gflops: float, *, method: str | Method = "diffrate") -> Schedule:
     """A schedule of so many GFLOPs by a method's usual rule.

@@ -24,6 +24,8 @@ def method_of(method: str | Method) -> Method:
     """
     if isinstance(method, Method):
         return method
+    if isinstance(method, type) and issubclass(method, Method):
+        raise InputTypeError(f"method must be a name or a Method, got the class: use {method.__name__}()")
     if not isinstance(method, str):
         raise InputTypeError(f"method must be a name or a Method, got {type(method).__name__}")
     if method not in METHODS:

@@ -40,8 +40,9 @@ class FuseInattentive(Step):
             return x
         prefix, stay = self.rules.prefix, self.k_m - 1
         tokens, _, order = ops.sort_tokens(x, self.importance, prefix=prefix)
-        weights = self.importance.gather(1, order[:, stay:] - prefix).to(x.dtype)
-        fused = weights[:, None] @ tokens[:, stay:]
+        weights = self.importance.gather(1, order[:, stay:] - prefix)
+        with torch.autocast(x.device.type, enabled=False):  # which would round what is summed
+            fused = (weights[:, None] @ tokens[:, stay:].to(weights.dtype)).to(x.dtype)
         position = torch.arange(x.shape[1], device=x.device).clamp_max(stay)
         self.slot = torch.empty_like(order).scatter_(1, order, position.expand_as(order))
         return torch.cat([tokens[:, :stay], fused], dim=1)
@@ -56,6 +57,11 @@ class EViT(Method):
     def check(self, adapter: Adapter, numbers: Sequence[KeptNumbers]) -> None:
         if adapter.rules.importance_from != "class":
             raise InputValueError(f"EViT goes by the attention of a class token, which this {adapter.family} lacks")
+        prefix, fewest = adapter.rules.prefix, min(after for kept in numbers for _, after in kept)
+        if fewest <= prefix:
+            raise InputValueError(
+                f"EViT keeps the prefix and one fused token, {prefix + 1} tokens, or more; the schedule has {fewest}"
+            )
 
     def step(self, rules: TokenRules, k_p: int, k_m: int, before: TokenState) -> Step:
         return FuseInattentive(rules, k_m, before)

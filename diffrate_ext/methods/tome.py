@@ -41,7 +41,7 @@ class MergeByKeys(Step):
         if size is None:
             size = torch.ones(x.shape[:2], dtype=wide_dtype(x), device=x.device)
         kept = x.shape[1] - merged
-        self.after = TokenState(size.new_zeros(len(size), kept).scatter_add_(1, slot, size))
+        self.after = TokenState(size.new_zeros(size.shape[0], kept).scatter_add(1, slot, size))
         self.slot = slot
         return ops.merge_reduce(x, slot, kept, weights=size)
 

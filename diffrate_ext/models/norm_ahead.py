@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..modes import is_traced
-from .classes import unwrapped
+from .classes import CompressedModule
 from .fusing import fusable_norm
 
 
@@ -24,10 +24,10 @@ class NormAhead:
         That is where the second block does not begin with a norm, where something else may see or change the tokens on
         the way, and under a compiler, which fuses the two by itself.
         """
-        norm = getattr(after, "first_norm", None)
-        if norm is None or before._forward_hooks or after._forward_pre_hooks or is_traced():
+        if is_traced() or not (_is_called_as_it_is(before) and _is_called_as_it_is(after)):
             return None
-        return cls(norm) if _is_called_as_it_is(before) and _is_called_as_it_is(after) else None
+        norm = getattr(after, "first_norm", None)
+        return None if norm is None or before._forward_hooks or after._forward_pre_hooks else cls(norm)
 
     def add(self, x: Tensor, branch: Tensor) -> Tensor:
         """The sum, whose norm is kept until it is asked for."""
@@ -43,4 +43,5 @@ class NormAhead:
 
 
 def _is_called_as_it_is(block: nn.Module) -> bool:
-    return unwrapped(block) is block and block._compiled_call_impl is None and "forward" not in vars(block)
+    """No wrapper's forward, which may bring the weights first, no compiled one, and none of the instance's own."""
+    return isinstance(block, CompressedModule) and block._compiled_call_impl is None and "forward" not in vars(block)

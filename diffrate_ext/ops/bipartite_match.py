@@ -38,16 +38,17 @@ def bipartite_match(keys: Tensor, merged: int, *, prefix: int = 1) -> Tensor:
         raise InputValueError(
             f"merged must be at most {most}, of {tokens} tokens with a prefix of {prefix}, got {merged}"
         )
+    if len(odd) == 0:  # there is one patch at most
+        return positions.repeat(images, 1)
 
-    stays = torch.ones(images, len(even), dtype=torch.bool, device=keys.device)
-    destination = torch.zeros(images, len(even), dtype=torch.int64, device=keys.device)
-    if merged > 0:
-        unit = F.normalize(constant(keys).to(wide_dtype(keys)), dim=-1)
+    unit = F.normalize(constant(keys).to(wide_dtype(keys)), dim=-1)
+    with torch.autocast(keys.device.type, enabled=False):  # which would round the cosines
         cosine = unit[:, even] @ unit[:, odd].transpose(1, 2)
-        best, destination = cosine.nan_to_num(nan=-torch.inf).max(-1)  # NaN is similar to nothing
-        stays.scatter_(1, best.argsort(dim=-1, descending=True, stable=True)[:, :merged], False)
+    best, destination = cosine.nan_to_num(nan=-torch.inf).max(-1)  # NaN is similar to nothing
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    stays = order.argsort(dim=-1) >= merged  # by rank
     first_odd = prefix + len(even) - merged
-    slot = positions.repeat(images, 1)
-    slot[:, odd] = first_odd + torch.arange(len(odd), device=keys.device)
-    slot[:, even] = torch.where(stays, prefix - 1 + stays.cumsum(1), first_odd + destination)
-    return slot
+    from_even = torch.where(stays, prefix - 1 + stays.cumsum(1), first_odd + destination)
+    from_odd = (first_odd + torch.arange(len(odd), device=keys.device)).expand(images, -1)
+    by_parity = torch.cat([positions[:prefix].expand(images, -1), from_even, from_odd], dim=1)
+    return by_parity[:, torch.cat([positions[:prefix], even, odd]).argsort()]

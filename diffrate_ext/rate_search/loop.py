@@ -102,7 +102,8 @@ def search(
     Raises:
         InputTypeError: the model's family is not supported, or a batch is of another type.
         InputValueError: a part of the model is not supported; the target cannot be reached; there are no images, or no
-            labels; a checkpoint is of a search with another fingerprint; a CUDA graph is asked for and cannot be.
+            labels; a checkpoint is of a search with another fingerprint; a CUDA graph was asked for and cannot be
+            captured.
         FileExistsError: ``output`` holds a search, and ``resume`` is False.
         DivergedError: the loss is not finite.
         KeyboardInterrupt: with a message that says what was done and how to continue.

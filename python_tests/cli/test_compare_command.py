@@ -60,6 +60,17 @@ def test_json(tmp_path, capsys):
     assert row["images"] == 16
 
 
+def test_says_what_is_left_out(tmp_path, capsys):
+    """0.1 GFLOPs are less than DiffRate's usual schedules reach, and EViT's."""
+    assert main(["compare", *QUICK, "--gflops", "0.1", "0.3", "--output", str(tmp_path / "plot.png")]) == 0
+    captured = capsys.readouterr()
+    shown = list(rows(captured.out))
+    for method in ("diffrate", "tome", "evit", "random"):
+        missing = f"{method} 0.1 GFLOPs" not in shown
+        assert (f"{method} cannot run this model, or not reach all targets: 1 of 2" in captured.err) == missing
+    assert len(shown) < 9
+
+
 def test_errors(tmp_path, capsys, folder):
     assert "method must be one of diffrate, tome, evit, random, got 'x'" in fails(
         ["compare", "--methods", "x", "--n-images", "4"], capsys

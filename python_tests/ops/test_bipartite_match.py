@@ -83,6 +83,13 @@ def test_merged_tokens_are_the_most_similar(device: torch.device, dtype: torch.d
         assert even[~merges].tolist() == list(range(1, 1 + len(even) - 40))
 
 
+def test_autocast_does_not_round_the_cosines(device: torch.device) -> None:
+    keys = torch.randn(4, 65, 16, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        found = ops.bipartite_match(keys, 20)
+    assert torch.equal(found, ops.bipartite_match(keys, 20))
+
+
 def test_keys_are_constants(device: torch.device) -> None:
     keys = torch.randn(1, 9, 4, device=device, requires_grad=True)
     assert not ops.bipartite_match(keys, 3).requires_grad
