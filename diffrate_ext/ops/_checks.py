@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputTypeError, InputValueError
+from ..modes import in_transform
 from ..numeric import wide_dtype
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -106,8 +107,12 @@ def check_slot(name: str, slot: object) -> None:
 
 
 def check_range(name: str, positions: Tensor, count: int) -> None:
-    """Positions must lie in -1 .. count-1; looked at on the CPU only, elsewhere looking would stop the stream."""
-    if positions.device.type != "cpu" or torch.compiler.is_compiling() or positions.numel() == 0:
+    """Positions must lie in -1 .. count-1.
+
+    Looked at on the CPU only, elsewhere looking would stop the stream; and not in transforms such as vmap, which have
+    no numbers to look at.
+    """
+    if positions.device.type != "cpu" or torch.compiler.is_compiling() or in_transform() or positions.numel() == 0:
         return
     low, high = (int(end) for end in positions.aminmax())
     if low < -1 or high >= count:
