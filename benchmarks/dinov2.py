@@ -196,7 +196,8 @@ def page(content: dict[str, Any]) -> str:
         "",
         f"DINOv2 ViT-S/14 at 224 x 224, {content['images']} crops of {len(SHOWN)} photographs; "
         f"{first['gflops']:.3g} GFLOPs uncompressed. Cosine of the class token's features to the uncompressed ones. "
-        f"Learned: rates of DiffRate after {content['steps']} steps on batches of {content['batch']} crops of {len(LEARNED_FROM)} other photographs.",
+        f"Learned: rates of DiffRate after {content['steps']} steps on batches of {content['batch']} crops of "
+        f"{len(LEARNED_FROM)} other photographs.",
         "",
         "| method | GFLOPs | cosine | 1 - cosine, in 1e-4 | speed-up |",
         "| --- | --- | --- | --- | --- |",

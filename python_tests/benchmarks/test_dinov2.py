@@ -17,6 +17,7 @@ from tiny_models import tiny_images, tiny_vit
 
 from diffrate_ext import compare, flops
 
+CPU = torch.device("cpu")
 NAMES = ("a.png", "b.jpg")
 
 
@@ -26,9 +27,8 @@ def package(tmp_path: Path) -> zipfile.ZipFile:
     with zipfile.ZipFile(tmp_path / "pictures.whl", "w") as file:
         for value, name in enumerate(NAMES):
             data = BytesIO()
-            Image.fromarray(np.full((40, 60, 3), 200 * value, dtype=np.uint8)).save(
-                data, name[-3:].replace("jpg", "jpeg")
-            )
+            pixels = np.full((40, 60, 3), 200 * value, dtype=np.uint8)
+            Image.fromarray(pixels).save(data, "png" if name.endswith("png") else "jpeg")
             file.writestr(f"skimage/data/{name}", data.getvalue())
     return zipfile.ZipFile(tmp_path / "pictures.whl")
 
@@ -40,11 +40,11 @@ def model() -> Any:
 
 
 def test_crops_of_all_pictures_in_turn(package: zipfile.ZipFile) -> None:
-    before = torch.get_rng_state()
-    found = dinov2.crops(model(), package, NAMES, 3, seed=0)
+    vit, before = model(), torch.get_rng_state()
+    found = dinov2.crops(vit, package, NAMES, 3, seed=0)
     assert found.shape == (6, 3, 16, 16)
     assert (found.mean((1, 2, 3)) > 0).tolist() == [False, True] * 3
-    assert torch.equal(found, dinov2.crops(model(), package, NAMES, 3, seed=0))
+    assert torch.equal(found, dinov2.crops(vit, package, NAMES, 3, seed=0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -63,15 +63,10 @@ def test_a_schedule_is_learned(package: zipfile.ZipFile, monkeypatch: pytest.Mon
 def test_the_page_has_a_row_for_every_method() -> None:
     vit = model()
     rows = compare(vit, [tiny_images(vit)], [0.75 * flops(vit) / 1e9], rounds=1, batch_size=2)
-    content = {
-        "machine": describe(torch.device("cpu")),
-        "images": 3,
-        "steps": 60,
-        "batch": 8,
-        "records": [dinov2.record(row) for row in rows],
-    }
+    records = [dinov2.record(row) for row in rows]
+    content = {"machine": describe(CPU), "images": 3, "steps": 60, "batch": 8, "records": records}
     lines = dinov2.page(content).splitlines()
     table = [line for line in lines if line.startswith("|")][2:]
     assert [line.split(" | ")[0].strip("| ") for line in table] == ["diffrate", "tome", "evit", "random"]
     assert f"{1e4 * (1 - rows[1].cosine):.1f}" in table[0]
-    assert "3 crops of 9 photographs" in lines[2]
+    assert any("3 crops of 9 photographs" in line for line in lines)
