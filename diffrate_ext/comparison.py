@@ -160,7 +160,7 @@ def _settings(
 
 def _runnable(model: nn.Module) -> list[Method]:
     adapter = adapter_for(model)
-    everything = [((stage.tokens, stage.tokens),) * len(stage.blocks) for stage in adapter.stages]
+    everything = [stage.all_tokens for stage in adapter.stages]
     found = []
     for method in (method() for method in METHODS.values()):
         try:

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diffrate_ext.compression.flops import flops
 from diffrate_ext.rate_search import checkpoints
 from diffrate_ext.rate_search.loop import SearchResult, search
 from diffrate_ext.rate_search.processes import joined
@@ -66,16 +67,10 @@ def tiny_batches(n: int = 4, batch_size: int = 4, seed: int = 0) -> list[tuple[T
 def search_once(folder: Path, *, resume: bool = False, **options: Any) -> SearchResult:
     """The search that the tests of resuming stop and continue."""
     model = tiny_model()
-    target = 0.6 * _gflops(model)
+    target = gflops_of(model, 0.6)
     settings = SearchSettings(steps=STEPS, lr=0.2, seed=3)
     arguments: dict[str, Any] = {"output": folder, "resume": resume, "checkpoint_every": 3, **options}
     return search(model, shuffled_loader(), target, settings, **arguments)
-
-
-def _gflops(model: VisionTransformer) -> float:
-    from diffrate_ext.compression.flops import flops
-
-    return flops(model) / 1e9
 
 
 def _die(*_: Any, **__: Any) -> None:
@@ -133,7 +128,22 @@ def failing_on_one_rank() -> None:
                 raise ValueError("a broken loader on rank 1")
             yield from batches[1:]
 
-        search(tiny_model(), loader, 0.6 * _gflops(tiny_model()), SearchSettings(steps=50))
+        search(tiny_model(), loader, gflops_of(tiny_model(), 0.6), SearchSettings(steps=50))
+
+
+def gflops_of(model, share: float) -> float:
+    return share * flops(model) / 1e9
+
+
+def plain_model(**changes):
+    """Without dropout: what it computes can be computed again."""
+    return tiny_model(proj_drop_rate=0.0, **changes)
+
+
+def quick(model, loader, share: float = 0.6, *, settings=None, **options):
+    return search(
+        model, loader, gflops_of(model, share), settings or SearchSettings(steps=3, lr=0.3, start="zeros"), **options
+    )
 
 
 if __name__ == "__main__":

@@ -54,9 +54,27 @@ def add_schedule_options(parser: argparse.ArgumentParser) -> None:
     choice.add_argument(
         "--schedule", type=Path, nargs="+", metavar="FILE", help="schedules as Schedule.save writes them"
     )
+    add_any_model_option(parser)
+
+
+def add_any_model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--any-model", action="store_true", help="use a --schedule although it says that it was made for another model"
     )
+
+
+def add_timing_options(parser: argparse.ArgumentParser, *, batch_size: int, rounds: int) -> None:
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=batch_size,
+        metavar="N",
+        help=f"images in a batch (default: {batch_size})",
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=rounds, metavar="N", help=f"rounds of timing (default: {rounds})"
+    )
+    parser.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
 
 
 def positive(text: str) -> int:

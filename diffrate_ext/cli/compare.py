@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import (
     UsageError,
+    add_any_model_option,
     add_model_options,
+    add_timing_options,
     consoles,
     device_named,
-    positive,
     schedules_in,
 )
 from .workload import PICTURES_BY_DEFAULT, add_picture_options, workload_named
@@ -49,12 +51,8 @@ def add_compare_command(commands: Any) -> None:
     parser.add_argument(
         "--schedule", type=Path, nargs="+", metavar="FILE", help="schedules as a search writes them, by DiffRate"
     )
-    parser.add_argument(
-        "--any-model", action="store_true", help="use a --schedule although it says that it was made for another model"
-    )
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images in a batch (default: 32)")
-    parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="rounds of timing (default: 10)")
-    parser.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+    add_any_model_option(parser)
+    add_timing_options(parser, batch_size=32, rounds=10)
     parser.add_argument(
         "--output",
         type=Path,
@@ -110,10 +108,13 @@ def _compare(arguments: argparse.Namespace) -> None:
             rounds=arguments.rounds,
             on_progress=show,
         )
-    most = max(sum(row.uniform and row.method == method for row in rows) for method in METHODS)
+    reached = Counter(row.method for row in rows if row.uniform)
+    most = max(reached.values(), default=0)
     for method in METHODS if arguments.methods is None else ():
-        if (reached := sum(row.uniform and row.method == method for row in rows)) < most:
-            remarks.print(f"{method} cannot run this model, or not reach all targets: {reached} of {most} are shown")
+        if reached[method] < most:
+            remarks.print(
+                f"{method} cannot run this model, or not reach all targets: {reached[method]} of {most} are shown"
+            )
     draw_comparison(rows, workload.name).savefig(output, dpi=110)
     if arguments.json:
         print(json.dumps([_record(row) for row in rows], indent=2))

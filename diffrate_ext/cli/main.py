@@ -20,6 +20,7 @@ from .common import (
     UsageError,
     add_model_options,
     add_schedule_options,
+    add_timing_options,
     consoles,
     device_named,
     positive,
@@ -86,9 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"batches to learn from, without other arguments (default: {SEARCH_STEPS})",
     )
-    demo.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images in a batch (default: 32)")
-    demo.add_argument("--rounds", type=positive, default=12, metavar="N", help="rounds of timing (default: 12)")
-    demo.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+    add_timing_options(demo, batch_size=32, rounds=12)
     demo.add_argument(
         "--output",
         type=Path,
@@ -110,11 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     benchmark.add_argument("--model", metavar="NAME", help="a timm model (default: the embedded one)")
     add_schedule_options(benchmark)
-    benchmark.add_argument(
-        "--batch-size", type=positive, default=16, metavar="N", help="images in a batch (default: 16)"
-    )
-    benchmark.add_argument("--rounds", type=positive, default=10, metavar="N", help="rounds of timing (default: 10)")
-    benchmark.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+    add_timing_options(benchmark, batch_size=16, rounds=10)
     benchmark.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(default: float32)"
     )

@@ -34,8 +34,8 @@ def uniform_schedule(model: nn.Module, gflops: float, *, method: str | Method = 
             less than the rule can reach.
     """
     adapter, method = adapter_for(model), method_of(method)
-    method.check(adapter, [((stage.tokens, stage.tokens),) * len(stage.blocks) for stage in adapter.stages])
     stages, cost = adapter.stages, adapter.cost
+    method.check(adapter, [stage.all_tokens for stage in stages])
 
     def flops_of(strength: float) -> int:
         return cost.total([method.uniform(stage, strength) for stage in stages])

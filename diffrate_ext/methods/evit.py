@@ -68,7 +68,7 @@ class EViT(Method):
 
     def uniform(self, stage: Stage, strength: float) -> list[int]:
         """In the blocks after each quarter of the depth (4, 7 and 10 of 12) the same share of the patches."""
-        depth, prefix = len(stage.blocks), stage.tokens - stage.grid[0] * stage.grid[1]
+        depth, prefix = len(stage.blocks), stage.prefix
         reducing = {depth * quarter // 4 for quarter in (1, 2, 3)}
         numbers, tokens = [], stage.tokens
         for index in range(depth):

@@ -79,10 +79,10 @@ class ToMe(Method):
 
     def uniform(self, stage: Stage, strength: float) -> list[int]:
         """The same number in every block of a stage that is compressed at all (r), as long as there are so many."""
-        numbers, tokens, prefix = [], stage.tokens, stage.tokens - stage.grid[0] * stage.grid[1]
+        numbers, tokens = [], stage.tokens
         for index in range(len(stage.blocks)):
             wanted = stage.tokens - round(strength * stage.tokens * (index + 1) / 2)
             if any(stage.compressible):
-                tokens = min(tokens, max(stage.fewest, tokens - most_merged(tokens, prefix), wanted))
+                tokens = min(tokens, max(stage.fewest, tokens - most_merged(tokens, stage.prefix), wanted))
             numbers.append(tokens)
         return numbers

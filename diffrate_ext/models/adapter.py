@@ -49,6 +49,15 @@ class Stage:
     fewest: int
     """The smallest number of kept tokens that still leaves a patch to merge into."""
 
+    @property
+    def prefix(self) -> int:
+        return self.tokens - self.grid[0] * self.grid[1]
+
+    @property
+    def all_tokens(self) -> KeptNumbers:
+        """The kept numbers of blocks that remove nothing."""
+        return ((self.tokens, self.tokens),) * len(self.blocks)
+
 
 class Adapter(ABC):
     """One model, as compression sees it.

@@ -8,31 +8,21 @@ from typing import Any
 import pytest
 import torch
 from called_operators import CalledOperators
+from normed_models import NORMED, compressed_of
 from timm.layers import RmsNorm
-from tiny_models import blocks_of, tiny_caformer, tiny_images, tiny_schedule, tiny_vit
+from tiny_models import blocks_of, tiny_images
 from torch import Tensor, nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 
-from diffrate_ext import compress
 from diffrate_ext.models.fusing import fusable_norm
 
-KINDS: dict[str, Callable[[], nn.Module]] = {
-    "class token": tiny_vit,
-    "mean pool": lambda: tiny_vit(global_pool="avg", class_token=False),
-    "layer scale": lambda: tiny_vit(init_values=0.3),
-    "CAFormer": tiny_caformer,  # norms without a bias
-}
 FUSED, APART = "prune_merge_norm", "prune_merge"
 X = torch.randn(2, 17, 16, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=NORMED)
 def model(request: pytest.FixtureRequest) -> Any:
-    model = KINDS[request.param]()
-    for name, parameter in model.named_parameters():
-        if "norm" in name and parameter.ndim == 1:  # not ones and zeros
-            nn.init.normal_(parameter, mean=1.0, std=0.3)
-    return compress(model, tiny_schedule(model))
+    return compressed_of(request.param)
 
 
 def blocks_with(model: nn.Module, images: Tensor, name: str) -> int:

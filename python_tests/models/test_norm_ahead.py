@@ -8,27 +8,17 @@ from typing import Any
 import pytest
 import torch
 from called_operators import CalledOperators
-from tiny_models import blocks_of, tiny_caformer, tiny_images, tiny_schedule, tiny_vit
+from normed_models import NORMED, compressed_of
+from tiny_models import blocks_of, tiny_images, tiny_schedule, tiny_vit
 from torch import Tensor, nn
 
 from diffrate_ext import compress
 from diffrate_ext.models.norm_ahead import NormAhead
 
-KINDS: dict[str, Callable[[], nn.Module]] = {
-    "class token": tiny_vit,
-    "mean pool": lambda: tiny_vit(global_pool="avg", class_token=False),
-    "layer scale": lambda: tiny_vit(init_values=0.3),
-    "CAFormer": tiny_caformer,
-}
 
-
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=NORMED)
 def model(request: pytest.FixtureRequest) -> Any:
-    model = KINDS[request.param]()
-    for name, parameter in model.named_parameters():
-        if "norm" in name and parameter.ndim == 1:  # not ones and zeros
-            nn.init.normal_(parameter, mean=1.0, std=0.3)
-    return compress(model, tiny_schedule(model))
+    return compressed_of(request.param)
 
 
 def fused_in(model: nn.Module) -> int:

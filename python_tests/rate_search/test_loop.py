@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from tiny_search import CLASSES, tiny_batches, tiny_model
+from tiny_search import CLASSES, gflops_of, plain_model, quick, tiny_batches, tiny_model
 from torch.utils.data import DataLoader, TensorDataset
 
 import diffrate_ext
@@ -23,21 +23,6 @@ from diffrate_ext.rate_search.loop import search
 from diffrate_ext.rate_search.rates import RateSearch
 from diffrate_ext.rate_search.settings import LR_CAP, SearchSettings
 from diffrate_ext.schedule import Schedule
-
-
-def gflops_of(model, share: float) -> float:
-    return share * flops(model) / 1e9
-
-
-def plain_model(**changes):
-    """Without dropout: what it computes can be computed again."""
-    return tiny_model(proj_drop_rate=0.0, **changes)
-
-
-def quick(model, loader, share: float = 0.6, *, settings=None, **options):
-    return search(
-        model, loader, gflops_of(model, share), settings or SearchSettings(steps=3, lr=0.3, start="zeros"), **options
-    )
 
 
 @pytest.mark.parametrize("share", [0.3, 0.45, 0.6, 0.75, 0.9])
@@ -485,33 +470,3 @@ def test_second_moments_forget_within_the_search(steps, expected):
 def test_start_is_checked():
     with pytest.raises(ValueError, match="start must be 'uniform' or 'zeros', got 'ones'"):
         SearchSettings(start="ones")
-
-
-# --- models without classes, whose features are kept
-
-
-def test_features_are_kept_by_their_cosine():
-    """The first step's loss is what two models side by side say, and learning brings it down."""
-    model = plain_model(num_classes=0)
-    images = tiny_batches()[0][0]
-    records = []
-    settings = SearchSettings(steps=30, lr=0.1, soft_targets=True)
-    result = quick(model, [images], settings=settings, report=records.append)
-    rates = RateSearch(copy.deepcopy(model))
-    rates.set_schedule(uniform_schedule(model, gflops_of(model, 0.6)))
-    with torch.no_grad():
-        cosine = F.cosine_similarity(rates.train()(images), model.eval()(images)).mean()
-    assert records[0].accuracy == pytest.approx(float(cosine), abs=1e-6)
-    assert records[0].loss == pytest.approx(1 - float(cosine), abs=1e-6)
-    assert result.gflops == pytest.approx(gflops_of(model, 0.6), rel=0.05)
-    assert min(record.loss for record in records[10:]) < records[0].loss
-
-
-def test_labels_say_nothing_about_features():
-    model = plain_model(num_classes=0)
-    with pytest.raises(ValueError, match=r"has no classes \(num_classes=0\).*soft_targets=True"):
-        quick(model, tiny_batches())
-    settings = SearchSettings(steps=2, soft_targets=True)
-    with_labels = quick(model, tiny_batches(), settings=settings)
-    without = quick(model, [images for images, _ in tiny_batches()], settings=settings)
-    assert with_labels == without
