@@ -110,7 +110,7 @@ def compare(
     first = Compared(UNCOMPRESSED, "", None, False, flops(model) / 1e9, evaluations[0], 1.0, None)
     others = [
         Compared(
-            one.method.name,
+            str(one.method),
             one.label,
             one.schedule,
             one.uniform,
@@ -152,7 +152,7 @@ def _settings(
                     raise
                 continue
             found.append(_Setting(f"{target:.3g} GFLOPs", method, schedule, uniform=True))
-    found += [_Setting(name, method_of("diffrate"), one, uniform=False) for name, one in schedules.items()]
+    found += [_Setting(name, method_of(one.method), one, uniform=False) for name, one in schedules.items()]
     if not found:
         raise InputValueError("there is nothing to compare: name a target that a method can reach, or a schedule")
     return found

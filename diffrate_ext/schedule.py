@@ -74,6 +74,8 @@ class Schedule:
         grid: (rows, columns) of the patches the numbers are meant for. None: those of the model it is applied to.
         model: timm's name of the model the schedule was made for, with the tag of its weights where it is known.
         stages: blocks in each stage of a hierarchical model (CAFormer). None: one stage.
+        method: what the numbers were made for, as :func:`diffrate_ext.compress` takes it, which goes by it unless told
+            otherwise.
 
     Raises:
         InputTypeError: a number that is not an integer.
@@ -88,6 +90,7 @@ class Schedule:
     grid: tuple[int, int] | None = None
     model: str | None = None
     stages: Sequence[int] | None = None
+    method: str = "diffrate"
 
     def __post_init__(self) -> None:
         # frozen: attributes can be set only this way
@@ -111,6 +114,8 @@ class Schedule:
             set_(self, "grid", grid)
         if self.model is not None and not isinstance(self.model, str):
             raise InputTypeError(f"model must be a string or None, got {type(self.model).__name__}")
+        if not isinstance(self.method, str):
+            raise InputTypeError(f"method must be a string, got {type(self.method).__name__}")
         if self.stages is not None:
             stages = _integers(self.stages, "stages")
             if min(stages, default=0) < 1 or sum(stages) != len(merged):
@@ -172,6 +177,7 @@ class Schedule:
         content = {
             "format_version": FORMAT_VERSION,
             "model": self.model,
+            "method": self.method,
             "prefix": self.prefix,
             "grid": self.grid,
             "stages": self.stages,
@@ -209,7 +215,8 @@ class Schedule:
         pruned, merged = (content[name] for name in names)
         try:
             stages = _stages_of_version_1(content) if version == 1 else content.get("stages")
-            return cls(pruned, merged, content["prefix"], content.get("grid"), content.get("model"), stages)
+            method = content.get("method", "diffrate")
+            return cls(pruned, merged, content["prefix"], content.get("grid"), content.get("model"), stages, method)
         except (TypeError, ValueError) as error:
             raise InputValueError(f"{path} is not a usable schedule: {error}") from error
 

@@ -18,7 +18,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def compress(
-    model: Model, schedule: Schedule, *, method: str | Method = "diffrate", linear_patch_embedding: bool = True
+    model: Model, schedule: Schedule, *, method: str | Method | None = None, linear_patch_embedding: bool = True
 ) -> Model:
     """Make a model prune and merge tokens between attention and MLP of its blocks.
 
@@ -30,10 +30,11 @@ def compress(
     Args:
         model: one of timm's VisionTransformer or MetaFormer (CAFormer) models.
         schedule: the tokens that each block keeps.
-        method: how a block comes down to them. ``"diffrate"`` (section 3 of the paper) prunes the least important
-            tokens and merges the next ones; the others remove tokens in one way, and go by those left after the block
-            alone: ``"tome"`` merges the tokens with the most similar keys, ``"evit"`` keeps those with the most class
-            attention and fuses the rest into one more, ``"random"`` prunes any. Or a ``Method`` with options, such as
+        method: how a block comes down to them; None: as the schedule says. ``"diffrate"`` (section 3 of the paper)
+            prunes the least important tokens and merges the next ones; the others remove tokens in one way, and go by
+            those left after the block alone: ``"tome"`` merges the tokens with the most similar keys, ``"evit"`` keeps
+            those with the most class attention and fuses the rest into one more, ``"random"`` prunes any. Options
+            follow a colon: ``"tome:proportional_attention=false"``. Or a ``Method``, such as
             ``diffrate_ext.methods.ToMe(proportional_attention=False)``.
         linear_patch_embedding: compute a patch embedding whose kernels do not overlap as a matrix product, with the
             same weights. Equal to rounding, and much faster than cuDNN's convolution.
@@ -49,7 +50,7 @@ def compress(
         raise InputTypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
     if not isinstance(linear_patch_embedding, bool):
         raise InputTypeError(f"linear_patch_embedding must be a bool, got {type(linear_patch_embedding).__name__}")
-    method, adapter = method_of(method), adapter_for(model)
+    method, adapter = method_of(schedule.method if method is None else method), adapter_for(model)
     numbers = adapter.kept_numbers(schedule)
     method.check(adapter, numbers)
     parts = zip(adapter.stages, numbers, strict=True)

@@ -16,7 +16,7 @@ from .patching import remove_plans
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def compressed_copy(model: Model, schedule: Schedule, *, method: str | Method = "diffrate") -> Model:
+def compressed_copy(model: Model, schedule: Schedule, *, method: str | Method | None = None) -> Model:
     """A copy of ``model`` compressed by ``schedule`` and a method; ``model`` stays as it is.
 
     The copy has modules of its own and shares the parameters and buffers: comparing a large model with several

@@ -69,4 +69,5 @@ def uniform_schedule(model: nn.Module, gflops: float, *, method: str | Method = 
         grid=stages[0].grid,
         model=adapter.name,
         stages=[len(stage.blocks) for stage in stages] if len(stages) > 1 else None,
+        method=str(method),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import ClassVar
 
@@ -15,11 +15,20 @@ from ..schedule import KeptNumbers, scale_kept_numbers
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """How blocks come down to the kept tokens of a schedule."""
+    """How blocks come down to the kept tokens of a schedule. Its fields are its options.
+
+    ``str(method)`` is the text that ``method_of`` reads: the name, and after a colon the options that are not the
+    default, such as ``tome:proportional_attention=false``.
+    """
 
     name: ClassVar[str]
     prunes_and_merges: ClassVar[bool] = False
     """Whether both numbers that a schedule has for a block count; else the tokens left after the block alone."""
+
+    def __str__(self) -> str:
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        options = [f"{name}={_text(value)}" for name, (value, default) in values.items() if value != default]
+        return ":".join([self.name, ",".join(options)] if options else [self.name])
 
     def check(self, adapter: Adapter, numbers: Sequence[KeptNumbers]) -> None:  # noqa: B027  most can do all
         """Raise InputValueError when the method cannot run the model, or cannot keep these numbers (by stage)."""
@@ -40,6 +49,10 @@ class Method(ABC):
             removed = round(strength * stage.tokens * compressing)
             numbers.append(min(stage.tokens, max(stage.fewest, stage.tokens - removed)))
         return numbers
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class MethodPlan(Plan):

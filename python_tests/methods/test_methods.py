@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -275,3 +276,40 @@ def test_a_method_of_ones_own() -> None:
     images = tiny_images(model)
     before = logits_of(model, images)
     torch.testing.assert_close(logits_of(compress(model, weak_schedule(model), method=Nothing()), images), before)
+
+
+@pytest.mark.parametrize("method", [*(method() for method in METHODS.values()), ToMe(proportional_attention=False)])
+def test_a_method_is_told_by_its_text(method: Method) -> None:
+    assert method_of(str(method)) == method
+
+
+def test_options_follow_the_name() -> None:
+    assert method_of("tome:proportional_attention=false") == ToMe(proportional_attention=False)
+    assert str(ToMe(proportional_attention=False)) == "tome:proportional_attention=false"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tome:keys=true", "method 'tome' has the options proportional_attention, got 'keys=true'"),
+        ("random:seed=1", "method 'random' has no options, got 'seed=1'"),
+        ("tome:proportional_attention=0", "option proportional_attention of method 'tome' is true or false, got '0'"),
+        ("tme:proportional_attention=true", "method must be one of diffrate, tome,"),
+    ],
+)
+def test_options_that_are_not_there(text: str, message: str) -> None:
+    with pytest.raises(InputValueError, match=re.escape(message)):
+        method_of(text)
+
+
+def test_a_schedule_goes_by_its_own_method(run: tuple[Any, str], tmp_path: Path) -> None:
+    model, method = run
+    target = 0.8 * flops(model) / 1e9
+    if method == "evit":  # which keeps more of so few tokens
+        target = 0.95 * flops(model) / 1e9
+    schedule = uniform_schedule(model, target, method=method)
+    assert schedule.method == method
+    schedule.save(tmp_path / "schedule.json")
+    images = tiny_images(model)
+    loaded = compressed_copy(model, Schedule.load(tmp_path / "schedule.json"))
+    assert torch.equal(logits_of(loaded, images), logits_of(compressed_copy(model, schedule, method=method), images))
