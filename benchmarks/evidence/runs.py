@@ -183,7 +183,7 @@ class Runs:
         return torch.cat(outputs), torch.cat(labels) if labels else None
 
     def _judged(self, outputs: Tensor, labels: Tensor | None, reference: Tensor) -> dict[str, NDArray[Any]]:
-        if labels is None:
+        if labels is None or not self.subject.has_classes:
             return {"errors": (1 - F.cosine_similarity(outputs.double(), reference.double())).numpy()}
         best = outputs.argmax(1)
         return {
