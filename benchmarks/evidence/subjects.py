@@ -128,7 +128,7 @@ def fashion_mnist(folder: Path, test_images: int) -> Subject:
         learn_from=partial(open_images, None),
         judged_by=partial(split, "t10k", "evaluation"),
         tune_on=partial(split, "train", "search"),
-        batch_size=64,
+        batch_size=32,
         test_images=test_images,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .runs import Run
 
@@ -91,8 +91,6 @@ def table_1(form: Form, share: float) -> Part:
         learned(form, "ToMe, learned", "tome", share),
         once("DiffRate, uniform", "diffrate", share),
         learned(form, "DiffRate, learned", "diffrate", share),
-        once("DiffRate, merging only, uniform", OPERATIONS["merge"], share),
-        learned(form, "DiffRate, merging only, learned", OPERATIONS["merge"], share),
     )
     return Part(f"{share:.0%} of the FLOPs", rows, "DiffRate, uniform")
 
@@ -172,32 +170,29 @@ QUICK = Form(
     rounds=1,
 )
 CPU = Form(
-    shares=(0.8, 0.65, 0.5, 0.4),
+    shares=(0.65, 0.5, 0.4),
     share=0.5,
     seeds=3,
     search_steps=100,
     search_images=1000,
     predictor_steps=100,
     tuning_steps=200,
-    lengths=(10, 30, 100, 300),
-    numbers_of_images=(8, 32, 128, 1000),
-    random_schedules=12,
+    lengths=(10, 30, 100),
+    numbers_of_images=(8, 64, 1000),
+    random_schedules=10,
     rounds=5,
 )
-CPU_LARGE = Form(
-    shares=(0.8, 0.65, 0.5, 0.4),
-    share=0.5,
-    seeds=3,
-    search_steps=50,
+CPU_LARGE = replace(
+    CPU,
+    search_steps=30,
     search_images=400,
-    predictor_steps=50,
+    predictor_steps=30,
     tuning_steps=0,
-    lengths=(10, 50),
-    numbers_of_images=(16, 400),
+    lengths=(10, 30),
+    numbers_of_images=(8, 400),
     random_schedules=6,
-    rounds=5,
 )
-"""For a model that takes seconds where the embedded one takes a tenth."""
+"""For models that take seconds where the embedded one takes a tenth."""
 GPU = Form(
     shares=(0.8, 0.65, 0.5, 0.4),
     share=0.5,
@@ -207,7 +202,7 @@ GPU = Form(
     predictor_steps=1000,
     tuning_steps=1000,
     lengths=(10, 30, 100, 300, 1000, 3000),
-    numbers_of_images=(8, 32, 128, 1000),
+    numbers_of_images=(8, 64, 256, 1000),
     random_schedules=30,
     rounds=30,
 )
