@@ -148,6 +148,13 @@ struct MergeReduceArgs {  // forward: x (B, N, C) -> out (B, kept, C); backward:
   void* out;
 };
 
+struct BipartiteMatchArgs {
+  Type type;
+  int64_t images, heads, tokens, head_dim, prefix, merged;
+  Heads keys;     // tokens are compared by the mean over heads, rounded to the keys' dtype
+  int64_t* slot;  // (B, N): common/bipartition.h says what is written
+};
+
 // Of all attention kernels: each uses what it needs. Everything written is contiguous; what is as large as q is
 // (B, N, H, D).
 struct AttentionArgs {

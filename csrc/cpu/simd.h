@@ -131,6 +131,10 @@ inline HalfBits narrow(Vec<float> value, Half) {
 }
 #endif
 
+// The same number in all lanes: taking zero off leaves any number as it is, so that nothing is computed.
+inline Vec<float> broadcast(float value) { return value - Vec<float>{}; }
+inline Vec<double> broadcast(double value) { return value - Vec<double>{}; }
+
 // std::fill would be a shared symbol
 template <class T>
 inline void fill(T* to, int64_t count, T value) {
