@@ -20,7 +20,9 @@ namespace {
 // A vision transformer of 197 tokens has 28 pieces of comparing and, with heads of 64 channels in half precision, 1,568
 // chunks to load: two and four for each warp and thread.
 constexpr int kThreads = 448, kWarps = kThreads / kWarp;
-constexpr int kTiles = 4;       // of 8 destinations, that a warp compares at once
+// Of 8 destinations, that a warp compares at once: as many as registers allow.
+template <class T>
+constexpr int kTiles = kTensorCores<T> ? 4 : 2;
 constexpr int kParts = 4;       // of the destinations: a vision transformer's 98 are as many groups of kTiles tiles
 constexpr int kHeadsAhead = 4;  // that a thread asks for before it waits for the first
 
@@ -44,6 +46,24 @@ __device__ __host__ int row_stride(int depth) {
   return (depth + kBanks - 1) / kBanks * kBanks + Chunk<T>::kCount;
 }
 
+// Device memory, handed out like shared memory.
+class Far {
+ public:
+  __host__ __device__ explicit Far(unsigned char* base) : base_(base) {}
+
+  template <class T>
+  __host__ __device__ T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 15) & ~int64_t{15};
+    return piece;
+  }
+  __host__ __device__ int64_t bytes() const { return used_; }
+
+ private:
+  unsigned char* base_;
+  int64_t used_ = 0;
+};
+
 // What a block keeps of its image.
 template <class T>
 struct MatchMemory {
@@ -56,14 +76,14 @@ struct MatchMemory {
   int32_t* match;  // (sources): that destination, -1 where the source stays
   int64_t bytes;
 
-  __device__ __host__ MatchMemory(unsigned char* base, const Bipartition& split, int stride) {
-    Shared shared(base);
-    rows = shared.take<T>((split.sources + split.destinations) * stride);
-    inverse = shared.take<W>(split.sources + split.destinations);
-    best = shared.take<Best<W>>(kParts * split.sources);
-    keys = shared.take<KeyOf<W>>(padded_keys(static_cast<int>(split.sources)));
-    match = shared.take<int32_t>(split.sources);
-    bytes = shared.bytes();
+  template <class Pieces>
+  __device__ __host__ MatchMemory(Pieces pieces, const Bipartition& split, int stride) {
+    rows = pieces.template take<T>((split.sources + split.destinations) * stride);
+    inverse = pieces.template take<W>(split.sources + split.destinations);
+    best = pieces.template take<Best<W>>(kParts * split.sources);
+    keys = pieces.template take<KeyOf<W>>(padded_keys(static_cast<int>(split.sources)));
+    match = pieces.template take<int32_t>(split.sources);
+    bytes = pieces.bytes();
   }
 };
 
@@ -86,10 +106,12 @@ struct MatchBlock {
         image(blockIdx.x),
         depth(padded_depth<T>(args.head_dim)),
         stride(row_stride<T>(depth)),
-        memory(far == nullptr ? shared_memory() : far + image * MatchMemory<T>(nullptr, split, stride).bytes, split,
-               stride),
+        memory(far == nullptr ? MatchMemory<T>(Shared(shared_memory()), split, stride)
+                              : MatchMemory<T>(Far(far + image * far_bytes()), split, stride)),
         sources(static_cast<int>(split.sources)),
         destinations(static_cast<int>(split.destinations)) {}
+
+  __device__ int64_t far_bytes() const { return MatchMemory<T>(Far(nullptr), split, stride).bytes; }
 
   // --- load
 
@@ -154,21 +176,21 @@ struct MatchBlock {
   }
 
   // The dot products of 16 sources with kTiles * 8 destinations, as fragments (cuda/tiles.cuh).
-  __device__ __forceinline__ void multiply(W (&sums)[kTiles][4], int first_source, int first_destination) const {
+  __device__ __forceinline__ void multiply(W (&sums)[kTiles<T>][4], int first_source, int first_destination) const {
     const int group = lane_id() / 4, quarter = lane_id() % 4;
     const T *above = source(first_source + group), *below = source(first_source + group + 8);
     if constexpr (kTensorCores<T>) {
       // channel by channel, whatever the order of channels: a lane's 16 bytes stand for any channels of the operands
-      const T* right[kTiles];
+      const T* right[kTiles<T>];
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) right[n] = destination(first_destination + n * 8 + group);
+      for (int n = 0; n < kTiles<T>; ++n) right[n] = destination(first_destination + n * 8 + group);
 #pragma unroll 1
       for (int c = quarter * kCount; c < depth; c += 4 * kCount) {
         const Chunk<T> a0 = read_chunk(above + c), a1 = read_chunk(below + c);
         const uint32_t even[4] = {a0.words[0], a1.words[0], a0.words[1], a1.words[1]};
         const uint32_t odd[4] = {a0.words[2], a1.words[2], a0.words[3], a1.words[3]};
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
+        for (int n = 0; n < kTiles<T>; ++n) {
           const Chunk<T> b = read_chunk(right[n] + c);
           multiply_accumulate<T>(sums[n], even, b.words[0], b.words[1]);
           multiply_accumulate<T>(sums[n], odd, b.words[2], b.words[3]);
@@ -179,7 +201,7 @@ struct MatchBlock {
       for (int c = 0; c < depth; c += kCount) {
         const Chunk<T> a0 = read_chunk(above + c), a1 = read_chunk(below + c);
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n)
+        for (int n = 0; n < kTiles<T>; ++n)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const Chunk<T> b = read_chunk(destination(first_destination + n * 8 + quarter * 2 + h) + c);
@@ -191,7 +213,7 @@ struct MatchBlock {
   }
 
   __device__ void compare() const {
-    constexpr int kGroup = kTiles * 8;
+    constexpr int kGroup = kTiles<T> * 8;
     const int tiles = (sources + 15) / 16, groups = (destinations + kGroup - 1) / kGroup;
     for (int item = warp_id(); item < tiles * kParts; item += kWarps) {
       const int first = item / kParts * 16, part = item % kParts;
@@ -202,10 +224,10 @@ struct MatchBlock {
         inverse[h] = memory.inverse[i < sources ? i : sources - 1];
       }
       for (int g = groups * part / kParts; g < groups * (part + 1) / kParts; ++g) {
-        W sums[kTiles][4] = {};
+        W sums[kTiles<T>][4] = {};
         multiply(sums, first, g * kGroup);
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n)
+        for (int n = 0; n < kTiles<T>; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int j = g * kGroup + n * 8 + column_in_tile(i);
@@ -288,11 +310,16 @@ const char* bipartite_match(const BipartiteMatchArgs& a, const Scratch& scratch,
       return "the keys of an image are too many";  // for positions in 32 bits
     const bool aligned = aligned_rows<T>(a.keys.data, a.head_dim, a.keys.stride_image, a.keys.stride_token) &&
                          a.keys.stride_head % Chunk<T>::kCount == 0;
-    const int64_t bytes = MatchMemory<T>(nullptr, bipartition(a), row_stride<T>(padded_depth<T>(a.head_dim))).bytes;
-    const bool near = bytes <= shared_limit();
-    auto* far = near ? nullptr : static_cast<unsigned char*>(scratch.take(a.images * bytes));
+    const Bipartition split = bipartition(a);
+    const int stride = row_stride<T>(padded_depth<T>(a.head_dim));
+    int64_t shared = MatchMemory<T>(Shared(nullptr), split, stride).bytes;
+    unsigned char* far = nullptr;
+    if (shared > shared_limit()) {
+      shared = 0;
+      far = static_cast<unsigned char*>(scratch.take(a.images * MatchMemory<T>(Far(nullptr), split, stride).bytes));
+    }
     return launch(aligned ? bipartite_match_kernel<T, true> : bipartite_match_kernel<T, false>, a.images, kThreads,
-                  near ? bytes : 0, static_cast<Stream>(stream), a, far);
+                  shared, static_cast<Stream>(stream), a, far);
   });
 }
 
