@@ -57,6 +57,7 @@ def cases(
     yield "prune_merge, weighted", lambda: ops.prune_merge(x, rand(IMAGES, HEADS, tokens), k_p, k_m, size, **weighted)
     yield "merge_reduce", lambda: ops.merge_reduce(x, dst, k_m)
     yield "merge_reduce, weighted", lambda: ops.merge_reduce(x, dst, k_m, weights=size)
+    yield "bipartite_match", lambda: ops.bipartite_match(k.detach(), tokens // 4)
     yield "class_attention", lambda: ops.class_attention(q.detach(), k.detach(), size)
     yield "received_attention", lambda: ops.received_attention(q.detach(), k.detach(), size)
     for kind in ("class", "received"):

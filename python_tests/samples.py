@@ -122,6 +122,12 @@ def _samples() -> list[Sample]:
             1,
         ),
         Sample(
+            "bipartite_match",
+            lambda keys: ops.bipartite_match(keys, 5),
+            lambda images: (_tensor(images, 2, 17, 8),),
+            0,
+        ),
+        Sample(
             "class_attention",
             lambda q, k, size: ops.class_attention(q, k, size),
             lambda images: (_tensor(images, 2, 17, 8), _tensor(images, 2, 17, 8, seed=1), _positive(images, 17)),
