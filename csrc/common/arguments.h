@@ -142,6 +142,7 @@ struct MergeReduceArgs {  // forward: x (B, N, C) -> out (B, kept, C); backward:
   Type type;
   int64_t images, tokens, kept, channels;
   Tokens x;
+  Tokens residual;     // like x, added to it on the way in; data may be null, and is in the backward pass
   const int64_t* dst;  // (B, N), in [-1, kept)
   int64_t dst_stride_image, dst_stride_token;
   Vector weights;  // data may be null: all ones

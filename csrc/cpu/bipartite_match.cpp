@@ -139,12 +139,7 @@ struct BipartiteMatch {
           mean += load_at(of_head);
           __builtin_prefetch(of_head + ahead);
         }
-        mean *= share;
-        if constexpr (sizeof(T) < sizeof(W)) {
-          T rounded[kLanes<W>];
-          store(rounded, mean);
-          mean = load(rounded);
-        }
+        mean = rounded<T>(mean * share);
       }
       store(row + c, mean);  // a whole vector: rows are padded, and the padding is zero
       squares = multiply_add(mean, mean, squares);

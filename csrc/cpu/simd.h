@@ -156,6 +156,15 @@ inline void store(T* to, Vec<float> value) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
+// What is left of numbers that are stored as T.
+template <class T>
+inline Vec<Wide<T>> rounded(Vec<Wide<T>> value) {
+  if constexpr (sizeof(T) == sizeof(Wide<T>)) return value;
+  T stored[kLanes<Wide<T>>];
+  store(stored, value);
+  return load(stored);
+}
+
 // The last, incomplete vector of a row: missing lanes are zero and are not touched in memory.
 template <class T>
 inline Vec<Wide<T>> load_some(const T* from, int64_t count) {

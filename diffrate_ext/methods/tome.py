@@ -34,16 +34,15 @@ class MergeByKeys(Step):
         return ops.proportional_attention(q, k, v, size, scale=scale, prefix=self.rules.prefix, importance_from=None)[0]
 
     def reduce(self, x: Tensor, branch: Tensor) -> Tensor:
-        x = x + branch
         if self.slot is None:
             self.after = self.before
-            return x
+            return x + branch
         size = self.before.on(x.device).size
         if size is None:
             size = torch.ones(x.shape[:2], dtype=wide_dtype(x), device=x.device)
         kept = x.shape[1] - self.merged
         self.after = TokenState(size.new_zeros(size.shape[0], kept).scatter_add(1, self.slot, size))
-        return ops.merge_reduce(x, self.slot, kept, weights=size)
+        return ops.merge_reduce(x, self.slot, kept, weights=size, residual=branch)
 
 
 def most_merged(tokens: int, prefix: int) -> int:

@@ -65,7 +65,7 @@ def opcheck_cases() -> list[Any]:
                     (x, floats(2, 3, 9), 8, 5, *norm, size, 1, *options),
                 )
                 cases[f"add_norm, {label}"] = (_raw.add_norm, (x, floats(2, 9, 6, dtype=dtype), *norm))
-            cases[f"merge_reduce, {label}"] = (_raw.merge_reduce, (x, dst, 5, size))
+            cases[f"merge_reduce, {label}"] = (_raw.merge_reduce, (x, dst, 5, size, options[3]))
             grad = floats(2, 5, 6, dtype=dtype, gradient=gradient)
             cases[f"merge_reduce_backward, {label}"] = (_raw.merge_reduce_backward, (grad, dst, size))
         x = floats(2, 6, 9, gradient=gradient)

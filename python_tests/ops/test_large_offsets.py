@@ -37,7 +37,7 @@ def sort_tokens(x: Tensor) -> tuple[Tensor, ...]:
 
 def merge_reduce(x: Tensor) -> tuple[Tensor, ...]:
     dst = (torch.arange(TOKENS, device=x.device) % 5).expand(IMAGES, -1)
-    return ops.merge_reduce(x, dst, 5), torch.ops.diffrate.merge_reduce_backward(x[:, :5], dst)
+    return ops.merge_reduce(x, dst, 5, residual=x), torch.ops.diffrate.merge_reduce_backward(x[:, :5], dst)
 
 
 def masked_prune_merge(x: Tensor) -> tuple[Tensor, ...]:

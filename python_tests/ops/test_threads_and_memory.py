@@ -54,7 +54,7 @@ def test_tokens(case: TokenCase, data: st.DataObject) -> None:
     check_threads(lambda: ops.prune_merge(x, importance, k_p, k_m, size, residual=residual, **options))
     norm = ops.Norm(torch.linspace(0, 1, case.channels).to(case.dtype))
     check_threads(lambda: ops.prune_merge(x, importance, k_p, k_m, size, residual=residual, norm=norm, **options))
-    check_threads(lambda: ops.merge_reduce(x, dst, k_m, weights=size))
+    check_threads(lambda: ops.merge_reduce(x, dst, k_m, weights=size, residual=residual))
     check_threads(lambda: torch.ops.diffrate.merge_reduce_backward(gradient, dst, size))
 
 
@@ -151,7 +151,7 @@ def test_offsets_beyond_32_bits(far_apart: Tensor) -> None:
     for function in (
         lambda x: ops.sort_tokens(x, importance),
         lambda x: ops.prune_merge(x, importance, 3, 2, residual=x),
-        lambda x: ops.merge_reduce(x, dst, 2),
+        lambda x: ops.merge_reduce(x, dst, 2, residual=x),
         lambda x: ops.add_norm(x, x, norm),
         lambda x: torch.ops.diffrate.merge_reduce_backward(x, dst + 1),
         lambda x: ops.class_attention(x[:, None], x[:, None]),
