@@ -133,6 +133,31 @@ def check_prune_merge_norm(
     )
 
 
+def check_bipartite_match(slot: Tensor, keys: Tensor, merged: int, *, prefix: int = 1) -> float:
+    """Slots exact but for the choice; what merges, and into what, within rounding of the best."""
+    tokens, rounding = keys.shape[2], 8 * torch.finfo(keys.dtype).eps
+    unit = torch.nn.functional.normalize(keys.mean(1).double(), dim=-1)
+    even, odd = slice(prefix + prefix % 2, None, 2), slice(prefix + (prefix + 1) % 2, None, 2)
+    cosine = unit[:, even] @ unit[:, odd].transpose(1, 2)
+    first = prefix + cosine.shape[1] - merged
+    merges = slot[:, even] >= first
+    stays = torch.where(merges, slot[:, even], prefix - 1 + (~merges).cumsum(1))
+    check_equal(
+        "bipartite_match: slot of the prefix", slot[:, :prefix], torch.arange(prefix).to(slot).expand(len(slot), -1)
+    )
+    check_equal("bipartite_match: slot of what stays", slot[:, even], stays)
+    kept = torch.arange(first, tokens - merged).to(slot).expand(len(slot), -1)
+    check_equal("bipartite_match: slot of odd positions", slot[:, odd], kept)
+    check_equal("bipartite_match: number of what merges", merges.sum(1), slot.new_full((len(slot),), merged))
+    best = cosine.amax(-1)
+    chosen = cosine.gather(2, (slot[:, even] - first).clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    missed = float((best - chosen)[merges].max())
+    overlooked = float((best.masked_fill(merges, -2).amax(1) - best.masked_fill(~merges, 2).amin(1)).max())
+    if not max(missed, overlooked) <= rounding:
+        raise WrongResultError(f"bipartite_match: misses the best cosines by {max(missed, overlooked):.2e}")
+    return 0.0
+
+
 def check_masked_prune_merge(
     actual: tuple[Tensor, ...],
     grad_x: Tensor,

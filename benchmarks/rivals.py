@@ -182,6 +182,21 @@ def _logits(q: Tensor, k: Tensor, size: Tensor | None, scale: float | None) -> T
     return logits
 
 
+def bipartite_match(keys: Tensor, merged: int, *, prefix: int = 1) -> Tensor:
+    """Mean over heads, normalise, bmm, max, and two argsorts for who is among the best and where the others go."""
+    unit = F.normalize(keys.mean(1), dim=-1)
+    images, tokens, _ = unit.shape
+    first_even, first_odd = prefix + prefix % 2, prefix + (prefix + 1) % 2
+    best, match = (unit[:, first_even::2] @ unit[:, first_odd::2].transpose(1, 2)).max(-1)
+    merges = best.argsort(-1, descending=True, stable=True).argsort(-1) < merged
+    slot = torch.empty(images, tokens, dtype=torch.int64, device=keys.device)
+    slot[:, :prefix] = torch.arange(prefix, device=keys.device)
+    first = prefix + best.shape[1] - merged
+    slot[:, first_even::2] = torch.where(merges, first + match, prefix - 1 + (~merges).cumsum(1))
+    slot[:, first_odd::2] = torch.arange(first, tokens - merged, device=keys.device)
+    return slot
+
+
 def class_attention(
     q: Tensor, k: Tensor, size: Tensor | None = None, *, scale: float | None = None, prefix: int = 1
 ) -> Tensor:

@@ -25,6 +25,7 @@ OPERATORS = (
     "prune_merge",
     "add_norm",
     "merge_reduce",
+    "bipartite_match",
     "class_attention",
     "received_attention",
     "proportional_attention",

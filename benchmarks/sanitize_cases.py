@@ -56,7 +56,11 @@ def cases(
     weighted: dict[str, Any] = {"mean_rule": "weighted", "size_rule": "sum"}
     yield "prune_merge, weighted", lambda: ops.prune_merge(x, rand(IMAGES, HEADS, tokens), k_p, k_m, size, **weighted)
     yield "merge_reduce", lambda: ops.merge_reduce(x, dst, k_m)
-    yield "merge_reduce, weighted", lambda: ops.merge_reduce(x, dst, k_m, weights=size)
+    yield (
+        "merge_reduce, weighted and with a residual",
+        lambda: ops.merge_reduce(x, dst, k_m, weights=size, residual=residual),
+    )
+    yield "bipartite_match", lambda: ops.bipartite_match(k.detach(), tokens // 4)
     yield "class_attention", lambda: ops.class_attention(q.detach(), k.detach(), size)
     yield "received_attention", lambda: ops.received_attention(q.detach(), k.detach(), size)
     for kind in ("class", "received"):

@@ -146,11 +146,15 @@ def bipartite_match(keys: Tensor, merged: int, *, prefix: int = 1) -> Tensor:
     return slot
 
 
-def merge_reduce(x: Tensor, dst: Tensor, kept: int, *, weights: Tensor | None = None) -> Tensor:
+def merge_reduce(
+    x: Tensor, dst: Tensor, kept: int, *, weights: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
     """Mean of the tokens that share a destination, optionally weighted: (B, N, C) -> (B, kept, C).
 
     ``dst`` (B, N) is -1 for tokens that go nowhere. A destination without tokens is zero.
     """
+    if residual is not None:
+        x = x + residual
     dtype = wide_dtype(x)
     weights = torch.ones(dst.shape, dtype=dtype, device=x.device) if weights is None else weights.to(dtype)
     weights = torch.where(dst < 0, 0, weights)

@@ -122,6 +122,22 @@ def _samples() -> list[Sample]:
             1,
         ),
         Sample(
+            "merge_reduce with a residual",
+            lambda x, residual, dst: ops.merge_reduce(x, dst, 5, residual=residual),
+            lambda images: (
+                _tensor(images, 17, 8),
+                _tensor(images, 17, 8, seed=1),
+                _destinations(images, 17, kept=5),
+            ),
+            2,
+        ),
+        Sample(
+            "bipartite_match",
+            lambda keys: ops.bipartite_match(keys, 5),
+            lambda images: (_tensor(images, 2, 17, 8),),
+            0,
+        ),
+        Sample(
             "class_attention",
             lambda q, k, size: ops.class_attention(q, k, size),
             lambda images: (_tensor(images, 2, 17, 8), _tensor(images, 2, 17, 8, seed=1), _positive(images, 17)),

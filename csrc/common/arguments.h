@@ -142,10 +142,18 @@ struct MergeReduceArgs {  // forward: x (B, N, C) -> out (B, kept, C); backward:
   Type type;
   int64_t images, tokens, kept, channels;
   Tokens x;
+  Tokens residual;     // like x, added to it on the way in; data may be null, and is in the backward pass
   const int64_t* dst;  // (B, N), in [-1, kept)
   int64_t dst_stride_image, dst_stride_token;
   Vector weights;  // data may be null: all ones
   void* out;
+};
+
+struct BipartiteMatchArgs {
+  Type type;
+  int64_t images, heads, tokens, head_dim, prefix, merged;
+  Heads keys;     // tokens are compared by the mean over heads, rounded to the keys' dtype
+  int64_t* slot;  // (B, N): common/bipartition.h says what is written
 };
 
 // Of all attention kernels: each uses what it needs. Everything written is contiguous; what is as large as q is

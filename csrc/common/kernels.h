@@ -14,6 +14,7 @@
   CPU_AND_CUDA(masked_prune_merge_backward, MaskedPruneMergeBackwardArgs) \
   CPU_AND_CUDA(merge_reduce, MergeReduceArgs)                             \
   CPU_AND_CUDA(merge_reduce_backward, MergeReduceArgs)                    \
+  CPU_AND_CUDA(bipartite_match, BipartiteMatchArgs)                       \
   CPU_AND_CUDA(class_attention, AttentionArgs)                            \
   CPU_AND_CUDA(received_attention, AttentionArgs)                         \
   CUDA_ONLY(proportional_attention, AttentionArgs)                        \

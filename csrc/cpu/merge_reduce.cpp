@@ -45,16 +45,44 @@ struct Forward {
   void part(int64_t image, char* memory, int64_t p, int64_t parts) const {
     Scratch s(a, memory);
     for (int64_t to = a.kept * p / parts; to < a.kept * (p + 1) / parts; ++to) {
+      T* out = static_cast<T*>(a.out) + (image * a.kept + to) * a.channels;
       W total = 0;
       for (int32_t i = s.head[to]; i >= 0; i = s.next[i]) total += size_of<W>(a.weights, image, i);
-      T* out = static_cast<T*>(a.out) + (image * a.kept + to) * a.channels;
-      for_vectors<W>(a.channels, [&](int64_t c, auto load_at, auto store_at) {
-        Vec<W> mean = {};
-        for (int32_t i = s.head[to]; i >= 0; i = s.next[i])
-          mean += load_at(row_of<T>(a.x, image, i) + c) * size_of<W>(a.weights, image, i);
-        store_at(out + c, total != 0 ? mean / total : Vec<W>{});
-      });
+      if (total == 0)
+        std::memset(out, 0, a.channels * sizeof(T));
+      else if (s.next[s.head[to]] < 0 && total - total == 0)  // its mean is itself, unless its weight is not finite
+        copy_token(image, s.head[to], out);
+      else
+        merge_tokens(image, s, s.head[to], total, out);
     }
+  }
+
+  const T* residual_of(int64_t image, int64_t token) const {
+    return a.residual.data ? row_of<T>(a.residual, image, token) : nullptr;
+  }
+
+  void copy_token(int64_t image, int64_t token, T* out) const {
+    const T *x = row_of<T>(a.x, image, token), *residual = residual_of(image, token);
+    if (residual == nullptr) {
+      std::memcpy(out, x, a.channels * sizeof(T));
+      return;
+    }
+    for_vectors<W>(a.channels, [&](int64_t c, auto load_at, auto store_at) {
+      store_at(out + c, load_at(x + c) + load_at(residual + c));
+    });
+  }
+
+  void merge_tokens(int64_t image, const Scratch& s, int32_t first, W total, T* out) const {
+    for_vectors<W>(a.channels, [&](int64_t c, auto load_at, auto store_at) {
+      Vec<W> mean = {};
+      for (int32_t i = first; i >= 0; i = s.next[i]) {
+        Vec<W> value = load_at(row_of<T>(a.x, image, i) + c);
+        const T* residual = residual_of(image, i);
+        if (residual != nullptr) value = rounded<T>(value + load_at(residual + c));
+        mean += value * size_of<W>(a.weights, image, i);
+      }
+      store_at(out + c, mean / total);
+    });
   }
 
   void finish(int64_t, char*, int64_t) const {}

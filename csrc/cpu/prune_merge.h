@@ -120,14 +120,7 @@ struct PruneMerge {
     Vec<W> squares = {};
     for_vectors<W>(a.channels, [&](int64_t c, auto load_at, auto store_at) {
       Vec<W> value = load_at(x + c);
-      if (residual) {
-        value += load_at(residual + c);
-        if constexpr (sizeof(T) < sizeof(W)) {
-          T rounded[kLanes<W>];
-          store(rounded, value);
-          value = load(rounded);
-        }
-      }
+      if (residual) value = rounded<T>(value + load_at(residual + c));
       if (out) store_at(out + c, value);
       if (row) store(row + c, value);  // a whole vector: rows are padded, and the padding is zero
       squares = multiply_add(value, value, squares);

@@ -131,6 +131,10 @@ inline HalfBits narrow(Vec<float> value, Half) {
 }
 #endif
 
+// The same number in all lanes: taking zero off leaves any number as it is, so that nothing is computed.
+inline Vec<float> broadcast(float value) { return value - Vec<float>{}; }
+inline Vec<double> broadcast(double value) { return value - Vec<double>{}; }
+
 // std::fill would be a shared symbol
 template <class T>
 inline void fill(T* to, int64_t count, T value) {
@@ -150,6 +154,15 @@ template <class T>
 inline void store(T* to, Vec<float> value) {
   HalfBits bits = narrow(value, T{});
   std::memcpy(to, &bits, sizeof(bits));
+}
+
+// What is left of numbers that are stored as T.
+template <class T>
+inline Vec<Wide<T>> rounded(Vec<Wide<T>> value) {
+  if constexpr (sizeof(T) == sizeof(Wide<T>)) return value;
+  T stored[kLanes<Wide<T>>];
+  store(stored, value);
+  return load(stored);
 }
 
 // The last, incomplete vector of a row: missing lanes are zero and are not touched in memory.

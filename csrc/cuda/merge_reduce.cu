@@ -82,7 +82,10 @@ struct Members {
   }
 };
 
-template <class T, bool kAligned>
+// Whether there is one. Of aligned rows a kernel is compiled for either case, so that no branch stands between loads.
+enum class Residual { no, yes, perhaps };
+
+template <class T, bool kAligned, Residual kResidual>
 struct MergeReduce {
   using W = Wide<T>;
   using Span = typename Members<W>::Span;
@@ -93,12 +96,18 @@ struct MergeReduce {
   const Members<W>& members;
 
   __device__ Chunk<T> input(int place, int64_t c) const {
-    return load_chunk(row_of<T>(a.x, rows.image, members.sorted[place].token), c, a.channels, kAligned);
+    const int token = members.sorted[place].token;
+    const Chunk<T> x = load_chunk(row_of<T>(a.x, rows.image, token), c, a.channels, kAligned);
+    if (kResidual == Residual::no || (kResidual == Residual::perhaps && a.residual.data == nullptr)) return x;
+    return sum_of(x, load_chunk(row_of<T>(a.residual, rows.image, token), c, a.channels, kAligned));
   }
 
   // The mean of a row, of which the first token's chunk is there.
   __device__ Chunk<T> mean(const Span& span, int64_t c, const Chunk<T>& first) const {
-    if (span.end - span.begin == 1 && a.weights.data == nullptr) return first;
+    if (span.end - span.begin == 1) {  // the mean of one token is that token, unless its weight is zero or not finite
+      const W weight = members.tokens.weights[members.sorted[span.begin].token];
+      if (weight != 0 && weight - weight == 0) return first;
+    }
     W sum[kCount] = {}, total = 0;
     for (int place = span.begin; place < span.end; ++place) {
       const W weight = members.tokens.weights[members.sorted[place].token];
@@ -126,14 +135,14 @@ struct MergeReduce {
   }
 };
 
-template <class T, bool kAligned>
+template <class T, bool kAligned, Residual kResidual>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, kAligned>))
     merge_reduce_kernel(MergeReduceArgs a, RowParts parts) {
   const PartOfRows rows(parts, a.kept);
   Shared shared(shared_memory());
   const Members<Wide<T>> members(shared, a, rows.count);
   members.find(a, rows);
-  MergeReduce<T, kAligned>{a, rows, members}.run();
+  MergeReduce<T, kAligned, kResidual>{a, rows, members}.run();
 }
 
 // What a token gets of its destination's gradient.
@@ -209,14 +218,18 @@ int64_t shared_bytes(const MergeReduceArgs& a, bool backward) {
 
 template <class T>
 const char* run(const MergeReduceArgs& a, bool backward, Stream stream) {
-  const bool aligned = aligned_rows<T>(a.x.data, a.channels, a.x.stride_image, a.x.stride_token) &&
-                       aligned_rows<T>(a.out, a.channels, 0, 0);
+  auto is_aligned = [&](const Tokens& x) {
+    return aligned_rows<T>(x.data, a.channels, x.stride_image, x.stride_token);
+  };
+  const bool has_residual = a.residual.data != nullptr;
+  const bool aligned = is_aligned(a.x) && (!has_residual || is_aligned(a.residual)) && is_aligned({a.out, 0, 0});
   if (!backward && a.tokens > kTokensAtOnce) return merge_reduce_search<T>(a, aligned, stream);
   const RowParts parts = parts_of_rows(a.images, backward ? a.tokens : a.kept, kMostRows);
   const auto kernel = backward
                           ? aligned ? merge_reduce_backward_kernel<T, true> : merge_reduce_backward_kernel<T, false>
-                      : aligned ? merge_reduce_kernel<T, true>
-                                : merge_reduce_kernel<T, false>;
+                      : !aligned     ? merge_reduce_kernel<T, false, Residual::perhaps>
+                      : has_residual ? merge_reduce_kernel<T, true, Residual::yes>
+                                     : merge_reduce_kernel<T, true, Residual::no>;
   return launch(kernel, a.images * parts.blocks, kThreads, shared_bytes<Wide<T>>(a, backward), stream, a, parts);
 }
 

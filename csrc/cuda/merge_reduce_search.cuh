@@ -35,6 +35,8 @@ __global__ void __launch_bounds__(kSearchThreads) merge_reduce_search_kernel(Mer
     W sum[kCount] = {};
     for_members(a, image, to, [&](int64_t token) {
       Chunk<T> x = load_chunk(row_of<T>(a.x, image, token), c, a.channels, aligned);
+      if (a.residual.data != nullptr)
+        x = sum_of(x, load_chunk(row_of<T>(a.residual, image, token), c, a.channels, aligned));
       W weight = size_of<W>(a.weights, image, token);
       for (int i = 0; i < kCount; ++i) sum[i] += x[i] * weight;
     });

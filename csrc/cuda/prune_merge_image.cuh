@@ -14,6 +14,7 @@
 // This file: a block and its image, shared memory, and how rows are read.
 #pragma once
 
+#include "cuda/best_match.cuh"
 #include "cuda/ranking.cuh"
 
 namespace diffrate::cuda {
@@ -49,24 +50,6 @@ struct PerToken {
   W* size;         // (N): by input position; null in device memory, where the argument has them
 };
 
-// The best destination that was found for a source: the largest cosine, before division by the source's norm, and its
-// sorted position; of equal ones the first. -1: none.
-template <class W>
-struct Best {
-  W cosine;
-  int32_t position;
-
-  __device__ void take_better(Best other) {
-    // a NaN is never larger, and a source that is similar to nothing has no destination
-    bool first = other.cosine == cosine && other.position >= 0 && (position < 0 || other.position < position);
-    if (other.cosine > cosine || first) *this = other;
-  }
-  __device__ void take_better_of_lane(int offset) {
-    W other = __shfl_xor_sync(kAllLanes, cosine, offset);
-    take_better({other, __shfl_xor_sync(kAllLanes, position, offset)});
-  }
-};
-
 // Shared memory of a block.
 template <class T>
 struct ImageMemory {
@@ -74,7 +57,8 @@ struct ImageMemory {
   KeyOf<W>* keys;  // (N - P, padded); these two only for images of at most kNearTokens
   PerToken<W> token;
   W* inverse;     // (resident): 1 / norm of each source
-  Best<W>* best;  // (kPruneMergeWarps, kMostSources): what each warp has found
+  Best<W>* best;  // (kPruneMergeWarps, kMostSources): what each warp has found, by sorted position and before
+                  // division by the source's norm
   T* sources;     // (resident, stride)
   int64_t bytes;
 

@@ -4,7 +4,8 @@ namespace diffrate::ops {
 namespace {
 
 // Forward reads x (B, N, C) and writes (B, kept, C); backward reads the gradient (B, kept, C) and writes (B, N, C).
-Tensor reduce(Tensor x, Tensor dst, int64_t kept, const std::optional<Tensor>& weights, bool backward) {
+Tensor reduce(Tensor x, Tensor dst, int64_t kept, const std::optional<Tensor>& weights, std::optional<Tensor> residual,
+              bool backward) {
   DIFFRATE_CHECK(x.dim() == 3, "x must be (B, N, C)");
   DIFFRATE_CHECK(dst.dim() == 2 && dst.size(0) == x.size(0), "dst must be (B, N)");
   DIFFRATE_CHECK(dst.scalar_type() == ScalarType::Long, "dst must be int64");
@@ -14,6 +15,12 @@ Tensor reduce(Tensor x, Tensor dst, int64_t kept, const std::optional<Tensor>& w
   int64_t images = x.size(0), tokens = dst.size(1), channels = x.size(2);
   DIFFRATE_CHECK(tokens < INT32_MAX && kept < INT32_MAX, "there are too many tokens");
   check_shape(x, {images, backward ? kept : tokens, channels}, backward ? "grad" : "x");
+  if (residual) {
+    check_same_device(*residual, x, "residual");
+    check_shape(*residual, {images, tokens, channels}, "residual");
+    DIFFRATE_CHECK(residual->scalar_type() == x.scalar_type(), "residual must have the dtype of x");
+    residual = with_unit_last_stride(*residual);
+  }
   Tensor out = empty_like(x, {images, backward ? tokens : kept, channels}, x.scalar_type());
   MergeReduceArgs args{.type = type_of(x, "x"),
                        .images = images,
@@ -21,6 +28,7 @@ Tensor reduce(Tensor x, Tensor dst, int64_t kept, const std::optional<Tensor>& w
                        .kept = kept,
                        .channels = channels,
                        .x = tokens_of(x),
+                       .residual = residual ? tokens_of(*residual) : Tokens{},
                        .dst = static_cast<const int64_t*>(dst.const_data_ptr()),
                        .dst_stride_image = dst.stride(0),
                        .dst_stride_token = dst.stride(1),
@@ -33,19 +41,19 @@ Tensor reduce(Tensor x, Tensor dst, int64_t kept, const std::optional<Tensor>& w
   return out;
 }
 
-Tensor merge_reduce(Tensor x, Tensor dst, int64_t kept, std::optional<Tensor> weights) {
-  return reduce(x, dst, kept, weights, false);
+Tensor merge_reduce(Tensor x, Tensor dst, int64_t kept, std::optional<Tensor> weights, std::optional<Tensor> residual) {
+  return reduce(x, dst, kept, weights, residual, false);
 }
 
 Tensor merge_reduce_backward(Tensor grad, Tensor dst, std::optional<Tensor> weights) {
   DIFFRATE_CHECK(grad.dim() == 3, "grad must be (B, kept, C)");
-  return reduce(grad, dst, grad.size(1), weights, true);
+  return reduce(grad, dst, grad.size(1), weights, {}, true);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(diffrate, library) {
-  library.def("merge_reduce(Tensor x, Tensor dst, SymInt kept, Tensor? weights=None) -> Tensor");
+  library.def("merge_reduce(Tensor x, Tensor dst, SymInt kept, Tensor? weights=None, Tensor? residual=None) -> Tensor");
   library.def("merge_reduce_backward(Tensor grad, Tensor dst, Tensor? weights=None) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(diffrate, CPU, library) {

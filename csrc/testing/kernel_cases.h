@@ -46,6 +46,13 @@ struct Case {
 const Case kCases[] = {{2, 17, 24, 1, 12, 8}, {1, 65, 37, 0, 65, 33}, {3, 5, 1, 2, 4, 3},        {2, 1, 3, 1, 1, 1},
                        {2, 9, 16, 1, 1, 1},   {4, 40, 65, 1, 39, 2},  {1, 197, 96, 1, 168, 156}, {0, 8, 8, 1, 4, 3}};
 
+// More tokens than the CUDA kernels keep in shared memory.
+const Case kManyTokens = {2, 4200, 3, 1, 4190, 4150};
+// More images than a block of threads sums at once.
+const Case kManyImages = {70, 20, 3, 1, 14, 9};
+// More channels than a warp asks for at first.
+const Case kManyChannels = {2, 17, 390, 1, 12, 8};
+
 inline std::unique_ptr<float[]> random_floats(int64_t count, unsigned seed, float low = -1, float high = 1) {
   std::mt19937 generator(seed);
   std::uniform_real_distribution<float> uniform(low, high);

@@ -7,13 +7,6 @@
 namespace diffrate::testing {
 namespace {
 
-// More tokens than the CUDA kernels keep in shared memory.
-const Case kManyTokens = {2, 4200, 3, 1, 4190, 4150};
-// More images than a block of threads sums at once.
-const Case kManyImages = {70, 20, 3, 1, 14, 9};
-// More channels than a warp asks for at first.
-const Case kManyChannels = {2, 17, 390, 1, 12, 8};
-
 void test_sort_tokens(const Case& c, const cpu::Threads& threads) {
   auto x = random_floats(c.images * c.tokens * c.channels, 1);
   auto importance = random_floats(c.images * (c.tokens - c.prefix), 2);
@@ -192,6 +185,7 @@ void test_prune_merge(const Case& c, const cpu::Threads& threads, bool with_resi
 
 void test_merge_reduce(const Case& c, const cpu::Threads& threads, bool weighted) {
   auto x = random_floats(c.images * c.tokens * c.channels, 7);
+  auto residual = random_floats(c.images * c.tokens * c.channels, 27);  // beside weights
   auto weights = random_floats(c.images * c.tokens, 25, 0.5f, 3);
   auto dst = exact<int64_t>(c.images * c.tokens);
   for (int64_t i = 0; i < c.images * c.tokens; ++i)
@@ -203,6 +197,7 @@ void test_merge_reduce(const Case& c, const cpu::Threads& threads, bool weighted
                        .kept = c.k_m,
                        .channels = c.channels,
                        .x = tokens_of(x.get(), c),
+                       .residual = tokens_of(weighted ? residual.get() : nullptr, c),
                        .dst = dst.get(),
                        .dst_stride_image = c.tokens,
                        .dst_stride_token = 1,
@@ -213,6 +208,7 @@ void test_merge_reduce(const Case& c, const cpu::Threads& threads, bool weighted
   auto back = exact<float>(c.images * c.tokens * c.channels);
   MergeReduceArgs backward = args;
   backward.x = {grad.get(), c.k_m * c.channels, c.channels};
+  backward.residual = {};
   backward.out = back.get();
   cpu::kernels().merge_reduce_backward(backward, threads);
   bool means = true, gradients = true;
@@ -223,8 +219,10 @@ void test_merge_reduce(const Case& c, const cpu::Threads& threads, bool weighted
     for (int64_t i = 0; i < c.tokens; ++i) {
       if (goes_to(i) < 0) continue;
       total[goes_to(i)] += weight(i);
-      for (int64_t k = 0; k < c.channels; ++k)
-        sum[goes_to(i) * c.channels + k] += weight(i) * x[(b * c.tokens + i) * c.channels + k];
+      for (int64_t k = 0; k < c.channels; ++k) {
+        const int64_t at = (b * c.tokens + i) * c.channels + k;
+        sum[goes_to(i) * c.channels + k] += weight(i) * (weighted ? x[at] + residual[at] : x[at]);
+      }
     }
     for (int64_t j = 0; j < c.k_m * c.channels; ++j) {
       const double mean = total[j / c.channels] != 0 ? sum[j] / total[j / c.channels] : 0;

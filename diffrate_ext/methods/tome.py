@@ -26,24 +26,23 @@ class MergeByKeys(Step):
         self.rules, self.k_m, self.before, self.proportional = rules, k_m, before, proportional
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        self.keys = k.mean(1) if self.k_m < k.shape[2] else None
+        tokens = k.shape[2]
+        self.merged = min(tokens - self.k_m, most_merged(tokens, self.rules.prefix))
+        # here, where the keys are at hand: kept until reduce, they would take memory meanwhile
+        self.slot = ops.bipartite_match(k, self.merged, prefix=self.rules.prefix) if self.merged > 0 else None
         size = self.before.on(q.device).size if self.proportional else None
         return ops.proportional_attention(q, k, v, size, scale=scale, prefix=self.rules.prefix, importance_from=None)[0]
 
     def reduce(self, x: Tensor, branch: Tensor) -> Tensor:
-        x = x + branch
-        if self.keys is None:
-            self.after, self.slot = self.before, None
-            return x
-        prefix = self.rules.prefix
-        merged = min(x.shape[1] - self.k_m, most_merged(x.shape[1], prefix))
-        slot, size = ops.bipartite_match(self.keys, merged, prefix=prefix), self.before.on(x.device).size
+        if self.slot is None:
+            self.after = self.before
+            return x + branch
+        size = self.before.on(x.device).size
         if size is None:
             size = torch.ones(x.shape[:2], dtype=wide_dtype(x), device=x.device)
-        kept = x.shape[1] - merged
-        self.after = TokenState(size.new_zeros(size.shape[0], kept).scatter_add(1, slot, size))
-        self.slot = slot
-        return ops.merge_reduce(x, slot, kept, weights=size)
+        kept = x.shape[1] - self.merged
+        self.after = TokenState(size.new_zeros(size.shape[0], kept).scatter_add(1, self.slot, size))
+        return ops.merge_reduce(x, self.slot, kept, weights=size, residual=branch)
 
 
 def most_merged(tokens: int, prefix: int) -> int:

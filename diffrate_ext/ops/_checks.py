@@ -51,6 +51,17 @@ def check_wide_vector(name: str, value: object, features: Tensor, features_name:
     return tensor if tensor.dtype == wide else tensor.to(wide)  # calling .to for nothing takes a microsecond
 
 
+def check_residual(residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and what is added to them, both (B, N, C), in the dtype of their sum: under autocast the two differ."""
+    check_tensor("residual", residual, 3, "(B, N, C)")
+    check_shape("residual", residual, x.shape, "the shape of x")
+    check_like("residual", residual, "x", x, dtype=False)
+    if residual.dtype == x.dtype:
+        return x, residual
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return x.to(dtype), residual.to(dtype)
+
+
 def constant(tensor: Tensor) -> Tensor:
     """Without its gradient. A tensor that has none stays itself: detach() takes a microsecond."""
     return tensor.detach() if tensor.requires_grad else tensor

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputTypeError, InputValueError
-from ._checks import check_int, check_like, check_range, check_shape, check_tensor, check_wide_vector
+from ._checks import check_int, check_like, check_range, check_residual, check_shape, check_tensor, check_wide_vector
 
 
-def merge_reduce(x: Tensor, dst: Tensor, kept: int, *, weights: Tensor | None = None) -> Tensor:
+def merge_reduce(
+    x: Tensor, dst: Tensor, kept: int, *, weights: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
     """Mean of the tokens that share a destination: a scatter-mean in one pass, with its gradient.
 
     Args:
@@ -17,6 +19,7 @@ def merge_reduce(x: Tensor, dst: Tensor, kept: int, *, weights: Tensor | None = 
         dst: output position of each token, (B, N) int64, in ``-1 .. kept-1``; -1 goes nowhere.
         kept: number of output tokens.
         weights: (B, N), for a weighted mean; None stands for ones. A constant: no gradient reaches it.
+        residual: (B, N, C), added to x on the way in.
 
     Returns:
         (B, kept, C). A position without tokens, or whose weights sum to zero, is zero.
@@ -26,6 +29,8 @@ def merge_reduce(x: Tensor, dst: Tensor, kept: int, *, weights: Tensor | None = 
             CUDA tokens out of range go nowhere instead: looking would stop the stream.
     """
     check_tensor("x", x, 3, "(B, N, C)")
+    if residual is not None:
+        x, residual = check_residual(residual, x)
     kept = check_int("kept", kept, 0)
     if not isinstance(dst, Tensor):
         raise InputTypeError(f"dst must be a tensor (B, N), got {type(dst).__name__}")
@@ -40,11 +45,11 @@ def merge_reduce(x: Tensor, dst: Tensor, kept: int, *, weights: Tensor | None = 
                 "weights must not require a gradient (merge_reduce treats them as constants): detach them"
             )
     check_range("dst", dst, kept)
-    return torch.ops.diffrate.merge_reduce(x, dst, kept, weights)
+    return torch.ops.diffrate.merge_reduce(x, dst, kept, weights, residual)
 
 
 @torch.library.register_fake("diffrate::merge_reduce")
-def _(x: Tensor, dst: Tensor, kept: int, weights: Tensor | None = None) -> Tensor:
+def _(x: Tensor, dst: Tensor, kept: int, weights: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], kept, x.shape[2])
 
 
@@ -58,13 +63,15 @@ def _(grad: Tensor, dst: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, dst, ctx.kept, weights = inputs
+    _, dst, ctx.kept, weights, residual = inputs
+    ctx.has_residual = residual is not None
     ctx.save_for_backward(dst, weights)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     dst, weights = ctx.saved_tensors
-    return torch.ops.diffrate.merge_reduce_backward(grad, dst, weights), None, None, None
+    grad_x = torch.ops.diffrate.merge_reduce_backward(grad, dst, weights)
+    return grad_x, None, None, None, grad_x if ctx.has_residual else None
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

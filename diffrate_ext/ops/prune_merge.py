@@ -16,6 +16,7 @@ from ._checks import (
     check_int,
     check_like,
     check_prefix,
+    check_residual,
     check_shape,
     check_tensor,
     check_wide_vector,
@@ -193,12 +194,7 @@ def _check(
     if size is not None:
         size = check_wide_vector("size", size, x, "x", (x.shape[0], x.shape[1]))
     if residual is not None:
-        check_tensor("residual", residual, 3, "(B, N, C)")
-        check_shape("residual", residual, x.shape, "the shape of x")
-        check_like("residual", residual, "x", x, dtype=False)
-        if residual.dtype != x.dtype:  # as x + residual would: under autocast the two differ
-            dtype = torch.promote_types(x.dtype, residual.dtype)
-            x, residual = x.to(dtype), residual.to(dtype)
+        x, residual = check_residual(residual, x)
     if norm is not None:
         check_norm(norm, x)
     return x, attn, k_p, k_m, size, prefix, importance_from, mean_rule, size_rule, residual

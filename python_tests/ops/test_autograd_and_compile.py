@@ -65,7 +65,7 @@ def opcheck_cases() -> list[Any]:
                     (x, floats(2, 3, 9), 8, 5, *norm, size, 1, *options),
                 )
                 cases[f"add_norm, {label}"] = (_raw.add_norm, (x, floats(2, 9, 6, dtype=dtype), *norm))
-            cases[f"merge_reduce, {label}"] = (_raw.merge_reduce, (x, dst, 5, size))
+            cases[f"merge_reduce, {label}"] = (_raw.merge_reduce, (x, dst, 5, size, options[3]))
             grad = floats(2, 5, 6, dtype=dtype, gradient=gradient)
             cases[f"merge_reduce_backward, {label}"] = (_raw.merge_reduce_backward, (grad, dst, size))
         x = floats(2, 6, 9, gradient=gradient)
@@ -85,6 +85,8 @@ def opcheck_cases() -> list[Any]:
     for dtype in (torch.float32, half, double):
         q, k, _ = floats(2, 9, 3, 2, 8, dtype=dtype).permute(2, 0, 3, 1, 4)
         size = floats(2, 9, dtype=double if dtype == double else torch.float32)
+        cases[f"bipartite_match, {dtype}"] = (_raw.bipartite_match, (k, 3, 2))
+        cases[f"bipartite_match, bare, {dtype}"] = (_raw.bipartite_match, (k.transpose(2, 3)[:, 0], 3))
         cases[f"class_attention, {dtype}"] = (_raw.class_attention, (q, k, size, 0.5, 2))
         cases[f"received_attention, {dtype}"] = (_raw.received_attention, (q, k, size, 0.5))
         cases[f"class_attention, bare, {dtype}"] = (_raw.class_attention, (q.contiguous(), k.contiguous(), None, 1.0))
@@ -200,7 +202,8 @@ def block(q: Tensor, k: Tensor, v: Tensor, x: Tensor, size: Tensor) -> tuple[Ten
     residual = out.transpose(1, 2).flatten(2)
     y, size, first = ops.prune_merge(x, importance, 14, 9, size, residual=residual)
     y, size, order = ops.sort_tokens(y * 2, size[:, 1:] + ops.received_attention(q, k, prefix=9), size)
-    again = ops.merge_reduce(x, ops.compose_slots(first, order.argsort(1)), 9)
+    again = ops.merge_reduce(x, ops.bipartite_match(k, 5), 12)[:, :9]
+    again = again + ops.merge_reduce(x, ops.compose_slots(first, order.argsort(1)), 9)
     return ops.restore_tokens(y + again, first), size, ops.class_attention(q, k)
 
 
@@ -257,7 +260,14 @@ def test_export_with_any_batch_size(device: torch.device) -> None:
     inputs = block_inputs(device, 3)
     exported = torch.export.export(Block(), tuple(inputs), dynamic_shapes=({0: batch},) * len(inputs))
     targets = {str(node.target) for node in exported.graph.nodes}
-    for name in ("sort_tokens", "prune_merge", "merge_reduce", "class_attention", "received_attention"):
+    for name in (
+        "sort_tokens",
+        "prune_merge",
+        "merge_reduce",
+        "bipartite_match",
+        "class_attention",
+        "received_attention",
+    ):
         assert f"diffrate.{name}.default" in targets
     for images in (3, 7):
         inputs = block_inputs(device, images)

@@ -1,4 +1,4 @@
-"""bipartite_match: ToMe's matching, against the same in loops."""
+"""bipartite_match: ToMe's matching, against the same in loops, and to within rounding of the best in every dtype."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from match_checks import check_bipartite_match
+from strategies import DTYPES, HEAD_LAYOUTS, TokenCase, lay_out_heads, token_cases
 from torch import Tensor
 
 from diffrate_ext import InputTypeError, InputValueError, ops, reference
@@ -17,7 +19,7 @@ from diffrate_ext import InputTypeError, InputValueError, ops, reference
 @given(
     images=st.integers(0, 3),
     tokens=st.integers(1, 40),
-    channels=st.integers(1, 9),
+    channels=st.integers(2, 9),  # of one channel all cosines are 1 or -1, to rounding
     prefix=st.integers(0, 5),
     kind=st.sampled_from(["normal", "few values", "NaN"]),
     seed=st.integers(0, 2**31),
@@ -65,22 +67,32 @@ def test_by_hand(device: torch.device) -> None:
     assert ops.bipartite_match(keys, 2).tolist() == [[0, 2, 3, 3, 4, 4, 1]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_merged_tokens_are_the_most_similar(device: torch.device, dtype: torch.dtype) -> None:
-    """To rounding, of which the cosines are compared."""
-    keys = torch.randn(4, 197, 64, device=device).to(dtype)
-    slot = ops.bipartite_match(keys, 40)
-    unit = torch.nn.functional.normalize(keys.double(), dim=-1)
-    for image in range(4):
-        cosine = unit[image, 2::2] @ unit[image, 1::2].T
-        even, odd = slot[image, 2::2], slot[image, 1::2]
-        assert odd.tolist() == list(range(odd[0], odd[0] + len(odd)))
-        merges = even >= odd[0]
-        assert merges.sum() == 40
-        chosen = cosine[merges].gather(1, (even[merges] - odd[0])[:, None])[:, 0]
-        torch.testing.assert_close(chosen, cosine[merges].amax(1), atol=1e-6, rtol=0)
-        assert chosen.min() >= cosine[~merges].amax() - 1e-6
-        assert even[~merges].tolist() == list(range(1, 1 + len(even) - 40))
+@given(case=token_cases(), heads=st.sampled_from([None, 1, 2, 3, 6]), data=st.data())
+def test_merged_tokens_are_the_most_similar(
+    device: torch.device, case: TokenCase, heads: int | None, data: st.DataObject
+) -> None:
+    """In every dtype and layout and of every kind of values: to rounding, and of equal rows the first."""
+    merged = data.draw(st.sampled_from([most(case.tokens, case.prefix), most(case.tokens, case.prefix) // 3]))
+    each = [case.x(salt=head) for head in range(heads or 1)]
+    keys, mean = each[0], torch.stack(each, 1).double().mean(1).to(case.dtype)
+    if heads is not None:
+        (keys,) = lay_out_heads([torch.stack(each, 1)], data.draw(st.sampled_from(HEAD_LAYOUTS)))
+        mean = torch.stack([*keys.unbind(1)]).double().mean(0).to(case.dtype)
+    slot = ops.bipartite_match(keys.to(device), merged, prefix=case.prefix).cpu()
+    # a dot product of n products is off by at most n eps |u| |v|; few more roundings make it a cosine; two are compared
+    rounding = 2 * (case.channels + 6) * torch.finfo(case.wide).eps
+    if len(each) > 1:  # and numbers of a mean may be rounded to one side or the other
+        rounding += 8 * torch.finfo(case.dtype).eps
+    check_bipartite_match(mean, slot, merged, case.prefix, rounding, bits=len(each) == 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", HEAD_LAYOUTS)
+def test_the_mean_over_heads(device: torch.device, dtype: torch.dtype, layout: str) -> None:
+    """Of numbers whose mean is exact."""
+    keys = torch.randint(-4, 5, (3, 4, 70, 24), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    (keys,) = lay_out_heads([keys], layout)
+    assert torch.equal(ops.bipartite_match(keys, 20), ops.bipartite_match(keys.mean(1), 20))
 
 
 def test_autocast_does_not_round_the_cosines(device: torch.device) -> None:
@@ -98,8 +110,9 @@ def test_keys_are_constants(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"keys": 1}, InputTypeError, "keys must be a tensor (B, N, D), got int"),
-        ({"keys": torch.ones(2, 7)}, InputValueError, "keys must be (B, N, D), got shape (2, 7)"),
+        ({"keys": 1}, InputTypeError, "keys must be a tensor (B, N, D) or (B, H, N, D), got int"),
+        ({"keys": torch.ones(2, 7)}, InputValueError, "keys must be (B, N, D) or (B, H, N, D), got shape (2, 7)"),
+        ({"keys": torch.ones(1, 0, 7, 3)}, InputValueError, "keys must have at least one head, got shape (1, 0, 7, 3)"),
         ({"keys": torch.ones(1, 7, 3).long()}, InputTypeError, "keys must be float32"),
         ({"merged": 4}, InputValueError, "merged must be at most 3, of 7 tokens with a prefix of 1, got 4"),
         ({"merged": -1}, InputValueError, "merged must be at least 0, got -1"),
@@ -115,3 +128,21 @@ def test_keys_are_constants(device: torch.device) -> None:
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         ops.bipartite_match(**{"keys": torch.ones(1, 7, 3), "merged": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keys": torch.ones(7, 3)},
+        {"keys": torch.ones(1, 0, 7, 3)},
+        {"keys": torch.ones(1, 7, 3).long()},
+        {"merged": 4},
+        {"merged": -1},
+        {"prefix": -1},
+        {"prefix": 8},
+        {"prefix": 6, "merged": 1},
+    ],
+)
+def test_the_operator_checks_for_itself(changes: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match="diffrate: "):
+        torch.ops.diffrate.bipartite_match(**{"keys": torch.ones(1, 7, 3), "merged": 2, **changes})

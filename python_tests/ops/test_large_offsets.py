@@ -37,7 +37,7 @@ def sort_tokens(x: Tensor) -> tuple[Tensor, ...]:
 
 def merge_reduce(x: Tensor) -> tuple[Tensor, ...]:
     dst = (torch.arange(TOKENS, device=x.device) % 5).expand(IMAGES, -1)
-    return ops.merge_reduce(x, dst, 5), torch.ops.diffrate.merge_reduce_backward(x[:, :5], dst)
+    return ops.merge_reduce(x, dst, 5, residual=x), torch.ops.diffrate.merge_reduce_backward(x[:, :5], dst)
 
 
 def masked_prune_merge(x: Tensor) -> tuple[Tensor, ...]:
@@ -56,7 +56,8 @@ def attention(x: Tensor) -> tuple[Tensor, ...]:
     gradients = torch.ops.diffrate.masked_attention_backward(q, q, q, q, mask, None, 0.5)
     plain, importance = ops.proportional_attention(q, q, q)
     assert importance is not None
-    return ops.class_attention(q, q), ops.received_attention(q, q), plain, importance, *masked, *gradients
+    matched = ops.bipartite_match(q, 4)
+    return matched, ops.class_attention(q, q), ops.received_attention(q, q), plain, importance, *masked, *gradients
 
 
 @pytest.mark.parametrize("function", [prune_merge, sort_tokens, merge_reduce, masked_prune_merge, attention])

@@ -24,6 +24,10 @@ class Reduction:
     case: TokenCase
     kept: int
     layout: str
+    has_residual: bool
+
+    def residual(self, device: torch.device = CPU) -> Tensor | None:
+        return self.case.x(device, salt=4) if self.has_residual else None
 
     def dst(self, device: torch.device = CPU) -> Tensor:
         random = torch.Generator().manual_seed(self.case.seed)
@@ -43,15 +47,19 @@ class Reduction:
 def reductions(draw: st.DrawFn) -> Reduction:
     case = draw(token_cases(features=["normal", "clustered", "zero rows", "large", "NaN"]))
     kept = draw(st.one_of(st.sampled_from([0, 1, case.tokens]), st.integers(0, 2 * case.tokens)))
-    return Reduction(case, kept, draw(st.sampled_from(["contiguous", "transposed", "expanded"])))
+    layout = draw(st.sampled_from(["contiguous", "transposed", "expanded"]))
+    return Reduction(case, kept, layout, draw(st.booleans()))
 
 
 @given(reduction=reductions())
 def test_results(device: torch.device, reduction: Reduction) -> None:
     case, kept = reduction.case, reduction.kept
-    x, dst, weights = case.x(), reduction.dst(), reduction.weights()
-    out = ops.merge_reduce(case.x(device), reduction.dst(device), kept, weights=reduction.weights(device))
+    x, dst, weights, residual = case.x(), reduction.dst(), reduction.weights(), reduction.residual()
+    options = {"weights": reduction.weights(device), "residual": reduction.residual(device)}
+    out = ops.merge_reduce(case.x(device), reduction.dst(device), kept, **options)
     assert out.is_contiguous()
+    if residual is not None:
+        x = x + residual  # rounded to its dtype, as by itself
 
     def compute(x: Tensor, weights: Tensor | None) -> Tensor:
         return reference.merge_reduce(x, dst, kept, weights=weights)
@@ -59,7 +67,9 @@ def test_results(device: torch.device, reduction: Reduction) -> None:
     assert_as_accurate_as_eager("x", out, compute, [x, weights], dtype=case.dtype)
     alone = torch.zeros(case.images, kept + 1, dtype=torch.int64).scatter_add(1, dst % (kept + 1), torch.ones_like(dst))
     is_alone = (alone.gather(1, dst % (kept + 1)) == 1) & (dst >= 0)
-    if weights is None and kept > 0:  # the mean of one token is that token, to the bit
+    if weights is not None:
+        is_alone &= weights != 0
+    if kept > 0:  # the mean of one token is that token, to the bit
         assert_same("tokens alone", reference.gather_tokens(out.cpu(), dst.clamp_min(0))[is_alone], x[is_alone])
 
 
@@ -67,8 +77,11 @@ def test_results(device: torch.device, reduction: Reduction) -> None:
 def test_gradient(device: torch.device, reduction: Reduction) -> None:
     case, kept = reduction.case, reduction.kept
     dst, weights, gradient = reduction.dst(), reduction.weights(), case.gradient(kept)
-    x = case.x(device).requires_grad_()
-    out = ops.merge_reduce(x, reduction.dst(device), kept, weights=reduction.weights(device))
+    x, residual = case.x(device).requires_grad_(), reduction.residual(device)
+    if residual is not None:
+        residual.requires_grad_()
+    options = {"weights": reduction.weights(device), "residual": residual}
+    out = ops.merge_reduce(x, reduction.dst(device), kept, **options)
     out.backward(gradient.to(device))
 
     def compute(gradient: Tensor, weights: Tensor | None) -> Tensor:
@@ -79,6 +92,9 @@ def test_gradient(device: torch.device, reduction: Reduction) -> None:
 
     assert x.grad is not None
     assert_as_accurate_as_eager("gradient", x.grad, compute, [gradient, weights], dtype=case.dtype)
+    if residual is not None:
+        assert residual.grad is not None
+        assert_same("gradient of the residual", residual.grad, x.grad)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -88,11 +104,14 @@ def test_gradcheck(device: torch.device, weighted: bool) -> None:
     dst = torch.randint(-1, 4, (2, 6), generator=random).to(device)
     weights = torch.rand(2, 6, dtype=torch.float64, generator=random).to(device) if weighted else None
 
-    def function(x: Tensor) -> Tensor:
-        return ops.merge_reduce(x, dst, 4, weights=weights)
+    residual = torch.randn(2, 6, 3, dtype=torch.float64, generator=random).to(device).requires_grad_()
 
-    assert torch.autograd.gradcheck(function, [x])
-    assert torch.autograd.gradgradcheck(function, [x])
+    def function(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.merge_reduce(x, dst, 4, weights=weights, residual=residual)
+
+    for inputs in ([x], [x, residual]):
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
     gradient = torch.randn(2, 4, 3, dtype=torch.float64, generator=random).to(device).requires_grad_()
     backward = torch.ops.diffrate.merge_reduce_backward
     assert torch.autograd.gradcheck(lambda grad: backward(grad, dst, weights), [gradient])
@@ -109,6 +128,15 @@ def test_weights_that_cancel_give_zero(device: torch.device) -> None:
     out.sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [[[0.0] * 3, [0.0] * 3, [0.0] * 3, [2.0] * 3, [-1.0] * 3]]
+
+
+def test_residual_of_another_dtype(device: torch.device) -> None:
+    """As under autocast: the result has the dtype of the sum."""
+    x, dst = torch.randn(1, 4, 3, device=device), torch.tensor([[0, 0, 1, 1]], device=device)
+    residual = torch.randn(1, 4, 3, device=device, dtype=torch.bfloat16)
+    expected = ops.merge_reduce(x + residual, dst, 2)
+    assert_same("residual in bfloat16", ops.merge_reduce(x, dst, 2, residual=residual), expected)
+    assert_same("x in bfloat16", ops.merge_reduce(residual, dst, 2, residual=x), expected)
 
 
 def test_weights_of_another_dtype(device: torch.device) -> None:
@@ -170,6 +198,9 @@ X, DST = torch.zeros(2, 6, 3), torch.zeros(2, 6, dtype=torch.int64)
         ({"weights": torch.ones(2, 5)}, InputValueError, "weights must be (B, N) = (2, 6), got shape (2, 5)"),
         ({"weights": torch.ones(2, 6).int()}, InputTypeError, "weights must be float32"),
         ({"weights": torch.ones(2, 6, device="meta")}, InputValueError, "weights is on meta and x on cpu"),
+        ({"residual": X[:, :5]}, InputValueError, "residual must be the shape of x = (2, 6, 3), got shape (2, 5, 3)"),
+        ({"residual": X.int()}, InputTypeError, "residual must be float32"),
+        ({"residual": X.to("meta")}, InputValueError, "residual is on meta and x on cpu"),
         ({"weights": torch.ones(2, 6, requires_grad=True)}, InputValueError, "weights must not require a gradient"),
     ],
 )
@@ -194,6 +225,8 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
         (X, DST, 4, torch.ones(2, 5)),
         (X, DST, 4, torch.ones(1, 6)),
         (X, DST, 4, torch.ones(2, 6).half()),
+        (X, DST, 4, None, X[:, :5]),
+        (X, DST, 4, None, X.half()),
     ],
 )
 def test_the_operator_checks_for_itself(arguments: tuple) -> None:

@@ -54,7 +54,7 @@ def test_tokens(case: TokenCase, data: st.DataObject) -> None:
     check_threads(lambda: ops.prune_merge(x, importance, k_p, k_m, size, residual=residual, **options))
     norm = ops.Norm(torch.linspace(0, 1, case.channels).to(case.dtype))
     check_threads(lambda: ops.prune_merge(x, importance, k_p, k_m, size, residual=residual, norm=norm, **options))
-    check_threads(lambda: ops.merge_reduce(x, dst, k_m, weights=size))
+    check_threads(lambda: ops.merge_reduce(x, dst, k_m, weights=size, residual=residual))
     check_threads(lambda: torch.ops.diffrate.merge_reduce_backward(gradient, dst, size))
 
 
@@ -66,6 +66,7 @@ def test_many_parts(images: int, features: str) -> None:
     x, importance = case.x(), case.importance()
     check_threads(lambda: ops.prune_merge(x, importance, 390, 300))
     check_threads(lambda: ops.prune_merge(x, importance, 390, 150))
+    check_threads(lambda: ops.bipartite_match(x, 70))
 
 
 @settings(max_examples=15)
@@ -75,6 +76,8 @@ def test_attention(case: AttentionCase) -> None:
     size = case.size()
     check_threads(lambda: ops.class_attention(q, k, size, scale=case.scale, prefix=case.prefix))
     check_threads(lambda: ops.received_attention(q, k, size, scale=case.scale, prefix=case.prefix))
+    if case.tokens >= case.prefix + 3:
+        check_threads(lambda: ops.bipartite_match(k, 1 + (case.tokens - case.prefix - 2) // 3, prefix=case.prefix))
 
 
 @settings(max_examples=15)
@@ -148,10 +151,11 @@ def test_offsets_beyond_32_bits(far_apart: Tensor) -> None:
     for function in (
         lambda x: ops.sort_tokens(x, importance),
         lambda x: ops.prune_merge(x, importance, 3, 2, residual=x),
-        lambda x: ops.merge_reduce(x, dst, 2),
+        lambda x: ops.merge_reduce(x, dst, 2, residual=x),
         lambda x: ops.add_norm(x, x, norm),
         lambda x: torch.ops.diffrate.merge_reduce_backward(x, dst + 1),
         lambda x: ops.class_attention(x[:, None], x[:, None]),
+        lambda x: ops.bipartite_match(x[:, None], 1),
         lambda x: ops.received_attention(x[:, None], x[:, None]),
         lambda x: ops.prune_merge(torch.ones(1, 3, 2), x.transpose(1, 2)[:, :, :3], 2, 2),
         lambda x: ops.masked_attention(x[:, None], x[:, None], x[:, None], ones),
