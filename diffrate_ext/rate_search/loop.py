@@ -32,9 +32,13 @@ from .history import SearchHistory, StepRecord, kept_after
 from .processes import Processes
 from .rates import RateSearch, check_reachable, flops_loss
 from .settings import SearchSettings
+from .target import along_target
 
 # the last part of the key of a step's own random choices, such as dropout, beside the loader's
 _IN_THE_STEP = 1
+
+OFF_TARGET = 2e-3
+"""The share of the target that rates held there may be off it: a few tokens in one block."""
 
 Compute: TypeAlias = Callable[..., tuple[Tensor, ...]]
 Loader: TypeAlias = "Iterable[Batch] | Callable[[int], Iterable[Batch]]"
@@ -160,6 +164,8 @@ class _Search:
         )
         if settings.start == "uniform":
             rates.set_schedule(uniform_schedule(rates.model, target_gflops))
+        self._return_to_target()
+        self.direction = rates.tilt_direction()
         self.uncompressed = flops(rates.model) / 1e9
         stages = adapter_for(rates.model).stages
         tokens = tuple(stage.tokens for stage in stages for _ in stage.blocks)
@@ -288,7 +294,15 @@ class _Search:
         after_pruning, after_merging = kept_after(self.rates.schedule())
         lr = self.optimizer.param_groups[0]["lr"] = settings.lr_at(step)
         self.optimizer.step()
+        self._return_to_target()
         return StepRecord(step, loss, cost, accuracy, gflops, lr, after_pruning, after_merging)
+
+    def _return_to_target(self) -> None:
+        """Take back what a step, or the start, is off the target, where the search holds it."""
+        if self.settings.flops_loss == "none":
+            self.rates.project(self.target, OFF_TARGET)
+            for logits in self.logits.values():  # the last digits of a tilt may depend on the processor
+                self.processes.copy_first(logits)
 
     def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """A batch's images and its labels, which were checked while the host has them."""
@@ -320,11 +334,15 @@ class _Search:
             found = self.module(images).float()
         lesson, accuracy = self._lesson(found, labels, teacher)
         gflops = rates.gflops()
-        cost = flops_loss(gflops, self.target, self.uncompressed, settings.flops_weight, settings.flops_loss)
-        cost = with_flops * cost
+        held = settings.flops_loss == "none"
+        kind, weight = ("relative", 0.0) if held else (settings.flops_loss, settings.flops_weight)
+        cost = with_flops * flops_loss(gflops, self.target, self.uncompressed, weight, kind)
+        slopes = torch.autograd.grad(gflops, self.logits.values(), retain_graph=True) if held else ()
         (lesson + cost).backward()
 
         gradients = [p.grad for p in self.logits.values() if p.grad is not None]
+        if held:
+            gradients = along_target(gradients, slopes, self.direction)
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
         parts = (lesson, cost, accuracy, gflops, finite)
         return torch.stack([part.detach().double() for part in parts]), *gradients

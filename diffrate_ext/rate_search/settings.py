@@ -48,7 +48,7 @@ class SearchSettings:
     min_lr: float | None = None
     weight_decay: float = 0.0
     flops_weight: float = 5.0
-    flops_loss: Literal["relative", "absolute"] = "relative"
+    flops_loss: Literal["none", "relative", "absolute"] = "none"
     warmup_steps: int = 0
     soft_targets: bool = False
     amp: bool = False
@@ -66,7 +66,7 @@ class SearchSettings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise InputValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-        if self.flops_loss not in ("relative", "absolute"):
+        if self.flops_loss not in ("none", "relative", "absolute"):
             raise InputValueError(f"flops_loss must be 'relative' or 'absolute', got {self.flops_loss!r}")
         if self.start not in ("uniform", "zeros"):
             raise InputValueError(f"start must be 'uniform' or 'zeros', got {self.start!r}")
