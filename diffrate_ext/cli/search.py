@@ -83,14 +83,13 @@ def add_search_command(commands: Any) -> None:
     training.add_argument("--min-lr", type=amount, metavar="LR", help="last learning rate (default: a tenth of --lr)")
     training.add_argument("--weight-decay", type=amount, default=0.0, metavar="W", help="of AdamW (default: 0)")
     training.add_argument(
-        "--flops-weight", type=amount, default=5.0, metavar="W", help="of the FLOPs in the loss (default: 5)"
-    )
-    training.add_argument(
         "--flops-loss",
-        choices=("relative", "absolute"),
-        default="relative",
-        help="relative: to the model's FLOPs; absolute: in GFLOPs, as in the paper (default: relative)",
+        choices=("none", "relative", "absolute"),
+        default="none",
+        help="none: the rates are held at the target; else, as in the paper, a term in the loss draws them there: "
+        "relative to the model's FLOPs, or absolute, in GFLOPs (default: none)",
     )
+    training.add_argument("--flops-weight", type=amount, metavar="W", help="of the FLOPs in the loss (default: 5)")
     training.add_argument(
         "--warmup-steps", type=not_negative, default=0, metavar="N", help="first steps without FLOPs loss (default: 0)"
     )

@@ -77,8 +77,9 @@ def search(
 ) -> SearchResult:
     """Learn a schedule of ``target_gflops`` for a model from images.
 
-    Only the compression rates train; the model itself is left as it is. At the end the rates are shifted to the target,
-    which the search alone meets roughly, and the schedule is within 1 % of it or as near as the granularity lets it be.
+    Only the compression rates train; the model itself is left as it is. The rates are held at the target from the first
+    step on, or drawn there by a term in the loss (``settings.flops_loss``). At the end they are shifted to where the
+    schedule is nearest to it: within 1 %, or as near as the granularity lets it be.
 
     Where torch.distributed is initialised, the processes work together: each on its own batches, all towards the same
     rates; the first one reports, writes and evaluates.
@@ -299,7 +300,7 @@ class _Search:
 
     def _return_to_target(self) -> None:
         """Take back what a step, or the start, is off the target, where the search holds it."""
-        if self.settings.flops_loss == "none":
+        if self.settings.holds_target:
             self.rates.project(self.target, OFF_TARGET)
             for logits in self.logits.values():  # the last digits of a tilt may depend on the processor
                 self.processes.copy_first(logits)
@@ -334,9 +335,9 @@ class _Search:
             found = self.module(images).float()
         lesson, accuracy = self._lesson(found, labels, teacher)
         gflops = rates.gflops()
-        held = settings.flops_loss == "none"
-        kind, weight = ("relative", 0.0) if held else (settings.flops_loss, settings.flops_weight)
-        cost = with_flops * flops_loss(gflops, self.target, self.uncompressed, weight, kind)
+        kind = "absolute" if settings.flops_loss == "absolute" else "relative"
+        cost = with_flops * flops_loss(gflops, self.target, self.uncompressed, settings.weight_of_flops, kind)
+        held = settings.holds_target
         slopes = torch.autograd.grad(gflops, self.logits.values(), retain_graph=True) if held else ()
         (lesson + cost).backward()
 
