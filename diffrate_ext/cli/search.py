@@ -94,6 +94,13 @@ def add_search_command(commands: Any) -> None:
         "--warmup-steps", type=not_negative, default=0, metavar="N", help="first steps without FLOPs loss (default: 0)"
     )
     training.add_argument(
+        "--mask-gradient",
+        choices=("difference", "derivative"),
+        default="difference",
+        help="what a masked token is worth: what would change if it were there, or the derivative where it is not, as "
+        "in the paper (default: difference)",
+    )
+    training.add_argument(
         "--soft-targets",
         action=argparse.BooleanOptionalAction,
         help="learn what the uncompressed model says: needs no labels (default: no; embedded model, and models without "
@@ -237,6 +244,7 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> SearchSett
         flops_weight=arguments.flops_weight,
         flops_loss=arguments.flops_loss,
         warmup_steps=arguments.warmup_steps,
+        mask_gradient=arguments.mask_gradient,
         soft_targets=_choose(arguments, "soft_targets", False, True),
         amp=device.type == "cuda" if arguments.amp is None else arguments.amp,
         cuda_graph=arguments.cuda_graph,

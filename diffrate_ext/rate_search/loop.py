@@ -118,7 +118,7 @@ def search(
     settings = settings or SearchSettings()
     check_target(model, target_gflops, settings.granularity)
     plain = uncompressed_copy(model)  # shares the weights; its modules are those that change
-    rates = RateSearch(plain, settings.granularity)
+    rates = RateSearch(plain, settings.granularity, mask_gradient=settings.mask_gradient)
     try:
         run = _Search(rates, float(target_gflops), settings, None if output is None else SearchFolder(output))
         run.start({**(fingerprint or {}), **_model_fingerprint(plain)}, resume)

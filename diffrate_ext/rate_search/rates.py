@@ -44,6 +44,8 @@ class RateSearch(nn.Module):
         model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, uncompressed or compressed.
         granularity: the step between candidates, in patches.
         train_weights: train the model's weights too. By default they are frozen, and no gradient of theirs is computed.
+        mask_gradient: of a masked token, as for :func:`diffrate_ext.ops.masked_attention`: the paper's "derivative", or
+            "difference", which no token that would outshine all others drowns in noise.
 
     Attributes:
         model: the model.
@@ -58,8 +60,17 @@ class RateSearch(nn.Module):
 
     prune_logits: nn.Parameter | None
 
-    def __init__(self, model: nn.Module, granularity: int = 1, train_weights: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        granularity: int = 1,
+        train_weights: bool = False,
+        mask_gradient: Literal["difference", "derivative"] = "difference",
+    ) -> None:
         super().__init__()
+        if mask_gradient not in ("difference", "derivative"):
+            raise InputValueError(f"mask_gradient must be 'difference' or 'derivative', got {mask_gradient!r}")
+        self.mask_gradient = mask_gradient
         if isinstance(granularity, bool) or not isinstance(granularity, int):
             raise InputTypeError(f"granularity must be an int, got {type(granularity).__name__}")
         if granularity < 1:
@@ -278,21 +289,22 @@ class RateSearch(nn.Module):
     def _mask_steps(self, index: int) -> list[NewStep]:
         """The search step at the current rates."""
         rules, stage = self._adapter.rules, self._adapter.stages[index]
+        mask = partial(MaskTokens, rules, mask_gradient=self.mask_gradient)
         if index != self._stage_index:
-            return [partial(MaskTokens, rules, None) for _ in stage.blocks]
+            return [partial(mask, None) for _ in stage.blocks]
         kept, keep_prob = self._kept()
         if kept.device.type == "cpu":  # elsewhere looking would stop the stream
             _check_finite(kept)
         steps: list[NewStep] = []
         for row, prob in zip(self._rows(index, stage, kept), self._rows(index, stage, keep_prob), strict=True):
             if row is None or prob is None:
-                steps.append(partial(MaskTokens, rules, None))
+                steps.append(partial(mask, None))
             elif self._adapter.prunes:
-                steps.append(partial(MaskTokens, rules, BlockRates(prob[0], prob[1], row[0], row[1])))
+                steps.append(partial(mask, BlockRates(prob[0], prob[1], row[0], row[1])))
             else:  # pruning to all tokens prunes nothing
                 everything = row.new_full((), stage.tokens)
                 rates = BlockRates(torch.ones_like(prob[0]), prob[0], everything, row[0])
-                steps.append(partial(MaskTokens, rules, rates))
+                steps.append(partial(mask, rates))
         return steps
 
     def _release(self) -> None:

@@ -17,8 +17,8 @@ LR_CAP = 0.15
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How to search. But for ``start`` and ``flops_loss``, the defaults are the paper's (section 4), for any model and
-    number of steps.
+    """How to search. But for ``start``, ``flops_loss`` and ``mask_gradient``, the defaults are the paper's (section 4),
+    for any model and number of steps.
 
     Attributes:
         steps: batches to train on.
@@ -32,6 +32,8 @@ class SearchSettings:
             :meth:`RateSearch.flops_loss`; a search ends some per cent off, and is shifted once, at its end.
         flops_weight: weight of that term. None: 5, as in the paper.
         warmup_steps: so many first steps go without that term.
+        mask_gradient: what a masked token is worth, as for :class:`RateSearch`: "difference", or the paper's
+            "derivative", whose noise takes over where attention is sharp.
         soft_targets: learn from what the uncompressed model says about an image instead of from its label; where it has
             no classes, from its features.
         amp: compute in bfloat16 where torch's autocast does.
@@ -54,6 +56,7 @@ class SearchSettings:
     flops_loss: Literal["none", "relative", "absolute"] = "none"
     flops_weight: float | None = None
     warmup_steps: int = 0
+    mask_gradient: Literal["difference", "derivative"] = "difference"
     soft_targets: bool = False
     amp: bool = False
     cuda_graph: bool = False
@@ -77,6 +80,8 @@ class SearchSettings:
                 "flops_weight and warmup_steps are about a FLOPs term in the loss, and there is none: "
                 "choose flops_loss='relative' or 'absolute'"
             )
+        if self.mask_gradient not in ("difference", "derivative"):
+            raise InputValueError(f"mask_gradient must be 'difference' or 'derivative', got {self.mask_gradient!r}")
         if self.start not in ("uniform", "zeros"):
             raise InputValueError(f"start must be 'uniform' or 'zeros', got {self.start!r}")
         if self.first_lr < self.last_lr:

@@ -252,6 +252,7 @@ def test_the_default_learning_rate_is_capped():
         ({"flops_weight": math.inf}, "flops_weight"),
         ({"flops_weight": 5.0}, "there is none: choose flops_loss='relative' or 'absolute'"),
         ({"warmup_steps": 1}, "there is none"),
+        ({"mask_gradient": "slope"}, "'difference' or 'derivative', got 'slope'"),
         ({"lr": 0.1, "min_lr": 0.2}, "min_lr must not be above lr, got 0.2 and 0.1"),
         ({"flops_loss": "cubic"}, "'none', 'relative' or 'absolute', got 'cubic'"),
     ],
