@@ -108,9 +108,10 @@ def add_search_command(commands: Any) -> None:
     )
     training.add_argument(
         "--start",
-        choices=("uniform", "zeros"),
-        default="uniform",
-        help="first rates: the uniform rule's at the target, or all logits 0, as in the paper (default: uniform)",
+        choices=("best", "uniform", "zeros"),
+        default="best",
+        help="first rates: the best of four simple schedules on the first batches, the uniform schedule, or all logits "
+        "0, as in the paper (default: best)",
     )
     training.add_argument(
         "--granularity", type=positive, default=1, metavar="N", help="step of the kept numbers, in patches (default: 1)"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from os import PathLike
 from typing import Any, TypeAlias
 
@@ -32,6 +33,7 @@ from .history import SearchHistory, StepRecord, kept_after
 from .processes import Processes
 from .rates import RateSearch, check_reachable, flops_loss
 from .settings import SearchSettings
+from .start import simple_schedules
 from .target import along_target
 
 # the last part of the key of a step's own random choices, such as dropout, beside the loader's
@@ -39,6 +41,9 @@ _IN_THE_STEP = 1
 
 OFF_TARGET = 2e-3
 """The share of the target that rates held there may be off it: a few tokens in one block."""
+
+START_BATCHES = 4
+"""So many batches choose among the simple schedules to start from."""
 
 Compute: TypeAlias = Callable[..., tuple[Tensor, ...]]
 Loader: TypeAlias = "Iterable[Batch] | Callable[[int], Iterable[Batch]]"
@@ -214,7 +219,12 @@ class _Search:
         if self.settings.cuda_graph:  # not of self, which it refers to: its memory is to be free after the last step
             compute = Replayed(self._compute, partial(record_cuda_graph, self.device))
         try:
-            for batch in self._batches(loader):
+            batches = self._batches(loader)
+            if self.step == 0 and self.settings.start == "best":
+                first = list(islice(batches, START_BATCHES))
+                self._choose_start(first)
+                batches = chain(first, batches)
+            for batch in batches:
                 record = self._train(batch, compute)
                 if self.history.wants(self.step):
                     self.history = self.history.with_record(record)
@@ -298,6 +308,19 @@ class _Search:
         self._return_to_target()
         return StepRecord(step, loss, cost, accuracy, gflops, lr, after_pruning, after_merging)
 
+    @torch.no_grad()
+    def _choose_start(self, batches: Sequence[Batch]) -> None:
+        """Start from the simple schedule of the least loss on these batches, which then train, too."""
+        self.rates.eval()
+        placed = [self._on_device(batch) for batch in batches]
+        schedules, losses = list(simple_schedules(self.rates.model, self.target)), []
+        for schedule in schedules:
+            self.rates.set_schedule(schedule)
+            losses.append(torch.stack([self._answer_to(images, labels)[0] for images, labels in placed]).mean())
+        means = self.processes.mean(torch.stack(losses)).tolist()
+        self.rates.set_schedule(schedules[means.index(min(means))])
+        self._return_to_target()
+
     def _return_to_target(self) -> None:
         """Take back what a step, or the start, is off the target, where the search holds it."""
         if self.settings.holds_target:
@@ -330,10 +353,7 @@ class _Search:
         """
         settings, rates = self.settings, self.rates
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.amp):
-            teacher = self._teacher(images) if settings.soft_targets else None
-            found = self.module(images).float()
-        lesson, accuracy = self._lesson(found, labels, teacher)
+        lesson, accuracy = self._answer_to(images, labels)
         gflops = rates.gflops()
         kind = "absolute" if settings.flops_loss == "absolute" else "relative"
         cost = with_flops * flops_loss(gflops, self.target, self.uncompressed, settings.weight_of_flops, kind)
@@ -347,6 +367,13 @@ class _Search:
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
         parts = (lesson, cost, accuracy, gflops, finite)
         return torch.stack([part.detach().double() for part in parts]), *gradients
+
+    def _answer_to(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss, and how much is right, of what the model says of images at the current rates."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
+            teacher = self._teacher(images) if self.settings.soft_targets else None
+            found = self.module(images).float()
+        return self._lesson(found, labels, teacher)
 
     def _lesson(self, found: Tensor, labels: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
         """The loss of what the model says, and how much of it is right; of features 1 - cosine, and the cosine."""

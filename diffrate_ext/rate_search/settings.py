@@ -39,8 +39,10 @@ class SearchSettings:
         amp: compute in bfloat16 where torch's autocast does.
         cuda_graph: replay the step from a CUDA graph, to the same result: faster where the host limits the search. The
             memory of a step stays taken. For one process on one GPU, and models without hooks.
-        start: where the rates start: "uniform", at the :func:`uniform_schedule` of the target, from which some 100
-            steps lead to a good schedule; "zeros", with all logits 0 as in the paper, which takes thousands.
+        start: where the rates start: "best", at the best of four simple schedules by the loss on the first batches; the
+            same number of tokens or the same share of them goes in each block, and half of it or nothing is pruned.
+            "uniform", at one of these, the :func:`uniform_schedule` of the target. "zeros", with all logits 0 as in the
+            paper, which takes thousands of steps.
         granularity: the step between the numbers of patches that a block may keep.
         seed: of all random choices, the loader's included as far as they come from the generators of torch, numpy and
             ``random`` in this process.
@@ -60,7 +62,7 @@ class SearchSettings:
     soft_targets: bool = False
     amp: bool = False
     cuda_graph: bool = False
-    start: Literal["uniform", "zeros"] = "uniform"
+    start: Literal["best", "uniform", "zeros"] = "best"
     granularity: int = 1
     seed: int = 0
 
@@ -82,8 +84,8 @@ class SearchSettings:
             )
         if self.mask_gradient not in ("difference", "derivative"):
             raise InputValueError(f"mask_gradient must be 'difference' or 'derivative', got {self.mask_gradient!r}")
-        if self.start not in ("uniform", "zeros"):
-            raise InputValueError(f"start must be 'uniform' or 'zeros', got {self.start!r}")
+        if self.start not in ("best", "uniform", "zeros"):
+            raise InputValueError(f"start must be 'best', 'uniform' or 'zeros', got {self.start!r}")
         if self.first_lr < self.last_lr:
             raise InputValueError(f"min_lr must not be above lr, got {self.last_lr:g} and {self.first_lr:g}")
 

@@ -474,7 +474,7 @@ def test_starts_at_the_uniform_schedule():
     model = plain_model()
     uniform = uniform_schedule(model, gflops_of(model, 0.8))
     record = quick(
-        model, tiny_batches(), 0.8, settings=SearchSettings(steps=3, lr=0.3, flops_loss="relative")
+        model, tiny_batches(), 0.8, settings=SearchSettings(steps=3, lr=0.3, flops_loss="relative", start="uniform")
     ).history.records[0]
     assert (record.after_pruning, record.after_merging) == (uniform.after_pruning, uniform.after_merging)
     zeros = quick(model, tiny_batches(), 0.8).history.records[0]
@@ -487,5 +487,5 @@ def test_second_moments_forget_within_the_search(steps, expected):
 
 
 def test_start_is_checked():
-    with pytest.raises(ValueError, match="start must be 'uniform' or 'zeros', got 'ones'"):
+    with pytest.raises(ValueError, match="start must be 'best', 'uniform' or 'zeros', got 'ones'"):
         SearchSettings(start="ones")

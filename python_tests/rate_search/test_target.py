@@ -48,7 +48,12 @@ def test_other_models(kind: str) -> None:
 def test_the_first_update(mask_gradient: Any, tmp_path: Any) -> None:
     """Adam gets the gradient of the loss less the FLOPs at the price that leaves a tilt nothing to gain."""
     model, (images, labels) = plain_model(), tiny_batches()[0]
-    quick(model, [(images, labels)], settings=SearchSettings(1, lr=0.1, mask_gradient=mask_gradient), output=tmp_path)
+    quick(
+        model,
+        [(images, labels)],
+        settings=SearchSettings(1, lr=0.1, start="uniform", mask_gradient=mask_gradient),
+        output=tmp_path,
+    )
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
     found = torch.stack([state[i]["exp_avg"] for i in range(2)]) / 0.1
 
