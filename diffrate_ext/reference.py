@@ -234,11 +234,13 @@ def masked_attention(
     scale: float | None = None,
     prefix: int = 1,
     importance_from: str = "class",
+    mask_gradient: str = "derivative",
 ) -> tuple[Tensor, Tensor]:
     """Attention of the search step, in which a masked token is visible only to itself (section 3 of the paper).
 
     ``P_ij = M_j + (1 - M_j) [i = j]``, ``A_ij = (e_ij P_ij + eps/N) / (sum_l e_il P_il + eps)``. Attention received
-    is the mean over the queries that are not masked, as at inference there are no others.
+    is the mean over the queries that are not masked, as at inference there are no others. The mask's gradient has the
+    weights ``e_ij / Z_i``, Z the sum below, or as a "difference" ``e_ij / (Z_i + (1 - M_j) e_ij)``.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype, tokens = wide_dtype(q), q.shape[2]
@@ -247,7 +249,13 @@ def masked_attention(
         logits = logits + size.detach().to(dtype).clamp_min(TINY).log()[:, None, None]
     e = (logits - logits.detach().amax(-1, keepdim=True)).exp()
     mask = mask.to(dtype)[:, None, None]
-    seen = e * (mask + (1 - mask) * torch.eye(tokens, dtype=dtype, device=q.device))
+    own = torch.eye(tokens, dtype=dtype, device=q.device)
+    visible = mask + (1 - mask) * own
+    if mask_gradient == "difference":
+        z = (e * visible).sum(-1, keepdim=True) + MASKED_EPSILON
+        weaker = (z / (z + (1 - mask) * e)).detach()
+        visible = visible.detach() + weaker * (visible - visible.detach())
+    seen = e * visible
     attn = (seen + MASKED_EPSILON / tokens) / (seen.sum(-1, keepdim=True) + MASKED_EPSILON)
     out = (attn @ v.to(dtype)).to(v.dtype)
     attn = attn.detach()

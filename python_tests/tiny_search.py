@@ -141,9 +141,8 @@ def plain_model(**changes):
 
 
 def quick(model, loader, share: float = 0.6, *, settings=None, **options):
-    return search(
-        model, loader, gflops_of(model, share), settings or SearchSettings(steps=3, lr=0.3, start="zeros"), **options
-    )
+    settings = settings or SearchSettings(steps=3, lr=0.3, start="zeros", flops_loss="relative")
+    return search(model, loader, gflops_of(model, share), settings, **options)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,7 @@ struct AttentionArgs {
   Heads grad;        // of out; masked_attention_backward alone uses this and what follows
   void *grad_q, *grad_k, *grad_v;
   void* grad_mask;  // (B, N)
+  bool difference;  // grad_mask is what would change if a masked token were there, not the derivative where it is not
 };
 
 struct CompressionRateArgs {  // L proxies over K candidates; all arrays contiguous, of one type

@@ -180,14 +180,15 @@ struct MaskedAttention {
       product_sum += seen * g;
       grad_sum += g;  // zero in the padding
     }
-    W hidden = own * (1 - own_mask);  // what a token sees of itself beside what its mask lets through
-    W inverse = 1 / (sum(seen_sum) + hidden + W(kMaskedEpsilon));
-    W delta = (sum(product_sum) + hidden * grad[query] + floor * sum(grad_sum)) * inverse;
+    W itself = own * (1 - own_mask);  // what a token sees of itself beside what its mask lets through
+    W inverse = 1 / (sum(seen_sum) + itself + W(kMaskedEpsilon));
+    W delta = (sum(product_sum) + itself * grad[query] + floor * sum(grad_sum)) * inverse;
     W own_grad = own * (grad[query] - delta) * inverse, before = grad_mask[query];
+    const W hidden = a.difference ? inverse : W(0);  // a masked token that came back would add to the sum, too
     for (int64_t j = 0; j < length; j += kLanes<W>) {
       Vec<W> exponential = load(e + j), shown = load(mask + j);
       Vec<W> to_mask = exponential * (load(grad + j) - delta) * inverse;
-      store(grad_mask + j, load(grad_mask + j) + to_mask);
+      store(grad_mask + j, load(grad_mask + j) + to_mask / (1 + exponential * (1 - shown) * hidden));
       store(grad + j, to_mask * shown);
       store(e + j, (exponential * shown + floor) * inverse);
     }

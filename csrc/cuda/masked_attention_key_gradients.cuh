@@ -82,13 +82,15 @@ struct KeyPass {
 
   // What a lane holds of its rows: read at the start, and summed up.
   struct State {
-    OfRows bias, mask, grad_mask = {};
+    OfRows bias, mask, returning, grad_mask = {};
     Gradient grad_k = {}, grad_v = {};
   };
   __device__ __forceinline__ void read_own(State& rows) const {
     for_rows<S::kRows>([&](int r, int h) {
       rows.bias[r][h] = bias_of_key<W>(a.size, at.image, at.token(r, h), a.tokens);
       rows.mask[r][h] = mask_of_key<W>(a.mask, at.image, at.token(r, h), a.tokens);
+      // a masked key that came back would add to Z, too
+      rows.returning[r][h] = a.difference ? (1 - rows.mask[r][h]) / attention_unit : W(0);
     });
   }
 
@@ -104,7 +106,8 @@ struct KeyPass {
       W x = change[r][n][i] * query.gradient - query.delta;
       bool itself = n * 8 + i % 2 == own[r][i / 2];
       W seen = itself ? e : e * rows.mask[r][i / 2];
-      if (!itself) rows.grad_mask[r][i / 2] += e * x;  // what a token sees of itself is no matter of its mask
+      // what a token sees of itself is no matter of its mask
+      if (!itself) rows.grad_mask[r][i / 2] += e * x / (1 + e * query.attention * rows.returning[r][i / 2]);
       change[r][n][i] = seen * x;
       logits[r][n][i] = seen * query.attention + floor * query.attention;
     });

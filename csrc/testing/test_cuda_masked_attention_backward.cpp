@@ -81,9 +81,11 @@ struct Expected {
             delta_terms += attention(j) * change_terms[j];
           }
           for (int64_t j = 0; j < n; ++j) {
-            double to_mask = e[j] * (change[j] - delta) / total, to_logit = to_mask * visible(j);
+            double slope = e[j] * (change[j] - delta) / total, to_logit = slope * visible(j);
             double mask_terms = e[j] / total * (change_terms[j] + delta_terms) * uncertainty;
-            if (i != j) add(values.mask[b * n + j], to_mask, allowed.mask[b * n + j], wide * mask_terms);
+            double weaker = a.difference ? total / (total + (1 - visible(j)) * e[j]) : 1;
+            if (i != j)
+              add(values.mask[b * n + j], weaker * slope, allowed.mask[b * n + j], wide * weaker * mask_terms);
             auto add_to = [&](int result, int64_t row, int64_t c, double term, double error) {
               int64_t at = ((b * n + row) * a.heads + h) * a.head_dim + c;
               add(values.features[result][at], term, allowed.features[result][at], error);
@@ -134,7 +136,9 @@ struct Expected {
 template <class T>
 void test(const Case& c, unsigned seed) {
   Inputs<T> inputs(c, seed);
-  const std::string name = "type " + std::to_string(int(kType<T>)) + ", " + c.name();
+  inputs.args.difference = seed / 4 % 2 == 1;
+  const std::string name = "type " + std::to_string(int(kType<T>)) + ", " + c.name() +
+                           (inputs.args.difference ? ", as a difference" : "");
   Expected<T> expected(inputs);
   auto results = run<T>(inputs.args, kSchedules[seed % 3]);
   expected.check_near(results, name);

@@ -83,16 +83,22 @@ def add_search_command(commands: Any) -> None:
     training.add_argument("--min-lr", type=amount, metavar="LR", help="last learning rate (default: a tenth of --lr)")
     training.add_argument("--weight-decay", type=amount, default=0.0, metavar="W", help="of AdamW (default: 0)")
     training.add_argument(
-        "--flops-weight", type=amount, default=5.0, metavar="W", help="of the FLOPs in the loss (default: 5)"
-    )
-    training.add_argument(
         "--flops-loss",
-        choices=("relative", "absolute"),
-        default="relative",
-        help="relative: to the model's FLOPs; absolute: in GFLOPs, as in the paper (default: relative)",
+        choices=("none", "relative", "absolute"),
+        default="none",
+        help="none: the rates are held at the target; else, as in the paper, a term in the loss draws them there: "
+        "relative to the model's FLOPs, or absolute, in GFLOPs (default: none)",
     )
+    training.add_argument("--flops-weight", type=amount, metavar="W", help="of the FLOPs in the loss (default: 5)")
     training.add_argument(
         "--warmup-steps", type=not_negative, default=0, metavar="N", help="first steps without FLOPs loss (default: 0)"
+    )
+    training.add_argument(
+        "--mask-gradient",
+        choices=("difference", "derivative"),
+        default="difference",
+        help="what a masked token is worth: what would change if it were there, or the derivative where it is not, as "
+        "in the paper (default: difference)",
     )
     training.add_argument(
         "--soft-targets",
@@ -102,9 +108,10 @@ def add_search_command(commands: Any) -> None:
     )
     training.add_argument(
         "--start",
-        choices=("uniform", "zeros"),
-        default="uniform",
-        help="first rates: the uniform rule's at the target, or all logits 0, as in the paper (default: uniform)",
+        choices=("best", "uniform", "zeros"),
+        default="best",
+        help="first rates: the best of four simple schedules on the first batches, the uniform schedule, or all logits "
+        "0, as in the paper (default: best)",
     )
     training.add_argument(
         "--granularity", type=positive, default=1, metavar="N", help="step of the kept numbers, in patches (default: 1)"
@@ -238,6 +245,7 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> SearchSett
         flops_weight=arguments.flops_weight,
         flops_loss=arguments.flops_loss,
         warmup_steps=arguments.warmup_steps,
+        mask_gradient=arguments.mask_gradient,
         soft_targets=_choose(arguments, "soft_targets", False, True),
         amp=device.type == "cuda" if arguments.amp is None else arguments.amp,
         cuda_graph=arguments.cuda_graph,

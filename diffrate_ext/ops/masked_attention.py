@@ -21,6 +21,7 @@ def masked_attention(
     scale: float | None = None,
     prefix: int = 1,
     importance_from: Literal["class", "received"] = "class",
+    mask_gradient: Literal["derivative", "difference"] = "derivative",
 ) -> tuple[Tensor, Tensor]:
     """Attention of the search step, in which a masked token is visible only to itself.
 
@@ -37,6 +38,10 @@ def masked_attention(
         prefix: P.
         importance_from: ``"class"``, the class token's attention, or ``"received"``, the mean over the queries that are
             not masked.
+        mask_gradient: of a masked token. ``"derivative"``, the paper's, weighs it with ``e_ij / Z_i``, where Z leaves
+            it out: without bound where it would outshine all others. ``"difference"`` weighs it with
+            ``e_ij / (Z_i + e_ij)``, the attention that it would get: what would change if it were there. Tokens that
+            are there get the derivative.
 
     Returns:
         out (B, H, N, D) over (B, N, H, D) memory, and importance (B, N-P) float32 (float64 for float64 input).
@@ -47,13 +52,14 @@ def masked_attention(
         InputValueError, InputTypeError: an argument has another shape, dtype or device, or too many channels.
     """
     check_choice("importance_from", importance_from, ("class", "received"))
+    check_choice("mask_gradient", mask_gradient, ("derivative", "difference"))
     size, scale, prefix = check_queries(q, k, size, scale, prefix)
     if importance_from == "class":
         check_class_token(prefix)
     check_values(v, q)
     check_fits_cuda_kernels(q)
     mask = check_wide_vector("mask", mask, q, "q", (q.shape[0], q.shape[2]))
-    return torch.ops.diffrate.masked_attention(q, k, v, mask, size, scale, prefix, importance_from)
+    return torch.ops.diffrate.masked_attention(q, k, v, mask, size, scale, prefix, importance_from, mask_gradient)
 
 
 @torch.library.register_fake("diffrate::masked_attention")
@@ -66,26 +72,34 @@ def _(
     scale: float,
     prefix: int = 1,
     importance_from: str = "class",
+    mask_gradient: str = "derivative",
 ) -> tuple[Tensor, Tensor]:
     return empty_heads(q), q.new_empty((q.shape[0], q.shape[2] - prefix), dtype=wide_dtype(q))
 
 
 @torch.library.register_fake("diffrate::masked_attention_backward")
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, size: Tensor | None, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    size: Tensor | None,
+    scale: float,
+    mask_gradient: str = "derivative",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return empty_heads(q), empty_heads(q), empty_heads(q), mask.new_empty(mask.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, size, ctx.scale, *_ = inputs
+    q, k, v, mask, size, ctx.scale, _, _, ctx.mask_gradient = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, mask, size)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
-    gradients = torch.ops.diffrate.masked_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
-    return (*gradients, None, None, None, None)
+    gradients = torch.ops.diffrate.masked_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.mask_gradient)
+    return (*gradients, None, None, None, None, None)
 
 
 torch.library.register_autograd("diffrate::masked_attention", _backward, setup_context=_setup_context)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from os import PathLike
 from typing import Any, TypeAlias
 
@@ -32,9 +33,17 @@ from .history import SearchHistory, StepRecord, kept_after
 from .processes import Processes
 from .rates import RateSearch, check_reachable, flops_loss
 from .settings import SearchSettings
+from .start import simple_schedules
+from .target import along_target
 
 # the last part of the key of a step's own random choices, such as dropout, beside the loader's
 _IN_THE_STEP = 1
+
+OFF_TARGET = 2e-3
+"""The share of the target that rates held there may be off it: a few tokens in one block."""
+
+START_BATCHES = 4
+"""So many batches choose among the simple schedules to start from."""
 
 Compute: TypeAlias = Callable[..., tuple[Tensor, ...]]
 Loader: TypeAlias = "Iterable[Batch] | Callable[[int], Iterable[Batch]]"
@@ -73,8 +82,9 @@ def search(
 ) -> SearchResult:
     """Learn a schedule of ``target_gflops`` for a model from images.
 
-    Only the compression rates train; the model itself is left as it is. At the end the rates are shifted to the target,
-    which the search alone meets roughly, and the schedule is within 1 % of it or as near as the granularity lets it be.
+    Only the compression rates train; the model itself is left as it is. The rates are held at the target from the first
+    step on, or drawn there by a term in the loss (``settings.flops_loss``). At the end they are shifted to where the
+    schedule is nearest to it: within 1 %, or as near as the granularity lets it be.
 
     Where torch.distributed is initialised, the processes work together: each on its own batches, all towards the same
     rates; the first one reports, writes and evaluates.
@@ -113,7 +123,7 @@ def search(
     settings = settings or SearchSettings()
     check_target(model, target_gflops, settings.granularity)
     plain = uncompressed_copy(model)  # shares the weights; its modules are those that change
-    rates = RateSearch(plain, settings.granularity)
+    rates = RateSearch(plain, settings.granularity, mask_gradient=settings.mask_gradient)
     try:
         run = _Search(rates, float(target_gflops), settings, None if output is None else SearchFolder(output))
         run.start({**(fingerprint or {}), **_model_fingerprint(plain)}, resume)
@@ -160,6 +170,8 @@ class _Search:
         )
         if settings.start == "uniform":
             rates.set_schedule(uniform_schedule(rates.model, target_gflops))
+        self._return_to_target()
+        self.direction = rates.tilt_direction()
         self.uncompressed = flops(rates.model) / 1e9
         stages = adapter_for(rates.model).stages
         tokens = tuple(stage.tokens for stage in stages for _ in stage.blocks)
@@ -207,7 +219,12 @@ class _Search:
         if self.settings.cuda_graph:  # not of self, which it refers to: its memory is to be free after the last step
             compute = Replayed(self._compute, partial(record_cuda_graph, self.device))
         try:
-            for batch in self._batches(loader):
+            batches = self._batches(loader)
+            if self.step == 0 and self.settings.start == "best":
+                first = list(islice(batches, START_BATCHES))
+                self._choose_start(first)
+                batches = chain(first, batches)
+            for batch in batches:
                 record = self._train(batch, compute)
                 if self.history.wants(self.step):
                     self.history = self.history.with_record(record)
@@ -288,7 +305,28 @@ class _Search:
         after_pruning, after_merging = kept_after(self.rates.schedule())
         lr = self.optimizer.param_groups[0]["lr"] = settings.lr_at(step)
         self.optimizer.step()
+        self._return_to_target()
         return StepRecord(step, loss, cost, accuracy, gflops, lr, after_pruning, after_merging)
+
+    @torch.no_grad()
+    def _choose_start(self, batches: Sequence[Batch]) -> None:
+        """Start from the simple schedule of the least loss on these batches, which then train, too."""
+        self.rates.eval()
+        placed = [self._on_device(batch) for batch in batches]
+        schedules, losses = list(simple_schedules(self.rates.model, self.target)), []
+        for schedule in schedules:
+            self.rates.set_schedule(schedule)
+            losses.append(torch.stack([self._answer_to(images, labels)[0] for images, labels in placed]).mean())
+        means = self.processes.mean(torch.stack(losses)).tolist()
+        self.rates.set_schedule(schedules[means.index(min(means))])
+        self._return_to_target()
+
+    def _return_to_target(self) -> None:
+        """Take back what a step, or the start, is off the target, where the search holds it."""
+        if self.settings.holds_target:
+            self.rates.project(self.target, OFF_TARGET)
+            for logits in self.logits.values():  # the last digits of a tilt may depend on the processor
+                self.processes.copy_first(logits)
 
     def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """A batch's images and its labels, which were checked while the host has them."""
@@ -315,19 +353,27 @@ class _Search:
         """
         settings, rates = self.settings, self.rates
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.amp):
-            teacher = self._teacher(images) if settings.soft_targets else None
-            found = self.module(images).float()
-        lesson, accuracy = self._lesson(found, labels, teacher)
+        lesson, accuracy = self._answer_to(images, labels)
         gflops = rates.gflops()
-        cost = flops_loss(gflops, self.target, self.uncompressed, settings.flops_weight, settings.flops_loss)
-        cost = with_flops * cost
+        kind = "absolute" if settings.flops_loss == "absolute" else "relative"
+        cost = with_flops * flops_loss(gflops, self.target, self.uncompressed, settings.weight_of_flops, kind)
+        held = settings.holds_target
+        slopes = torch.autograd.grad(gflops, self.logits.values(), retain_graph=True) if held else ()
         (lesson + cost).backward()
 
         gradients = [p.grad for p in self.logits.values() if p.grad is not None]
+        if held:
+            gradients = along_target(gradients, slopes, self.direction)
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
         parts = (lesson, cost, accuracy, gflops, finite)
         return torch.stack([part.detach().double() for part in parts]), *gradients
+
+    def _answer_to(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss, and how much is right, of what the model says of images at the current rates."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
+            teacher = self._teacher(images) if self.settings.soft_targets else None
+            found = self.module(images).float()
+        return self._lesson(found, labels, teacher)
 
     def _lesson(self, found: Tensor, labels: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
         """The loss of what the model says, and how much of it is right; of features 1 - cosine, and the cosine."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +29,14 @@ class MaskTokens(Step):
 
     importance: Tensor | None
 
-    def __init__(self, rules: TokenRules, rates: BlockRates | None, before: TokenState) -> None:
-        self.rules, self.rates, self.before = rules, rates, before
+    def __init__(
+        self,
+        rules: TokenRules,
+        rates: BlockRates | None,
+        before: TokenState,
+        mask_gradient: Literal["derivative", "difference"] = "derivative",
+    ) -> None:
+        self.rules, self.rates, self.before, self.mask_gradient = rules, rates, before, mask_gradient
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         rules, state = self.rules, self.before.on(q.device)
@@ -43,6 +50,7 @@ class MaskTokens(Step):
                 scale=scale,
                 prefix=rules.prefix,
                 importance_from=rules.importance_from,
+                mask_gradient=self.mask_gradient,
             )
             return out
         # nothing is masked yet: fused attention computes the same

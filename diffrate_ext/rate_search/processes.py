@@ -48,6 +48,11 @@ class Processes:
             values = values / self.world
         return values
 
+    def copy_first(self, values: Tensor) -> None:
+        """Replace ``values`` by those of the first process."""
+        if self.world > 1:
+            dist.broadcast(values.detach(), 0)
+
     def from_first(self, function: Callable[[], Result]) -> Result:
         """Call ``function`` in the first process alone; every process gets its result, or raises what it raised."""
         if self.world == 1:

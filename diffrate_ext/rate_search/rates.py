@@ -20,6 +20,7 @@ from ..models.compressed import NewStep, Plan
 from ..numeric import rate_candidates
 from ..schedule import Schedule
 from .masking import BlockRates, MaskTokens
+from .target import nearest_tilt
 
 START_WIDTH = 0.05
 """Of the patches: the standard deviation of a distribution to search from."""
@@ -43,6 +44,8 @@ class RateSearch(nn.Module):
         model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, uncompressed or compressed.
         granularity: the step between candidates, in patches.
         train_weights: train the model's weights too. By default they are frozen, and no gradient of theirs is computed.
+        mask_gradient: of a masked token, as for :func:`diffrate_ext.ops.masked_attention`: the paper's "derivative", or
+            "difference", which no token that would outshine all others drowns in noise.
 
     Attributes:
         model: the model.
@@ -57,8 +60,17 @@ class RateSearch(nn.Module):
 
     prune_logits: nn.Parameter | None
 
-    def __init__(self, model: nn.Module, granularity: int = 1, train_weights: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        granularity: int = 1,
+        train_weights: bool = False,
+        mask_gradient: Literal["difference", "derivative"] = "difference",
+    ) -> None:
         super().__init__()
+        if mask_gradient not in ("difference", "derivative"):
+            raise InputValueError(f"mask_gradient must be 'difference' or 'derivative', got {mask_gradient!r}")
+        self.mask_gradient = mask_gradient
         if isinstance(granularity, bool) or not isinstance(granularity, int):
             raise InputTypeError(f"granularity must be an int, got {type(granularity).__name__}")
         if granularity < 1:
@@ -126,22 +138,11 @@ class RateSearch(nn.Module):
         Raises:
             DivergedError: the logits hold NaN or infinity.
         """
-        kept = self._kept()[0].detach().cpu()
-        _check_finite(kept)
-        kept = kept.round().long()
-        after_pruning: list[int] = []
-        after_merging: list[int] = []
         stages = self._adapter.stages
-        for index, stage in enumerate(stages):
-            left = stage.tokens
-            for row in self._rows(index, stage, kept):
-                pruned, merged = (left, left) if row is None else (int(row[0]), int(row[-1]))
-                after_pruning.append(min(left, pruned))
-                left = min(left, pruned, merged)
-                after_merging.append(left)
+        numbers = [pair for row in self._numbers(self._kept()[0], stages) for pair in row]
         return Schedule(
-            after_pruning if self._adapter.prunes else None,
-            after_merging,
+            [pruned for pruned, _ in numbers] if self._adapter.prunes else None,
+            [merged for _, merged in numbers],
             prefix=self.prefix,
             grid=stages[0].grid,
             model=self._adapter.name,
@@ -194,39 +195,39 @@ class RateSearch(nn.Module):
             logits.copy_(bell - bell.amax(-1, keepdim=True))
 
     @torch.no_grad()
-    def project(self, gflops: float) -> None:
+    def project(self, gflops: float, tolerance: float = 0.0) -> None:
         """Shift the rates so that :meth:`schedule` takes so many GFLOPs, as nearly as whole tokens allow.
 
         Every distribution over candidates is tilted by the same factor per patch, ``p_k ~ exp(logit_k + tilt * c_k)``:
         where the search was sure, little moves.
+
+        Args:
+            gflops: multiply-accumulates of one image, in units of 1e9.
+            tolerance: the share of ``gflops`` that it may be off: the first tilt that is near enough is taken, none
+                where the rates are near enough as they are.
 
         Raises:
             InputValueError: no rates lead there.
             DivergedError: the logits hold NaN or infinity.
         """
         check_reachable(self, gflops)
-        proxies = self._proxies()
-        found = [logits.clone() for logits in proxies]
-        candidates = torch.tensor(rate_candidates(self.n_patches, self.granularity), device=proxies[0].device)
-        offset = (candidates / self.n_patches).to(proxies[0].dtype)  # rising tilt: more tokens
+        found = torch.stack(self._proxies(), dim=1).cpu()  # once: each tilt that is tried would stop the stream
+        direction = self.tilt_direction().cpu()
+        stages, cost = self._adapter.stages, self._adapter.cost
 
         def error(tilt: float) -> float:
-            for logits, start in zip(proxies, found, strict=True):
-                logits.copy_(start + tilt * offset)
-            return flops(self.model, self.schedule()) / 1e9 - gflops
+            numbers = self._numbers(self._kept(found + tilt * direction)[0], stages)
+            return cost.total([[merged for _, merged in row] for row in numbers]) / 1e9 - gflops
 
-        below, above = -1.0, 1.0
-        while error(below) > 0 and below > -1e8:
-            below *= 2
-        while error(above) < 0 and above < 1e8:
-            above *= 2
-        for _ in range(60):
-            middle = (below + above) / 2
-            if error(middle) > 0:
-                above = middle
-            else:
-                below = middle
-        error(min((below, above), key=lambda tilt: abs(error(tilt))))
+        tilt = nearest_tilt(error, tolerance * gflops)
+        if tilt:
+            for logits, tilted in zip(self._proxies(), (found + tilt * direction).unbind(1), strict=True):
+                logits.copy_(tilted)
+
+    def tilt_direction(self) -> Tensor:
+        """What a tilt adds to the logits of each proxy (candidates), up to a factor: more for more patches."""
+        candidates = torch.tensor(rate_candidates(self.n_patches, self.granularity), device=self.merge_logits.device)
+        return (candidates / self.n_patches).to(self.merge_logits.dtype)
 
     def uncompressed(self) -> AbstractContextManager[nn.Module]:
         """The model as it was before the search, in evaluation mode, within a ``with`` block."""
@@ -238,13 +239,35 @@ class RateSearch(nn.Module):
         """The logits of pruning, if there are any, and of merging."""
         return (self.merge_logits,) if self.prune_logits is None else (self.prune_logits, self.merge_logits)
 
-    def _kept(self) -> tuple[Tensor, Tensor]:
-        """Kept numbers (blocks, 1 or 2) and keep probabilities (blocks, 1 or 2, N): pruning, then merging."""
-        logits = torch.stack(self._proxies(), dim=1)
+    def _kept(self, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Kept numbers (blocks, 1 or 2) and keep probabilities (blocks, 1 or 2, N): pruning, then merging.
+
+        Of the rates as they are, or of other logits (blocks, 1 or 2, candidates).
+        """
+        logits = torch.stack(self._proxies(), dim=1) if logits is None else logits
         kept, keep_prob = ops.compression_rate(logits.flatten(0, 1), self.n_patches, self.granularity, self.prefix)
         fewest = self._adapter.stages[self._stage_index].fewest  # one patch to merge into; CAFormer needs two
         kept = kept + (fewest - kept).clamp_min(0).detach()  # a bound that stops no gradient
         return kept.view(logits.shape[:2]), keep_prob.view(*logits.shape[:2], -1)
+
+    def _numbers(self, kept: Tensor, stages: Sequence[Stage]) -> list[list[tuple[int, int]]]:
+        """Tokens left after pruning and after merging in each block of each stage, for kept numbers (blocks, 1 or 2).
+
+        Raises:
+            DivergedError: they are NaN or infinity.
+        """
+        kept = kept.detach().cpu()
+        _check_finite(kept)
+        rows = iter(kept.round().long().tolist())
+        numbers: list[list[tuple[int, int]]] = []
+        for index, stage in enumerate(stages):
+            left = stage.tokens
+            numbers.append([])
+            for here in self._rates_of(index, stage):
+                row = next(rows) if here else [left]
+                pruned, left = min(left, row[0]), min(left, *row)
+                numbers[-1].append((pruned, left))
+        return numbers
 
     def _rates_of(self, index: int, stage: Stage) -> tuple[bool, ...]:
         """Which blocks of a stage have rates. A model that was cut short since has fewer blocks than rates."""
@@ -266,21 +289,22 @@ class RateSearch(nn.Module):
     def _mask_steps(self, index: int) -> list[NewStep]:
         """The search step at the current rates."""
         rules, stage = self._adapter.rules, self._adapter.stages[index]
+        mask = partial(MaskTokens, rules, mask_gradient=self.mask_gradient)
         if index != self._stage_index:
-            return [partial(MaskTokens, rules, None) for _ in stage.blocks]
+            return [partial(mask, None) for _ in stage.blocks]
         kept, keep_prob = self._kept()
         if kept.device.type == "cpu":  # elsewhere looking would stop the stream
             _check_finite(kept)
         steps: list[NewStep] = []
         for row, prob in zip(self._rows(index, stage, kept), self._rows(index, stage, keep_prob), strict=True):
             if row is None or prob is None:
-                steps.append(partial(MaskTokens, rules, None))
+                steps.append(partial(mask, None))
             elif self._adapter.prunes:
-                steps.append(partial(MaskTokens, rules, BlockRates(prob[0], prob[1], row[0], row[1])))
+                steps.append(partial(mask, BlockRates(prob[0], prob[1], row[0], row[1])))
             else:  # pruning to all tokens prunes nothing
                 everything = row.new_full((), stage.tokens)
                 rates = BlockRates(torch.ones_like(prob[0]), prob[0], everything, row[0])
-                steps.append(partial(MaskTokens, rules, rates))
+                steps.append(partial(mask, rates))
         return steps
 
     def _release(self) -> None:

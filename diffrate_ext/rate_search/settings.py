@@ -17,7 +17,8 @@ LR_CAP = 0.15
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How to search. But for ``start``, the defaults are the paper's (section 4), for any model and number of steps.
+    """How to search. But for ``start``, ``flops_loss`` and ``mask_gradient``, the defaults are the paper's (section 4),
+    for any model and number of steps.
 
     Attributes:
         steps: batches to train on.
@@ -25,16 +26,23 @@ class SearchSettings:
             rates of all steps add up to 20, as in the paper, at most LR_CAP.
         min_lr: None: a tenth of ``lr``.
         weight_decay: of AdamW, on the logits of the rates.
-        flops_weight: weight of the FLOPs term in the loss.
-        flops_loss: kind of the FLOPs term, as for :meth:`RateSearch.flops_loss`.
-        warmup_steps: so many first steps go without the FLOPs term.
+        flops_loss: how the rates come to the target. "none": they start there and are held there. The loss says nothing
+            of FLOPs; each step follows it along the target, from block to block, and is then shifted back as by
+            :meth:`RateSearch.project`. "relative" or "absolute", the paper's: a term in the loss draws them near, as
+            :meth:`RateSearch.flops_loss`; a search ends some per cent off, and is shifted once, at its end.
+        flops_weight: weight of that term. None: 5, as in the paper.
+        warmup_steps: so many first steps go without that term.
+        mask_gradient: what a masked token is worth, as for :class:`RateSearch`: "difference", or the paper's
+            "derivative", whose noise takes over where attention is sharp.
         soft_targets: learn from what the uncompressed model says about an image instead of from its label; where it has
             no classes, from its features.
         amp: compute in bfloat16 where torch's autocast does.
         cuda_graph: replay the step from a CUDA graph, to the same result: faster where the host limits the search. The
             memory of a step stays taken. For one process on one GPU, and models without hooks.
-        start: where the rates start: "uniform", at the :func:`uniform_schedule` of the target, from which some 100
-            steps lead to a good schedule; "zeros", with all logits 0 as in the paper, which takes thousands.
+        start: where the rates start: "best", at the best of four simple schedules by the loss on the first batches; the
+            same number of tokens or the same share of them goes in each block, and half of it or nothing is pruned.
+            "uniform", at one of these, the :func:`uniform_schedule` of the target. "zeros", with all logits 0 as in the
+            paper, which takes thousands of steps.
         granularity: the step between the numbers of patches that a block may keep.
         seed: of all random choices, the loader's included as far as they come from the generators of torch, numpy and
             ``random`` in this process.
@@ -47,13 +55,14 @@ class SearchSettings:
     lr: float | None = None
     min_lr: float | None = None
     weight_decay: float = 0.0
-    flops_weight: float = 5.0
-    flops_loss: Literal["relative", "absolute"] = "relative"
+    flops_loss: Literal["none", "relative", "absolute"] = "none"
+    flops_weight: float | None = None
     warmup_steps: int = 0
+    mask_gradient: Literal["difference", "derivative"] = "difference"
     soft_targets: bool = False
     amp: bool = False
     cuda_graph: bool = False
-    start: Literal["uniform", "zeros"] = "uniform"
+    start: Literal["best", "uniform", "zeros"] = "best"
     granularity: int = 1
     seed: int = 0
 
@@ -66,12 +75,23 @@ class SearchSettings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise InputValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-        if self.flops_loss not in ("relative", "absolute"):
-            raise InputValueError(f"flops_loss must be 'relative' or 'absolute', got {self.flops_loss!r}")
-        if self.start not in ("uniform", "zeros"):
-            raise InputValueError(f"start must be 'uniform' or 'zeros', got {self.start!r}")
+        if self.flops_loss not in ("none", "relative", "absolute"):
+            raise InputValueError(f"flops_loss must be 'none', 'relative' or 'absolute', got {self.flops_loss!r}")
+        if self.flops_loss == "none" and (self.flops_weight is not None or self.warmup_steps):
+            raise InputValueError(
+                "flops_weight and warmup_steps are about a FLOPs term in the loss, and there is none: "
+                "choose flops_loss='relative' or 'absolute'"
+            )
+        if self.mask_gradient not in ("difference", "derivative"):
+            raise InputValueError(f"mask_gradient must be 'difference' or 'derivative', got {self.mask_gradient!r}")
+        if self.start not in ("best", "uniform", "zeros"):
+            raise InputValueError(f"start must be 'best', 'uniform' or 'zeros', got {self.start!r}")
         if self.first_lr < self.last_lr:
             raise InputValueError(f"min_lr must not be above lr, got {self.last_lr:g} and {self.first_lr:g}")
+
+    @property
+    def holds_target(self) -> bool:
+        return self.flops_loss == "none"
 
     @property
     def first_lr(self) -> float:
@@ -81,6 +101,10 @@ class SearchSettings:
     @property
     def last_lr(self) -> float:
         return self.first_lr / 10 if self.min_lr is None else self.min_lr
+
+    @property
+    def weight_of_flops(self) -> float:
+        return 0.0 if self.holds_target else 5.0 if self.flops_weight is None else self.flops_weight
 
     @property
     def betas(self) -> tuple[float, float]:
@@ -93,6 +117,6 @@ class SearchSettings:
 
     def fingerprint(self) -> dict[str, Fact]:
         """What a search that is resumed must have in common with the one that was stopped."""
-        facts = {**asdict(self), "lr": self.first_lr, "min_lr": self.last_lr}
+        facts = {**asdict(self), "flops_weight": self.weight_of_flops, "lr": self.first_lr, "min_lr": self.last_lr}
         del facts["cuda_graph"]  # another way to the same result
         return facts

@@ -105,7 +105,8 @@ def test_search_passes_its_options_on(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "search_loader", loader)
     monkeypatch.setattr(loop, "search", run)
     words = "search --gflops 0.2 --steps 7 --batch-size 6 --lr 0.5 --min-lr 0.1 --weight-decay 0.01 --flops-weight 3 "
-    words += "--flops-loss absolute --warmup-steps 2 --amp --granularity 4 --mixup 0.3 --cutmix 0.4 "
+    words += "--flops-loss absolute --warmup-steps 2 --mask-gradient derivative --amp --granularity 4 "
+    words += "--mixup 0.3 --cutmix 0.4 "
     words += "--no-soft-targets --label-smoothing 0.2 --augment --workers 2 --seed 9 --split test --resume"
     monkeypatch.chdir(tmp_path)
     assert main(words.split()) == 2
@@ -118,6 +119,7 @@ def test_search_passes_its_options_on(tmp_path, monkeypatch):
         flops_weight=3,
         flops_loss="absolute",
         warmup_steps=2,
+        mask_gradient="derivative",
         amp=True,
         granularity=4,
         seed=9,

@@ -23,9 +23,12 @@ def calls(draw: st.DrawFn, most_tokens: int = 1025) -> tuple[AttentionCase, str,
     return case, draw(st.sampled_from(MASKS)), importance_from
 
 
-def reference_of(case: AttentionCase, importance_from: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def reference_of(
+    case: AttentionCase, importance_from: str, mask_gradient: str = "derivative"
+) -> Callable[..., tuple[Tensor, Tensor]]:
     def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = {"scale": case.scale, "prefix": case.prefix, "importance_from": importance_from}
+        options["mask_gradient"] = mask_gradient
         return reference.masked_attention(q, k, v, mask, size, **options)
 
     return compute
@@ -53,6 +56,7 @@ class Magnitudes:
         self.uncertainty = 1 + terms + terms.amax(-1, keepdim=True)
         self.attn = (e * seen + reference.MASKED_EPSILON / case.tokens) / total
         self.seen, self.shown = e * seen / total, e / total * (1 - own)
+        self.weaker = 1 / (1 + (1 - mask) * self.shown)  # the mask's gradient as a difference
         self.alive = mask.transpose(-1, -2)
 
     def narrow(self, result: Tensor, terms: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ class Magnitudes:
             return terms[:, :, 0].mean(1)[:, self.case.prefix :]
         return (terms * self.alive).sum(2).div(self.alive.sum(2).clamp_min(TINY)).mean(1)[:, self.case.prefix :]
 
-    def gradients(self, v: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    def gradients(self, v: Tensor, gradient: Tensor, mask_gradient: str) -> tuple[Tensor, ...]:
         v, gradient = v.double().abs(), gradient.double().abs()
         change = gradient @ v.transpose(-1, -2)
         change = change + (self.attn * change).sum(-1, keepdim=True)
@@ -80,5 +84,6 @@ class Magnitudes:
 
         exact = of_features(self.attn, self.seen * change)
         uncertain = of_features(self.attn * self.uncertainty, self.seen * change * self.uncertainty)
-        to_mask = (self.shown * change * self.uncertainty).sum((1, 2))
+        shown = self.shown * self.weaker if mask_gradient == "difference" else self.shown
+        to_mask = (shown * change * self.uncertainty).sum((1, 2))
         return (*(self.narrow(*pair) for pair in zip(exact, uncertain, strict=True)), to_mask)

@@ -101,11 +101,14 @@ def opcheck_cases() -> list[Any]:
             heads = [floats(2, 3, 9, 8, dtype=dtype, gradient=gradient) for _ in range(4)]
             mask, size = (floats(2, 9) < 0.6).to(wide).requires_grad_(gradient), 1 + floats(2, 9, dtype=wide)
             cases[f"masked_attention, {kind}"] = (_raw.masked_attention, (*heads[:3], mask, size, 0.5, 2, "received"))
-            cases[f"masked_attention, bare, {kind}"] = (_raw.masked_attention, (*heads[:3], mask, None, 0.5))
+            cases[f"masked_attention, bare, {kind}"] = (
+                _raw.masked_attention,
+                (*heads[:3], mask, None, 0.5, 1, "class", "difference"),
+            )
             grad, *heads = (head.detach() for head in heads)  # it refuses to be differentiated
             cases[f"masked_attention_backward, {kind}"] = (
                 _raw.masked_attention_backward,
-                (grad, *heads, mask.detach(), size, 0.5),
+                (grad, *heads, mask.detach(), size, 0.5, "difference"),
             )
             rates = [floats(9, dtype=wide, gradient=gradient) for _ in range(2)]
             x, importance = floats(2, 9, 6, dtype=dtype, gradient=gradient), floats(2, 8)

@@ -286,6 +286,11 @@ MASK = torch.ones(2, 6)
         ({"mask": MASK.to("meta")}, InputValueError, "mask is on meta and q on cpu"),
         ({"importance_from": "cls"}, InputValueError, "importance_from must be one of 'class', 'received', got 'cls'"),
         ({"importance_from": None}, InputValueError, "importance_from must be one of 'class', 'received', got None"),
+        (
+            {"mask_gradient": "slope"},
+            InputValueError,
+            "mask_gradient must be one of 'derivative', 'difference', got 'slope'",
+        ),
         ({"prefix": 0}, InputValueError, "prefix must be at least 1 (index 0 is the class token), got 0"),
     ],
 )
@@ -318,6 +323,7 @@ RAW: dict[str, Any] = {"q": Q, "k": Q, "v": Q, "mask": MASK, "size": None, "scal
         {"prefix": -1},
         {"prefix": 7},
         {"importance_from": "cls"},
+        {"mask_gradient": "slope"},
         {"grad": Q[:1]},
         {"grad": Q.half()},
         {"grad": Q[..., :3]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from compare import assert_as_accurate_as_eager, assert_same
@@ -19,29 +20,38 @@ NAMES = ("q", "k", "v", "mask")
 
 
 @settings(max_examples=25)
-@given(call=calls(most_tokens=257))
-def test_gradients(device: torch.device, call: tuple[AttentionCase, str, str]) -> None:
-    check_gradients(device, *call)
+@given(call=calls(most_tokens=257), mask_gradient=st.sampled_from(["derivative", "difference"]))
+def test_gradients(device: torch.device, call: tuple[AttentionCase, str, str], mask_gradient: Any) -> None:
+    check_gradients(device, *call, mask_gradient)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_at_the_sizes_of_a_model(device: torch.device, dtype: torch.dtype) -> None:
-    check_gradients(device, AttentionCase(1, 2, 577, 64, 1, dtype, "packed qkv", "random"), "random", "class")
+@pytest.mark.parametrize("mask_gradient", ["derivative", "difference"])
+def test_gradients_at_the_sizes_of_a_model(device: torch.device, dtype: torch.dtype, mask_gradient: Any) -> None:
+    case = AttentionCase(1, 2, 577, 64, 1, dtype, "packed qkv", "random")
+    check_gradients(device, case, "random", "class", mask_gradient)
 
 
-def check_gradients(device: torch.device, case: AttentionCase, mask_kind: str, importance_from: str) -> None:
+def check_gradients(
+    device: torch.device, case: AttentionCase, mask_kind: str, importance_from: str, mask_gradient: Any
+) -> None:
     q, k, v = case.qkv()
     mask, size, gradient = case.mask(mask_kind), case.size(), case.gradient()
     leaves = [tensor.requires_grad_() for tensor in (*case.qkv(device), case.mask(mask_kind, device))]
     assert [leaf.stride() for leaf in leaves[:3]] == [tensor.stride() for tensor in (q, k, v)]
     out, importance = ops.masked_attention(
-        *leaves, case.size(device), scale=case.scale, prefix=case.prefix, importance_from=importance_from
+        *leaves,
+        case.size(device),
+        scale=case.scale,
+        prefix=case.prefix,
+        importance_from=importance_from,
+        mask_gradient=mask_gradient,
     )
     assert not importance.requires_grad
     grads = torch.autograd.grad(out, leaves, gradient.to(device))
 
-    compute_all = remembered(gradients_of_reference(case, importance_from))
-    terms = Magnitudes(case, q, k, mask, size).gradients(v, gradient)
+    compute_all = remembered(gradients_of_reference(case, importance_from, mask_gradient))
+    terms = Magnitudes(case, q, k, mask, size).gradients(v, gradient, mask_gradient)
     for index, name in enumerate(NAMES):
 
         def compute(*inputs: Any, index: int = index) -> Tensor:
@@ -57,11 +67,13 @@ def check_gradients(device: torch.device, case: AttentionCase, mask_kind: str, i
         )
 
 
-def gradients_of_reference(case: AttentionCase, importance_from: str) -> Callable[..., tuple[Tensor, ...]]:
+def gradients_of_reference(
+    case: AttentionCase, importance_from: str, mask_gradient: str
+) -> Callable[..., tuple[Tensor, ...]]:
     def compute(*inputs: Any) -> tuple[Tensor, ...]:
         *features, size, gradient = inputs
         leaves = [tensor.detach().requires_grad_() for tensor in features]
-        out, _ = reference_of(case, importance_from)(*leaves, size)
+        out, _ = reference_of(case, importance_from, mask_gradient)(*leaves, size)
         return torch.autograd.grad(out, leaves, gradient)
 
     return compute
@@ -90,6 +102,26 @@ def test_gradcheck(device: torch.device) -> None:
         return ops.masked_attention(*inputs, size)[0]
 
     assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in (q, k, v, mask)])
+
+
+def test_a_difference_is_what_would_change(device: torch.device) -> None:
+    """... for all other tokens if a masked one were there, however sharp the attention."""
+    case = AttentionCase(2, 2, 17, 8, 1, torch.float64, sizes="random")
+    q, k, v = case.qkv(device)
+    size, gradient = case.size(device), case.gradient(device)
+    mask = (torch.arange(17, device=device) % 3 != 1).double().expand(2, -1).clone().requires_grad_()
+    out, _ = ops.masked_attention(q, k, v, mask, size, scale=3.0, mask_gradient="difference")
+    (found,) = torch.autograd.grad(out, mask, gradient)
+    for token in (1, 4, 7, 16):
+        there = mask.detach().clone()
+        there[:, token] = 1
+        change = gradient * (ops.masked_attention(q, k, v, there, size, scale=3.0)[0] - out.detach())
+        change[:, :, token] = 0
+        torch.testing.assert_close(found[:, token], change.sum((1, 2, 3)), rtol=1e-3, atol=1e-3)
+    (steeper,) = torch.autograd.grad(ops.masked_attention(q, k, v, mask, size, scale=3.0)[0], mask, gradient)
+    masked = mask.detach() == 0
+    assert (steeper[masked] - found[masked]).abs().max() > 1
+    torch.testing.assert_close(steeper[~masked], found[~masked])
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])

@@ -23,7 +23,7 @@ from diffrate_ext.rate_search import graph, loop
 from diffrate_ext.rate_search.graph import Replayed, check_recordable
 
 STEPS = 5
-SETTINGS = SearchSettings(steps=STEPS, lr=0.3, warmup_steps=2)
+SETTINGS = SearchSettings(steps=STEPS, lr=0.3, flops_loss="relative", warmup_steps=2)
 
 
 def found(model: nn.Module, loader: Any, settings: SearchSettings, share: float = 0.6, **options: Any) -> Any:
@@ -47,6 +47,7 @@ def only_images(batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         pytest.param({"soft_targets": True}, only_images(tiny_batches(STEPS)), id="soft targets alone"),
         pytest.param({"amp": True}, tiny_batches(STEPS), id="mixed precision"),
         pytest.param({"amp": True, "soft_targets": True}, only_images(tiny_batches(STEPS)), id="both"),
+        pytest.param({"flops_loss": "none", "warmup_steps": 0}, tiny_batches(STEPS), id="held at the target"),
         pytest.param({"weight_decay": 0.5, "flops_loss": "absolute"}, tiny_batches(STEPS), id="weight decay"),
     ],
 )

@@ -43,7 +43,13 @@ def test_the_search_itself_nears_the_target():
     model = plain_model()
     for share in (0.5, 0.8):
         records = []
-        quick(model, tiny_batches(), share, settings=SearchSettings(steps=40, start="zeros"), report=records.append)
+        quick(
+            model,
+            tiny_batches(),
+            share,
+            settings=SearchSettings(steps=40, start="zeros", flops_loss="relative"),
+            report=records.append,
+        )
         missing = [abs(record.gflops - gflops_of(model, share)) / gflops_of(model, 1) for record in records]
         assert missing[-1] < 0.1 < missing[0] + 0.1
         assert missing[-1] < missing[0]
@@ -101,7 +107,9 @@ def test_the_same_twice():
     )
     first, second = (quick(tiny_model(), loader).history for _ in range(2))
     assert first == second
-    other = quick(tiny_model(), loader, settings=SearchSettings(steps=3, lr=0.3, start="zeros", seed=1)).history
+    other = quick(
+        tiny_model(), loader, settings=SearchSettings(steps=3, lr=0.3, start="zeros", flops_loss="relative", seed=1)
+    ).history
     assert other.records != first.records
 
 
@@ -111,7 +119,7 @@ def test_the_same_twice():
 def test_first_record():
     model = plain_model()
     batch = tiny_batches()[0]
-    settings = SearchSettings(steps=3, lr=0.3, start="zeros")
+    settings = SearchSettings(steps=3, lr=0.3, start="zeros", flops_loss="relative")
     record = quick(model, [batch], settings=settings).history.records[0]
     rates = RateSearch(copy.deepcopy(model)).train()
     logits = rates(batch[0])
@@ -154,13 +162,17 @@ def test_the_flops_loss_reaches_the_rates():
     for share, grows in ((0.95, True), (0.45, False)):
         records = []
         quick(
-            model, tiny_batches(), share, settings=SearchSettings(steps=8, lr=0.3, start="zeros"), report=records.append
+            model,
+            tiny_batches(),
+            share,
+            settings=SearchSettings(steps=8, lr=0.3, start="zeros", flops_loss="relative"),
+            report=records.append,
         )
         assert (records[-1].gflops > records[0].gflops) == grows
 
 
 def test_warm_up_goes_without_the_flops_loss():
-    settings = SearchSettings(steps=4, lr=0.3, warmup_steps=2)
+    settings = SearchSettings(steps=4, lr=0.3, flops_loss="relative", warmup_steps=2)
     records = quick(plain_model(), tiny_batches(), 0.9, settings=settings).history.records
     assert [record.flops_loss > 0 for record in records] == [False, False, True, True]
 
@@ -183,7 +195,7 @@ def test_probabilities_as_labels():
 def test_soft_targets(labelled):
     model = plain_model()
     images, labels = tiny_batches()[0]
-    settings = SearchSettings(steps=2, lr=0.1, soft_targets=True, start="zeros")
+    settings = SearchSettings(steps=2, lr=0.1, soft_targets=True, start="zeros", flops_loss="relative")
     record = quick(model, [(images, labels) if labelled else images], settings=settings).history.records[0]
     teacher = model(images).softmax(1)
     logits = RateSearch(copy.deepcopy(model)).train()(images)
@@ -195,7 +207,9 @@ def test_soft_targets(labelled):
 def test_mixed_precision():
     model, batches = plain_model(), tiny_batches()
     whole = quick(model, batches).history.records[0]
-    mixed = quick(model, batches, settings=SearchSettings(steps=3, lr=0.3, start="zeros", amp=True)).history.records[0]
+    mixed = quick(
+        model, batches, settings=SearchSettings(steps=3, lr=0.3, start="zeros", flops_loss="relative", amp=True)
+    ).history.records[0]
     assert mixed.loss == pytest.approx(whole.loss, rel=0.05)
     assert mixed.loss != whole.loss
     assert mixed.gflops == whole.gflops
@@ -236,8 +250,11 @@ def test_the_default_learning_rate_is_capped():
         ({"lr": -1.0}, "lr must be a finite number of at least 0"),
         ({"lr": math.nan}, "lr"),
         ({"flops_weight": math.inf}, "flops_weight"),
+        ({"flops_weight": 5.0}, "there is none: choose flops_loss='relative' or 'absolute'"),
+        ({"warmup_steps": 1}, "there is none"),
+        ({"mask_gradient": "slope"}, "'difference' or 'derivative', got 'slope'"),
         ({"lr": 0.1, "min_lr": 0.2}, "min_lr must not be above lr, got 0.2 and 0.1"),
-        ({"flops_loss": "cubic"}, "'relative' or 'absolute', got 'cubic'"),
+        ({"flops_loss": "cubic"}, "'none', 'relative' or 'absolute', got 'cubic'"),
     ],
 )
 def test_wrong_settings(settings, message):
@@ -456,7 +473,9 @@ def test_wrong_checkpoint_intervals(every):
 def test_starts_at_the_uniform_schedule():
     model = plain_model()
     uniform = uniform_schedule(model, gflops_of(model, 0.8))
-    record = quick(model, tiny_batches(), 0.8, settings=SearchSettings(steps=3, lr=0.3)).history.records[0]
+    record = quick(
+        model, tiny_batches(), 0.8, settings=SearchSettings(steps=3, lr=0.3, flops_loss="relative", start="uniform")
+    ).history.records[0]
     assert (record.after_pruning, record.after_merging) == (uniform.after_pruning, uniform.after_merging)
     zeros = quick(model, tiny_batches(), 0.8).history.records[0]
     assert len(set(zeros.after_merging[1:])) == 1
@@ -468,5 +487,5 @@ def test_second_moments_forget_within_the_search(steps, expected):
 
 
 def test_start_is_checked():
-    with pytest.raises(ValueError, match="start must be 'uniform' or 'zeros', got 'ones'"):
+    with pytest.raises(ValueError, match="start must be 'best', 'uniform' or 'zeros', got 'ones'"):
         SearchSettings(start="ones")

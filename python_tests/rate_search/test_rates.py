@@ -33,7 +33,7 @@ def test_a_search_step_is_the_authors(name: str, train_weights: bool, device: to
     case = load_case(name, device)
     arrays, meta = case.arrays, case.meta
     blocks = [index for index in range(meta["cfg"]["depth"]) if arrays[f"prune_logits_{index}"].numel() > 1]
-    rates = RateSearch(case.model, meta["granularity"], train_weights)
+    rates = RateSearch(case.model, meta["granularity"], train_weights, mask_gradient="derivative")
     assert rates.prune_logits is not None
     proxies = {"prune": rates.prune_logits, "merge": rates.merge_logits}
     with torch.no_grad():
@@ -275,6 +275,22 @@ def test_rates_that_are_no_numbers_say_that_the_search_diverged(model: nn.Module
     for call in (rates.schedule, lambda: rates.project(rates.reachable_gflops()[1])):
         with pytest.raises(DivergedError, match="the search diverged"):
             call()
+
+
+def test_what_a_masked_token_is_worth(model: nn.Module) -> None:
+    """Two gradients of one loss."""
+    for name, parameter in model.named_parameters():
+        if "qkv.weight" in name:
+            nn.init.normal_(parameter, std=1.0)
+    found = []
+    for kind in ("difference", "derivative"):
+        rates = searching(copy.deepcopy(model), mask_gradient=kind).train()
+        loss = loss_of(rates(tiny_images(model)))
+        found.append((loss.item(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, proxies_of(rates))])))
+    (loss, difference), (same, derivative) = found
+    assert loss == same
+    assert difference.abs().max() > 0
+    assert (derivative - difference).abs().max() > 0.01 * difference.abs().max()
 
 
 def test_flops_losses(model: nn.Module) -> None:

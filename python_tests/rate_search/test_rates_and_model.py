@@ -234,6 +234,7 @@ def test_the_search_step_has_no_intermediate_features() -> None:
         ({"depth": 1}, {}, ValueError, "no block to compress"),
         ({"depth": 2, "global_pool": "avg"}, {}, ValueError, "no block to compress"),
         ({"global_pool": "prr"}, {}, ValueError, "global_pool='prr' is not supported"),
+        ({}, {"mask_gradient": "slope"}, ValueError, "mask_gradient must be 'difference' or 'derivative', got 'slope'"),
     ],
 )
 def test_errors_leave_the_model_as_it_was(

@@ -1,0 +1,38 @@
+"""Schedules of simple shape that a search can start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import nn
+
+from ..compression.uniform import uniform_schedule
+from ..methods import DiffRate
+from ..models import Stage, adapter_for
+from ..schedule import Schedule
+
+
+def simple_schedules(model: nn.Module, gflops: float) -> Iterator[Schedule]:
+    """The same number of tokens goes in each block, or the same share; half of them are pruned, or all are merged.
+
+    Which of them is best depends on the model and on how much is to go: a search of some 100 steps does not get from
+    one to the other.
+    """
+    for rule in (DiffRate(), _SameShare()):
+        schedule = uniform_schedule(model, gflops, method=rule)
+        yield schedule
+        if schedule.after_pruning is not None:
+            tokens = adapter_for(model).stages[0].tokens
+            yield replace(schedule, after_pruning=[tokens, *schedule.after_merging[:-1]])
+
+
+class _SameShare(DiffRate):
+    """DiffRate with another rule for its uniform schedule."""
+
+    def uniform(self, stage: Stage, strength: float) -> list[int]:
+        numbers, patches = [], float(stage.tokens - stage.prefix)
+        for compressible in stage.compressible:
+            patches *= 1 - strength * compressible
+            numbers.append(min(stage.tokens, max(stage.fewest, stage.prefix + round(patches))))
+        return numbers
