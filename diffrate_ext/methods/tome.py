@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from ..models.adapter import Adapter, Stage, TokenRules
 from ..models.compressed import Step, TokenState
 from ..numeric import wide_dtype
 from ..schedule import KeptNumbers
-from .method import Method
+from .masking import BlockRates
+from .method import Method, Proxy
+from .tome_search import MaskByKeys
 
 
 class MergeByKeys(Step):
@@ -46,9 +48,12 @@ class MergeByKeys(Step):
         return ops.merge_reduce(x, slot, kept, weights=size)
 
 
-def most_merged(tokens: int, prefix: int) -> int:
-    """How many of so many tokens can merge at once: those at even positions after the prefix, at most half."""
-    return max(0, min((tokens + 1) // 2 - (prefix + 1) // 2, (tokens - prefix) // 2))
+def most_merged(tokens: Any, prefix: int) -> Any:
+    """How many of so many tokens can merge at once: half of the patches, of which every second may merge.
+
+    Tokens are a whole number or, in the search, a 0-d tensor.
+    """
+    return (tokens - prefix) // 2
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,25 @@ class ToMe(Method):
     def step(self, rules: TokenRules, k_p: int, k_m: int, before: TokenState) -> Step:
         return MergeByKeys(rules, k_m, before, self.proportional_attention)
 
+    @property
+    def proxies(self) -> tuple[Proxy, ...]:
+        return ("merge",)
+
+    def compressible(self, stage: Stage) -> tuple[bool, ...]:
+        return (any(stage.compressible),) * len(stage.blocks)
+
+    def most_removed(self, tokens: Any, prefix: int) -> Any:
+        return most_merged(tokens, prefix)
+
+    def search_step(self, rules: TokenRules, rates: BlockRates | None, before: TokenState) -> Step:
+        return MaskByKeys(rules, rates, before, self.proportional_attention)
+
     def uniform(self, stage: Stage, strength: float) -> list[int]:
         """The same number in every block of a stage that is compressed at all (r), as long as there are so many."""
         numbers, tokens = [], stage.tokens
         for index in range(len(stage.blocks)):
             wanted = stage.tokens - round(strength * stage.tokens * (index + 1) / 2)
-            if any(stage.compressible):
+            if self.compressible(stage)[index]:
                 tokens = min(tokens, max(stage.fewest, tokens - most_merged(tokens, stage.prefix), wanted))
             numbers.append(tokens)
         return numbers
