@@ -87,7 +87,9 @@ class ToMe(Method):
         return ("merge",)
 
     def compressible(self, stage: Stage) -> tuple[bool, ...]:
-        return (any(stage.compressible),) * len(stage.blocks)
+        """As in the paper of DiffRate, and the first block. In the last block of a hierarchical model's stage no mask
+        has an effect that a gradient could tell."""
+        return any(stage.compressible), *stage.compressible[1:]
 
     def most_removed(self, tokens: Any, prefix: int) -> Any:
         return most_merged(tokens, prefix)
@@ -100,7 +102,7 @@ class ToMe(Method):
         numbers, tokens = [], stage.tokens
         for index in range(len(stage.blocks)):
             wanted = stage.tokens - round(strength * stage.tokens * (index + 1) / 2)
-            if self.compressible(stage)[index]:
+            if any(stage.compressible):
                 tokens = min(tokens, max(stage.fewest, tokens - most_merged(tokens, stage.prefix), wanted))
             numbers.append(tokens)
         return numbers

@@ -37,7 +37,7 @@ class RateSearch(nn.Module):
 
     Each block that the paper compresses has a proxy for pruning and one for merging: logits over how many patches it
     may keep, ``n_patches - granularity * k`` while positive. The first block has none, nor has the last block of a
-    model that pools over patches. Methods that only prune or only merge have one proxy; ToMe has it in every block.
+    model that pools over patches. Methods that only prune or only merge have one proxy, ToMe in the first block too.
 
     Args:
         model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, uncompressed or compressed.
