@@ -320,3 +320,26 @@ def test_tome_has_rates_in_the_first_block(kind: str) -> None:
     assert rates.schedule().after_merging[: len(rates.merge_logits)] == (
         (8, 4, 2) if isinstance(model, MetaFormer) else (9, 5, 3, 2)
     )
+
+
+@pytest.mark.parametrize("method", ["tome", "diffrate:match=keys,operations=merge_prune,importance=value_norm"])
+def test_checkpointing_changes_no_gradient_and_autocast_no_rates(method: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_vit()
+        model.set_grad_checkpointing(checkpointing)
+        rates = searching(model, method=method, train_weights=True).train()
+        loss_of(rates(tiny_images(model))).backward()
+        gradients.append({name: parameter.grad for name, parameter in rates.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+    schedule = rates.schedule()
+    rates.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(rates(tiny_images(rates.model)))
+        assert rates.schedule() == schedule
+    loss.backward()
+    for logits in proxies_of(rates):
+        assert logits.grad is not None
+        assert logits.grad.isfinite().all()
+        assert (logits.grad[:-1].abs().sum(1) > 0).all()
