@@ -156,7 +156,7 @@ class RateSearch(nn.Module):
                 after_pruning.append(min(before, pruned))
                 after_merging.append(left)
         return Schedule(
-            after_pruning if len(self._proxies()) == 2 else None,
+            None if self.prune_logits is None else after_pruning,
             after_merging,
             prefix=self.prefix,
             grid=stages[0].grid,
