@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from diffrate_ext import InputValueError, RateSearch, SearchSettings, flops, reference
 from diffrate_ext import search as search_for_rates
 from diffrate_ext.embedded import build_model
+from diffrate_ext.methods import masking
 from diffrate_ext.models.norm_ahead import NormAhead
-from diffrate_ext.rate_search import masking, rates
+from diffrate_ext.rate_search import rates
 from diffrate_ext.timing import random_images
 
 RIVAL = "reference operators, with weight gradients"
@@ -82,8 +83,8 @@ def search_step(search: RateSearch, images: Tensor, labels: Tensor, target: floa
     search.zero_grad(set_to_none=True)
     loss = F.cross_entropy(search(images), labels) + 5 * (search.gflops() - target) ** 2
     loss.backward()
-    assert search.prune_logits is not None
-    return loss.detach(), *(p.grad for p in (search.prune_logits, search.merge_logits) if p.grad is not None)
+    logits = (p for _, p in search.named_parameters(recurse=False))
+    return loss.detach(), *(p.grad for p in logits if p.grad is not None)
 
 
 def run_search_step(spec: Search, device: torch.device, *, quick: bool) -> dict[str, Any]:

@@ -107,6 +107,13 @@ def add_search_command(commands: Any) -> None:
         "classes such as DINOv2, whose features are kept: yes)",
     )
     training.add_argument(
+        "--method",
+        default="diffrate",
+        metavar="NAME",
+        help="what the schedule is for: diffrate or tome, with options such as diffrate:operations=merge "
+        "(default: diffrate)",
+    )
+    training.add_argument(
         "--start",
         choices=("best", "uniform", "zeros"),
         default="best",
@@ -252,6 +259,7 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> SearchSett
         start=arguments.start,
         granularity=arguments.granularity,
         seed=arguments.seed,
+        method=arguments.method,
     )
 
 
@@ -275,7 +283,7 @@ def _targets(arguments: argparse.Namespace, job: _Job) -> dict[float, Path]:
     several = len(gflops) > 1
     targets = {g: arguments.output / f"{g:g}G" if several else arguments.output for g in gflops}
     for target in targets:
-        check_target(job.model, target, job.settings.granularity)
+        check_target(job.model, target, job.settings.granularity, method=job.settings.method)
     if job.processes.first:
         for folder in targets.values():
             SearchFolder(folder).check(resume=arguments.resume)

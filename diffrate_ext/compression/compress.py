@@ -34,8 +34,8 @@ def compress(
             prunes the least important tokens and merges the next ones; the others remove tokens in one way, and go by
             those left after the block alone: ``"tome"`` merges the tokens with the most similar keys, ``"evit"`` keeps
             those with the most class attention and fuses the rest into one more, ``"random"`` prunes any. Options
-            follow a colon: ``"tome:proportional_attention=false"``. Or a ``Method``, such as
-            ``diffrate_ext.methods.ToMe(proportional_attention=False)``.
+            follow a colon: ``"diffrate:operations=merge"``, ``"tome:proportional_attention=false"``. Or a ``Method``,
+            such as ``diffrate_ext.methods.ToMe(proportional_attention=False)``.
         linear_patch_embedding: compute a patch embedding whose kernels do not overlap as a matrix product, with the
             same weights. Equal to rounding, and much faster than cuDNN's convolution.
 

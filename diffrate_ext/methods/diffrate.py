@@ -2,95 +2,100 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
 
-import torch
-from torch import Tensor, nn
-
-from .. import ops
-from ..models.adapter import TokenRules
+from ..errors import InputValueError
+from ..models.adapter import Adapter, TokenRules
 from ..models.compressed import Step, TokenState
-from ..models.fusing import fusable_norm
-from ..modes import is_traced
-from ..ops.proportional_attention import has_kernel
-from .method import Method
+from ..schedule import KeptNumbers
+from .diffrate_choices import DropByChoice, MaskByChoice
+from .dropping import DropTokens
+from .masking import BlockRates, MaskGradient, MaskTokens
+from .method import Method, Proxy
 
-_MOST_BY_ROWS = 2048
-"""With more tokens, several blocks of prune_merge read all importances of an image: one mean is less than all rows."""
-
-
-class DropTokens(Step):
-    """One block's tokens down to ``k_p`` by pruning and to ``k_m`` by merging.
-
-    A block that removes nothing needs neither importance nor order: sorting alone changes no token.
-    """
-
-    def __init__(self, rules: TokenRules, k_p: int, k_m: int, before: TokenState) -> None:
-        self.rules, self.k_p, self.k_m, self.before = rules, k_p, k_m, before
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        size, importance_from = self.before.on(q.device).size, self._importance_from(q, k, v)
-        out, self.importance = ops.proportional_attention(
-            q, k, v, size, scale=scale, prefix=self.rules.prefix, importance_from=importance_from
-        )
-        return out
-
-    def _importance_from(self, q: Tensor, k: Tensor, v: Tensor) -> Literal["class", "class_rows", "received"] | None:
-        rules, tokens = self.rules, q.shape[2]
-        if self.k_m >= tokens:
-            return None
-        if rules.importance_from == "class" and not rules.spares_most_important and has_kernel(q, k, v):
-            return "class_rows" if tokens <= _MOST_BY_ROWS else "class"
-        return rules.importance_from
-
-    def reduce(self, x: Tensor, branch: Tensor) -> Tensor:
-        return self._reduce(x, branch, None)[0]
-
-    def reduce_and_norm(self, x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        by_compiler = self.importance is None and is_traced()  # which fuses a sum and a norm by itself
-        x, normalized = self._reduce(x, branch, None if by_compiler else fusable_norm(norm, x, branch))
-        return x, norm(x) if normalized is None else normalized
-
-    def _reduce(self, x: Tensor, branch: Tensor, norm: ops.Norm | None) -> tuple[Tensor, Tensor | None]:
-        rules, size, importance, order = self.rules, self.before.on(x.device).size, self.importance, None
-        residual: Tensor | None = branch
-        if importance is None:
-            self.after, self.slot = self.before, None
-            return (x + branch, None) if norm is None else ops.add_norm(x, branch, norm)
-        prefix = rules.prefix
-        if rules.spares_most_important:  # in sorted order, as if the first token were a prefix
-            x, size, order = ops.sort_tokens(x + branch, importance, size, prefix=prefix)
-            prefix, residual, importance = 1, None, keep_order(size, 1)
-        merged = ops.prune_merge(
-            x,
-            importance,
-            self.k_p,
-            self.k_m,
-            size,
-            prefix=prefix,
-            size_rule=rules.size_rule,
-            residual=residual,
-            norm=norm,
-        )
-        slot = merged.slot
-        self.slot = slot if order is None else torch.empty_like(slot).scatter_(1, order, slot)
-        self.after = TokenState(merged.size)
-        return merged.x, merged.normalized if isinstance(merged, ops.NormalizedTokens) else None
-
-
-def keep_order(size: Tensor, prefix: int) -> Tensor:
-    """An importance (B, N-P) for tokens, with sizes (B, N), that are in order already and shall stay so."""
-    images, tokens = size.shape
-    return torch.arange(tokens - prefix, 0, -1, dtype=size.dtype, device=size.device).expand(images, -1)
+Match = Literal["tokens", "keys"]
+Operations = Literal["prune_merge", "merge_prune", "prune", "merge"]
+Importance = Literal["attention", "received", "value_norm", "random"]
 
 
 @dataclass(frozen=True)
 class DiffRate(Method):
-    """The default: importance decides what is pruned and merged, similar features what merges into what."""
+    """The default: importance decides what is pruned and merged, similar features what merges into what.
+
+    Its options are the paper's choices and what one may compare them with. Those that differ take a little longer.
+
+    Raises:
+        InputValueError: an option has no such value.
+    """
+
+    match: Match = "tokens"
+    """What is to be similar: the tokens' features, or the mean of their keys over heads (as in ToMe)."""
+    operations: Operations = "prune_merge"
+    """What a block does, in this order. ``"merge_prune"`` merges as many tokens as ``"prune_merge"`` would, but the
+    least important ones, and prunes the next. With ``"prune"`` or ``"merge"`` alone, the tokens left after a block
+    count."""
+    importance: Importance = "attention"
+    """What tokens are sorted by: the attention of the class token, or, without one, attention received;
+    ``"received"``, the latter in any model; ``"value_norm"``, the class token's attention times the norm of the value
+    that it weights, mean over heads; ``"random"``, nothing, by torch's generator."""
 
     name: ClassVar[str] = "diffrate"
-    prunes_and_merges: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for option, choices in (("match", Match), ("operations", Operations), ("importance", Importance)):
+            value, known = getattr(self, option), get_args(choices)
+            if value not in known:
+                raise InputValueError(
+                    f"option {option} of method 'diffrate' must be one of {', '.join(known)}, got {value!r}"
+                )
+
+    @property
+    def prunes_and_merges(self) -> bool:
+        return self.operations in ("prune_merge", "merge_prune")
+
+    @property
+    def merges_first(self) -> bool:
+        return self.operations == "merge_prune"
+
+    @property
+    def proxies(self) -> tuple[Proxy, ...]:
+        if self.prunes_and_merges:
+            return "prune", "merge"
+        return ("prune",) if self.operations == "prune" else ("merge",)
+
+    def check(self, adapter: Adapter, numbers: Sequence[KeptNumbers]) -> None:
+        if self.operations == "prune" and not adapter.prunes:
+            raise InputValueError(f"a {adapter.family} is only merged, and operations=prune prunes")
+        if self.importance == "value_norm" and adapter.rules.importance_from != "class":
+            raise InputValueError(
+                f"importance=value_norm goes by the attention of a class token, which this {adapter.family} lacks"
+            )
+        if self.operations == "merge":
+            for stage, kept in zip(adapter.stages, numbers, strict=True):
+                if min(after for _, after in kept) < min(stage.fewest, stage.tokens):
+                    raise InputValueError(
+                        f"operations=merge keeps a patch to merge into, {stage.fewest} tokens or more; the schedule "
+                        f"keeps {min(after for _, after in kept)}"
+                    )
 
     def step(self, rules: TokenRules, k_p: int, k_m: int, before: TokenState) -> Step:
-        return DropTokens(rules, k_p, k_m, before)
+        if self.match == "tokens" and self.operations == "prune_merge" and self.importance == "attention":
+            return DropTokens(rules, k_p, k_m, before)
+        return DropByChoice(self, self._rules(rules), k_p, k_m, before)
+
+    def search_step(
+        self,
+        rules: TokenRules,
+        rates: BlockRates | None,
+        before: TokenState,
+        mask_gradient: MaskGradient = "derivative",
+    ) -> Step:
+        rules = self._rules(rules)
+        if self.match == "tokens" and not self.merges_first and self.importance in ("attention", "received"):
+            return MaskTokens(rules, rates, before, mask_gradient)
+        return MaskByChoice(self, rules, rates, before, mask_gradient)
+
+    def _rules(self, rules: TokenRules) -> TokenRules:
+        return replace(rules, importance_from="received") if self.importance == "received" else rules

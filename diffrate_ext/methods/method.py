@@ -6,11 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from ..models.adapter import Adapter, Stage, TokenRules
 from ..models.compressed import NewStep, Plan, Step, TokenState
 from ..schedule import KeptNumbers, scale_kept_numbers
+from .masking import BlockRates, MaskGradient
+
+Proxy = Literal["prune", "merge"]
+"""What a search learns for each block: the tokens that are left after pruning, and those after merging."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,6 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    prunes_and_merges: ClassVar[bool] = False
-    """Whether both numbers that a schedule has for a block count; else the tokens left after the block alone."""
 
     def __str__(self) -> str:
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
@@ -32,6 +34,11 @@ class Method(ABC):
 
     def check(self, adapter: Adapter, numbers: Sequence[KeptNumbers]) -> None:  # noqa: B027  most can do all
         """Raise InputValueError when the method cannot run the model, or cannot keep these numbers (by stage)."""
+
+    @property
+    def prunes_and_merges(self) -> bool:
+        """Whether both numbers that a schedule has for a block count; else the tokens left after the block alone."""
+        return False
 
     @abstractmethod
     def step(self, rules: TokenRules, k_p: int, k_m: int, before: TokenState) -> Step:
@@ -49,6 +56,41 @@ class Method(ABC):
             removed = round(strength * stage.tokens * compressing)
             numbers.append(min(stage.tokens, max(stage.fewest, stage.tokens - removed)))
         return numbers
+
+    # --- what a search has to know
+
+    @property
+    def proxies(self) -> tuple[Proxy, ...]:
+        """What a search learns; nothing: the method cannot be searched. A family that is only merged goes without
+        pruning."""
+        return ()
+
+    @property
+    def merges_first(self) -> bool:
+        """Whether a block merges before it prunes, so that of two proxies pruning has the last word."""
+        return False
+
+    def compressible(self, stage: Stage) -> tuple[bool, ...]:
+        """For each block of a stage, whether it has rates."""
+        return stage.compressible
+
+    def most_removed(self, tokens: Any, prefix: int) -> Any:
+        """How many of so many tokens one block can remove; None: as many as the model lets it. Of whole numbers, and
+        of 0-d tensors, as the search has them on a device."""
+        return None
+
+    def search_step(
+        self,
+        rules: TokenRules,
+        rates: BlockRates | None,
+        before: TokenState,
+        mask_gradient: MaskGradient = "derivative",
+    ) -> Step:
+        """What one block does with its tokens in the search step, where nothing is dropped but masked.
+
+        Tokens that are masked stand behind the others, the same number in every image.
+        """
+        raise NotImplementedError(f"method {self.name!r} has proxies, but no search step")
 
 
 def _text(value: object) -> str:

@@ -14,7 +14,7 @@ from ..errors import InputValueError
 from ..models.adapter import Adapter, TokenRules
 from ..models.compressed import Step, TokenState
 from ..schedule import KeptNumbers
-from .diffrate import DropTokens
+from .dropping import DropTokens
 from .method import Method
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from ..models.adapter import Adapter, Stage, TokenRules
 from ..models.compressed import Step, TokenState
 from ..numeric import wide_dtype
 from ..schedule import KeptNumbers
-from .method import Method
+from .masking import BlockRates, MaskGradient
+from .method import Method, Proxy
+from .tome_search import MaskByKeys
 
 
 class MergeByKeys(Step):
@@ -45,9 +47,12 @@ class MergeByKeys(Step):
         return ops.merge_reduce(x, self.slot, kept, weights=size, residual=branch)
 
 
-def most_merged(tokens: int, prefix: int) -> int:
-    """How many of so many tokens can merge at once: those at even positions after the prefix, at most half."""
-    return max(0, min((tokens + 1) // 2 - (prefix + 1) // 2, (tokens - prefix) // 2))
+def most_merged(tokens: Any, prefix: int) -> Any:
+    """How many of so many tokens can merge at once: half of the patches, of which every second may merge.
+
+    Tokens are a whole number or, in the search, a 0-d tensor.
+    """
+    return (tokens - prefix) // 2
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,27 @@ class ToMe(Method):
 
     def step(self, rules: TokenRules, k_p: int, k_m: int, before: TokenState) -> Step:
         return MergeByKeys(rules, k_m, before, self.proportional_attention)
+
+    @property
+    def proxies(self) -> tuple[Proxy, ...]:
+        return ("merge",)
+
+    def compressible(self, stage: Stage) -> tuple[bool, ...]:
+        """As in the paper of DiffRate, and the first block. In the last block of a hierarchical model's stage no mask
+        has an effect that a gradient could tell."""
+        return any(stage.compressible), *stage.compressible[1:]
+
+    def most_removed(self, tokens: Any, prefix: int) -> Any:
+        return most_merged(tokens, prefix)
+
+    def search_step(
+        self,
+        rules: TokenRules,
+        rates: BlockRates | None,
+        before: TokenState,
+        mask_gradient: MaskGradient = "derivative",
+    ) -> Step:
+        return MaskByKeys(rules, rates, before, mask_gradient, self.proportional_attention)
 
     def uniform(self, stage: Stage, strength: float) -> list[int]:
         """The same number in every block of a stage that is compressed at all (r), as long as there are so many."""

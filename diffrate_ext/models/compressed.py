@@ -1,8 +1,8 @@
 """How a compressed model runs: one loop over its blocks, each of which calls a :class:`Step`.
 
 A model's :class:`Plan` makes the steps of one forward pass, one for each block; the block computes attention
-and reduces its tokens through its step. Steps that drop tokens are in ``methods``, those of the rate
-search, which mask them, in ``rate_search/masking.py``.
+and reduces its tokens through its step. Steps are in ``methods``: those that drop tokens, and those
+of the rate search, which mask them.
 """
 
 from __future__ import annotations

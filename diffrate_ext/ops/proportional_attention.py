@@ -68,7 +68,7 @@ def proportional_attention(
     if importance_from is None:
         return out, None
     if importance_from == "class_rows":
-        return out, _class_rows(constant(q), constant(k), size, scale)
+        return out, class_rows(constant(q), constant(k), size, scale)
     measure = class_attention if importance_from == "class" else received_attention
     return out, measure(q, k, size, scale=scale, prefix=prefix)
 
@@ -120,7 +120,7 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
-def _class_rows(q: Tensor, k: Tensor, size: Tensor | None, scale: float) -> Tensor:
+def class_rows(q: Tensor, k: Tensor, size: Tensor | None, scale: float) -> Tensor:
     """The class token's attention, (B, H, N). Not by a matrix product: autocast would round it to half precision."""
     logits = (q[:, :, :1].to(wide_dtype(q)) * k).sum(-1) * scale
     if size is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from os import PathLike
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from ..compression.patching import remove_plans
 from ..compression.uniform import uniform_schedule
 from ..errors import DivergedError, InputValueError
 from ..evaluation import Batch, Evaluation, check_labels, evaluate_all, split_batch
+from ..methods import Method
 from ..models import adapter_for
 from ..schedule import Schedule
 from ..seeding import seeded
@@ -111,9 +112,9 @@ def search(
 
     Raises:
         InputTypeError: the model's family is not supported, or a batch is of another type.
-        InputValueError: a part of the model is not supported; the target cannot be reached; there are no images, or no
-            labels; a checkpoint is of a search with another fingerprint; a CUDA graph was asked for and cannot be
-            captured.
+        InputValueError: a part of the model is not supported; the method cannot be searched, or cannot run the model;
+            the target cannot be reached; there are no images, or no labels; a checkpoint is of a search with another
+            fingerprint; a CUDA graph was asked for and cannot be captured.
         FileExistsError: ``output`` holds a search, and ``resume`` is False.
         DivergedError: the loss is not finite.
         KeyboardInterrupt: with a message that says what was done and how to continue.
@@ -121,9 +122,9 @@ def search(
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise InputValueError(f"checkpoint_every must be a whole number of at least 1, got {checkpoint_every!r}")
     settings = settings or SearchSettings()
-    check_target(model, target_gflops, settings.granularity)
+    check_target(model, target_gflops, settings.granularity, method=settings.method)
     plain = uncompressed_copy(model)  # shares the weights; its modules are those that change
-    rates = RateSearch(plain, settings.granularity, mask_gradient=settings.mask_gradient)
+    rates = RateSearch(plain, settings.granularity, mask_gradient=settings.mask_gradient, method=settings.method)
     try:
         run = _Search(rates, float(target_gflops), settings, None if output is None else SearchFolder(output))
         run.start({**(fingerprint or {}), **_model_fingerprint(plain)}, resume)
@@ -134,22 +135,22 @@ def search(
         remove_plans(plain)
     evaluation = None
     if validation is not None:
-        evaluation = run.processes.from_first(lambda: _evaluation(plain, schedule, validation))
+        evaluation = run.processes.from_first(lambda: _evaluation(plain, schedule, rates.method, validation))
     return SearchResult(schedule, run.history, evaluation, run.target, searched_gflops, found_gflops, run.steps_before)
 
 
-def check_target(model: nn.Module, gflops: float, granularity: int = 1) -> None:
+def check_target(model: nn.Module, gflops: float, granularity: int = 1, *, method: str | Method = "diffrate") -> None:
     """Raise InputValueError when no search can reach a target, with the range that it can reach."""
     plain = uncompressed_copy(model)
-    rates = RateSearch(plain, granularity)
+    rates = RateSearch(plain, granularity, method=method)
     try:
         check_reachable(rates, gflops)
     finally:
         remove_plans(plain)
 
 
-def _evaluation(plain: nn.Module, schedule: Schedule, validation: Iterable[Batch]) -> Evaluation:
-    return evaluate_all([plain, compressed_copy(plain, schedule)], validation)[1]
+def _evaluation(plain: nn.Module, schedule: Schedule, method: Method, validation: Iterable[Batch]) -> Evaluation:
+    return evaluate_all([plain, compressed_copy(plain, schedule, method=method)], validation)[1]
 
 
 class _Search:
@@ -169,7 +170,7 @@ class _Search:
             self.logits.values(), lr=settings.first_lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
         if settings.start == "uniform":
-            rates.set_schedule(uniform_schedule(rates.model, target_gflops))
+            rates.set_schedule(uniform_schedule(rates.model, target_gflops, method=rates.method))
         self._return_to_target()
         self.direction = rates.tilt_direction()
         self.uncompressed = flops(rates.model) / 1e9
@@ -313,7 +314,7 @@ class _Search:
         """Start from the simple schedule of the least loss on these batches, which then train, too."""
         self.rates.eval()
         placed = [self._on_device(batch) for batch in batches]
-        schedules, losses = list(simple_schedules(self.rates.model, self.target)), []
+        schedules, losses = list(simple_schedules(self.rates.model, self.target, self.rates.method)), []
         for schedule in schedules:
             self.rates.set_schedule(schedule)
             losses.append(torch.stack([self._answer_to(images, labels)[0] for images, labels in placed]).mean())
@@ -355,10 +356,10 @@ class _Search:
         self.optimizer.zero_grad()
         lesson, accuracy = self._answer_to(images, labels)
         gflops = rates.gflops()
-        kind = "absolute" if settings.flops_loss == "absolute" else "relative"
+        kind: Literal["relative", "absolute"] = "absolute" if settings.flops_loss == "absolute" else "relative"
         cost = with_flops * flops_loss(gflops, self.target, self.uncompressed, settings.weight_of_flops, kind)
         held = settings.holds_target
-        slopes = torch.autograd.grad(gflops, self.logits.values(), retain_graph=True) if held else ()
+        slopes = torch.autograd.grad(gflops, list(self.logits.values()), retain_graph=True) if held else ()
         (lesson + cost).backward()
 
         gradients = [p.grad for p in self.logits.values() if p.grad is not None]

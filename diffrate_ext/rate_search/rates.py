@@ -14,12 +14,12 @@ from .. import ops
 from ..compression.flops import flops
 from ..compression.patching import install_plans, without_plans
 from ..errors import DivergedError, InputTypeError, InputValueError
-from ..methods import DiffRate, MethodPlan
+from ..methods import METHODS, Method, MethodPlan, method_of
+from ..methods.masking import BlockRates, MaskGradient, everything
 from ..models import Stage, adapter_for
 from ..models.compressed import NewStep, Plan
 from ..numeric import rate_candidates
 from ..schedule import Schedule
-from .masking import BlockRates, MaskTokens
 from .target import nearest_tilt
 
 START_WIDTH = 0.05
@@ -38,7 +38,7 @@ class RateSearch(nn.Module):
 
     Each block that the paper compresses has a proxy for pruning and one for merging: logits over how many patches it
     may keep, ``n_patches - granularity * k`` while positive. The first block has none, nor has the last block of a
-    model that pools over patches.
+    model that pools over patches. Methods that only prune or only merge have one proxy, ToMe in the first block too.
 
     Args:
         model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, uncompressed or compressed.
@@ -46,26 +46,32 @@ class RateSearch(nn.Module):
         train_weights: train the model's weights too. By default they are frozen, and no gradient of theirs is computed.
         mask_gradient: of a masked token, as for :func:`diffrate_ext.ops.masked_attention`: the paper's "derivative", or
             "difference", which no token that would outshine all others drowns in noise.
+        method: what the rates are for, as for :func:`diffrate_ext.compress`: DiffRate with any options, or ToMe.
 
     Attributes:
         model: the model.
-        prune_logits: (compressible blocks, candidates); None in a family that is only merged.
-        merge_logits: (compressible blocks, candidates).
+        prune_logits: (compressible blocks, candidates); None where nothing is pruned.
+        merge_logits: (compressible blocks, candidates); None where nothing is merged.
+        method: the method.
         n_patches, granularity, prefix: as above; the model's prefix tokens.
 
     Raises:
         InputTypeError: the model's family is not supported.
-        InputValueError: a part of the model is not supported, or no block of it can be compressed.
+        InputValueError: a part of the model is not supported, or no block of it can be compressed; the method cannot
+            be searched, or cannot run the model.
     """
 
     prune_logits: nn.Parameter | None
+    merge_logits: nn.Parameter | None
 
     def __init__(
         self,
         model: nn.Module,
         granularity: int = 1,
         train_weights: bool = False,
-        mask_gradient: Literal["difference", "derivative"] = "difference",
+        mask_gradient: MaskGradient = "difference",
+        *,
+        method: str | Method = "diffrate",
     ) -> None:
         super().__init__()
         if mask_gradient not in ("difference", "derivative"):
@@ -77,19 +83,22 @@ class RateSearch(nn.Module):
             raise InputValueError(f"granularity must be at least 1, got {granularity}")
         self._adapter = adapter = adapter_for(model)
         stages = adapter.stages
-        with_rates = [index for index, stage in enumerate(stages) if any(stage.compressible)]
+        self.method = method = _searchable(method_of(method))
+        method.check(adapter, [stage.all_tokens for stage in stages])
+        with_rates = [index for index, stage in enumerate(stages) if any(method.compressible(stage))]
         if not with_rates:
             raise InputValueError("the model has no block to compress: the first one never is")
         (self._stage_index,) = with_rates  # in a hierarchical model, the paper compresses one stage
         stage = stages[self._stage_index]
-        self._has_rates = stage.compressible
+        self._has_rates = method.compressible(stage)
         self.granularity = granularity
         self.prefix = adapter.rules.prefix
         self.n_patches = stage.tokens - self.prefix
-        shape = (sum(stage.compressible), len(rate_candidates(self.n_patches, granularity)))
+        shape = (sum(self._has_rates), len(rate_candidates(self.n_patches, granularity)))
         device = next(model.parameters()).device
-        self.merge_logits = nn.Parameter(torch.zeros(shape, device=device))
-        self.prune_logits = nn.Parameter(torch.zeros(shape, device=device)) if adapter.prunes else None
+        merges, prunes = "merge" in method.proxies, "prune" in method.proxies and adapter.prunes
+        self.merge_logits = nn.Parameter(torch.zeros(shape, device=device)) if merges else None
+        self.prune_logits = nn.Parameter(torch.zeros(shape, device=device)) if prunes else None
         install_plans(adapter, [_SearchPlan(self, index) for index in range(len(stages))])
         self.model = model
         self._frozen = [] if train_weights else [p for p in model.parameters() if p.requires_grad]
@@ -117,7 +126,7 @@ class RateSearch(nn.Module):
                 if row is not None:
                     left = row.detach().amin().clamp(max=left) + (row - row.detach()).sum()
                 numbers[-1].append(left)
-        return (self._adapter.cost.total(numbers) / 1e9).to(self.merge_logits.dtype)
+        return (self._adapter.cost.total(numbers) / 1e9).to(self._proxies()[0].dtype)
 
     def flops_loss(
         self, target_gflops: float, *, weight: float = 5.0, kind: Literal["relative", "absolute"] = "relative"
@@ -141,12 +150,13 @@ class RateSearch(nn.Module):
         stages = self._adapter.stages
         numbers = [pair for row in self._numbers(self._kept()[0], stages) for pair in row]
         return Schedule(
-            [pruned for pruned, _ in numbers] if self._adapter.prunes else None,
+            None if self.prune_logits is None else [pruned for pruned, _ in numbers],
             [merged for _, merged in numbers],
             prefix=self.prefix,
             grid=stages[0].grid,
             model=self._adapter.name,
             stages=[len(stage.blocks) for stage in stages] if len(stages) > 1 else None,
+            method=str(self.method),
         )
 
     def reachable_gflops(self) -> tuple[float, float]:
@@ -161,7 +171,9 @@ class RateSearch(nn.Module):
             for index, stage in enumerate(stages):
                 left, row = stage.tokens, list[int]()
                 for here in self._rates_of(index, stage):
-                    left = min(left, kept) if here else left
+                    removed = left - kept if here else 0
+                    most = self.method.most_removed(left, self.prefix)
+                    left -= max(0, removed if most is None else min(removed, most))
                     row.append(left)
                 numbers.append(row)
             return self._adapter.cost.total(numbers) / 1e9
@@ -178,11 +190,16 @@ class RateSearch(nn.Module):
         Raises:
             InputValueError: the schedule does not fit the model.
         """
-        numbers = self._adapter.kept_numbers(schedule)[self._stage_index]
+        numbers, left = [], self._adapter.stages[self._stage_index].tokens
+        for pruned, merged in self._adapter.kept_numbers(schedule)[self._stage_index]:
+            first, last = (merged, left - (pruned - merged)) if self.method.merges_first else (pruned, merged)
+            numbers.append((first, last))
+            left = merged
         wanted = [number for number, here in zip(numbers, self._has_rates, strict=True) if here]
         candidates = torch.tensor(rate_candidates(self.n_patches, self.granularity), dtype=torch.float64)
         width = max(self.n_patches * START_WIDTH, self.granularity)
-        for column, logits in zip((0, 1) if self._adapter.prunes else (1,), self._proxies(), strict=True):
+        proxies = self._proxies()
+        for column, logits in zip((0, 1) if len(proxies) == 2 else (1,), proxies, strict=True):
             # half a token less: a kept number is a ceiling
             means = torch.tensor([number[column] - self.prefix - 0.5 for number in wanted], dtype=torch.float64)
             # at the ends of the range a bell is cut off: its centre lies further out than the mean that is wanted
@@ -226,8 +243,9 @@ class RateSearch(nn.Module):
 
     def tilt_direction(self) -> Tensor:
         """What a tilt adds to the logits of each proxy (candidates), up to a factor: more for more patches."""
-        candidates = torch.tensor(rate_candidates(self.n_patches, self.granularity), device=self.merge_logits.device)
-        return (candidates / self.n_patches).to(self.merge_logits.dtype)
+        logits = self._proxies()[0]
+        candidates = torch.tensor(rate_candidates(self.n_patches, self.granularity), device=logits.device)
+        return (candidates / self.n_patches).to(logits.dtype)
 
     def uncompressed(self) -> AbstractContextManager[nn.Module]:
         """The model as it was before the search, in evaluation mode, within a ``with`` block."""
@@ -236,8 +254,8 @@ class RateSearch(nn.Module):
     # --- inside
 
     def _proxies(self) -> tuple[Tensor, ...]:
-        """The logits of pruning, if there are any, and of merging."""
-        return (self.merge_logits,) if self.prune_logits is None else (self.prune_logits, self.merge_logits)
+        """The logits of pruning, if there are any, and of merging, if there are any."""
+        return tuple(logits for logits in (self.prune_logits, self.merge_logits) if logits is not None)
 
     def _kept(self, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Kept numbers (blocks, 1 or 2) and keep probabilities (blocks, 1 or 2, N): pruning, then merging.
@@ -248,7 +266,18 @@ class RateSearch(nn.Module):
         kept, keep_prob = ops.compression_rate(logits.flatten(0, 1), self.n_patches, self.granularity, self.prefix)
         fewest = self._adapter.stages[self._stage_index].fewest  # one patch to merge into; CAFormer needs two
         kept = kept + (fewest - kept).clamp_min(0).detach()  # a bound that stops no gradient
-        return kept.view(logits.shape[:2]), keep_prob.view(*logits.shape[:2], -1)
+        return self._possible(kept.view(logits.shape[:2])), keep_prob.view(*logits.shape[:2], -1)
+
+    def _possible(self, kept: Tensor) -> Tensor:
+        """Kept numbers (blocks, 1 or 2), raised to what the method can come down to from block to block."""
+        tokens = self._adapter.stages[self._stage_index].tokens
+        if self.method.most_removed(tokens, self.prefix) is None:
+            return kept
+        left, fewest = kept.new_full((), tokens), []
+        for wanted in kept.detach().round().amin(1):
+            fewest.append(left - self.method.most_removed(left, self.prefix))
+            left = left.minimum(wanted.maximum(fewest[-1]))
+        return kept + (torch.stack(fewest)[:, None] - kept).clamp_min(0).detach()
 
     def _numbers(self, kept: Tensor, stages: Sequence[Stage]) -> list[list[tuple[int, int]]]:
         """Tokens left after pruning and after merging in each block of each stage, for kept numbers (blocks, 1 or 2).
@@ -265,7 +294,9 @@ class RateSearch(nn.Module):
             numbers.append([])
             for here in self._rates_of(index, stage):
                 row = next(rows) if here else [left]
-                pruned, left = min(left, row[0]), min(left, *row)
+                before, left = left, min(left, *row)
+                # a schedule says what pruning alone would leave
+                pruned = left + before - min(before, row[-1]) if self.method.merges_first else min(before, row[0])
                 numbers[-1].append((pruned, left))
         return numbers
 
@@ -284,28 +315,29 @@ class RateSearch(nn.Module):
         """The compression that the rates stand for now."""
         adapter, stage = self._adapter, self._adapter.stages[index]
         numbers = adapter.kept_numbers(self.schedule())[index]
-        return MethodPlan(DiffRate(), adapter.rules, stage.tokens, numbers, stage.fewest)
+        return MethodPlan(self.method, adapter.rules, stage.tokens, numbers, stage.fewest)
 
     def _mask_steps(self, index: int) -> list[NewStep]:
         """The search step at the current rates."""
         rules, stage = self._adapter.rules, self._adapter.stages[index]
-        mask = partial(MaskTokens, rules, mask_gradient=self.mask_gradient)
+        step = partial(self.method.search_step, rules, mask_gradient=self.mask_gradient)
         if index != self._stage_index:
-            return [partial(mask, None) for _ in stage.blocks]
+            return [partial(step, None) for _ in stage.blocks]
         kept, keep_prob = self._kept()
         if kept.device.type == "cpu":  # elsewhere looking would stop the stream
             _check_finite(kept)
         steps: list[NewStep] = []
         for row, prob in zip(self._rows(index, stage, kept), self._rows(index, stage, keep_prob), strict=True):
-            if row is None or prob is None:
-                steps.append(partial(mask, None))
-            elif self._adapter.prunes:
-                steps.append(partial(mask, BlockRates(prob[0], prob[1], row[0], row[1])))
-            else:  # pruning to all tokens prunes nothing
-                everything = row.new_full((), stage.tokens)
-                rates = BlockRates(torch.ones_like(prob[0]), prob[0], everything, row[0])
-                steps.append(partial(mask, rates))
+            rates = None if row is None or prob is None else self._block_rates(row, prob)
+            steps.append(partial(step, rates))
         return steps
+
+    def _block_rates(self, kept: Tensor, prob: Tensor) -> BlockRates:
+        """Of kept numbers (1 or 2) and keep probabilities (1 or 2, N)."""
+        nothing_goes, all_stay = everything(prob[0])
+        prune = (nothing_goes, all_stay) if self.prune_logits is None else (prob[0], kept[0])
+        merge = (nothing_goes, all_stay) if self.merge_logits is None else (prob[-1], kept[-1])
+        return BlockRates(prune[0], merge[0], prune[1], merge[1])
 
     def _release(self) -> None:
         """Weights that the search froze train again."""
@@ -355,6 +387,13 @@ def check_reachable(rates: RateSearch, gflops: float) -> None:
             f"{gflops:g} GFLOPs cannot be reached: the model takes {most:.4g} uncompressed, and {least:.4g} "
             "with all the tokens removed that may be removed"
         )
+
+
+def _searchable(method: Method) -> Method:
+    if not method.proxies:
+        known = [name for name, kind in METHODS.items() if kind().proxies]
+        raise InputValueError(f"method {str(method)!r} has no rates to learn: the search knows {' and '.join(known)}")
+    return method
 
 
 def _check_finite(kept: Tensor) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from ..errors import InputValueError
+from ..methods import Method, method_of
 from .checkpoints import Fact
 
 LR_SUM = 20.0
@@ -46,9 +47,11 @@ class SearchSettings:
         granularity: the step between the numbers of patches that a block may keep.
         seed: of all random choices, the loader's included as far as they come from the generators of torch, numpy and
             ``random`` in this process.
+        method: what the rates are for, as for :func:`diffrate_ext.compress`: DiffRate with any options, or ToMe.
 
     Raises:
-        InputValueError: a number out of range.
+        InputTypeError: ``method`` is neither a name nor a Method.
+        InputValueError: a number out of range, or no such method.
     """
 
     steps: int = 1000
@@ -65,6 +68,7 @@ class SearchSettings:
     start: Literal["best", "uniform", "zeros"] = "best"
     granularity: int = 1
     seed: int = 0
+    method: str | Method = "diffrate"
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("warmup_steps", 0), ("granularity", 1), ("seed", 0)):
@@ -86,6 +90,7 @@ class SearchSettings:
             raise InputValueError(f"mask_gradient must be 'difference' or 'derivative', got {self.mask_gradient!r}")
         if self.start not in ("best", "uniform", "zeros"):
             raise InputValueError(f"start must be 'best', 'uniform' or 'zeros', got {self.start!r}")
+        method_of(self.method)
         if self.first_lr < self.last_lr:
             raise InputValueError(f"min_lr must not be above lr, got {self.last_lr:g} and {self.first_lr:g}")
 
@@ -117,6 +122,12 @@ class SearchSettings:
 
     def fingerprint(self) -> dict[str, Fact]:
         """What a search that is resumed must have in common with the one that was stopped."""
-        facts = {**asdict(self), "flops_weight": self.weight_of_flops, "lr": self.first_lr, "min_lr": self.last_lr}
+        facts = {
+            **asdict(self),
+            "flops_weight": self.weight_of_flops,
+            "lr": self.first_lr,
+            "min_lr": self.last_lr,
+            "method": str(method_of(self.method)),
+        }
         del facts["cuda_graph"]  # another way to the same result
         return facts

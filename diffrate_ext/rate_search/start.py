@@ -8,18 +8,19 @@ from dataclasses import replace
 from torch import nn
 
 from ..compression.uniform import uniform_schedule
-from ..methods import DiffRate
+from ..methods import DiffRate, Method
 from ..models import Stage, adapter_for
 from ..schedule import Schedule
 
 
-def simple_schedules(model: nn.Module, gflops: float) -> Iterator[Schedule]:
-    """The same number of tokens goes in each block, or the same share; half of them are pruned, or all are merged.
+def simple_schedules(model: nn.Module, gflops: float, method: Method) -> Iterator[Schedule]:
+    """Of ToMe its usual one. Of DiffRate: the same number of tokens goes in each block, or the same share; of two
+    operations, both do half of it, or merging does all.
 
     Which of them is best depends on the model and on how much is to go: a search of some 100 steps does not get from
     one to the other.
     """
-    for rule in (DiffRate(), _SameShare()):
+    for rule in (method, _SameShare(**vars(method))) if isinstance(method, DiffRate) else (method,):
         schedule = uniform_schedule(model, gflops, method=rule)
         yield schedule
         if schedule.after_pruning is not None:
@@ -32,7 +33,7 @@ class _SameShare(DiffRate):
 
     def uniform(self, stage: Stage, strength: float) -> list[int]:
         numbers, patches = [], float(stage.tokens - stage.prefix)
-        for compressible in stage.compressible:
+        for compressible in self.compressible(stage):
             patches *= 1 - strength * compressible
             numbers.append(min(stage.tokens, max(stage.fewest, stage.prefix + round(patches))))
         return numbers

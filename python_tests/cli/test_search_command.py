@@ -42,6 +42,16 @@ def test_search_on_the_embedded_model(tmp_path, capsys):
     assert "seed: 0 then, 1 now" in fails(search(folder, "--resume", "--seed", "1"), capsys)
 
 
+def test_search_for_a_method(tmp_path, capsys):
+    folder = tmp_path / "search"
+    assert main(search(folder, "--method", "tome:proportional_attention=false")) == 0
+    assert Schedule.load(folder / "schedule.json").method == "tome:proportional_attention=false"
+    capsys.readouterr()
+    assert "then, 'diffrate' now" in fails(search(folder, "--resume"), capsys)
+    assert "the search knows diffrate and tome" in fails(search(folder, "--method", "evit"), capsys)
+    assert "has the options match, operations, importance" in fails(search(folder, "--method", "diffrate:a=b"), capsys)
+
+
 def test_search_for_several_targets(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "search"
     argv = search(folder, "--gflops", "0.25", "0.15", "--tensorboard")

@@ -11,7 +11,7 @@ from tiny_models import tiny_caformer, tiny_images, tiny_schedule, tiny_vit
 from torch import Tensor, nn
 
 from diffrate_ext import compress, ops
-from diffrate_ext.methods import diffrate as dropping
+from diffrate_ext.methods import dropping
 from diffrate_ext.models.adapter import TokenRules
 from diffrate_ext.models.compressed import TokenState
 

@@ -122,7 +122,7 @@ def test_apart_under_a_compiler(model: nn.Module, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr("diffrate_ext.models.norm_ahead.is_traced", lambda: True)
         assert fused_in(model) == within_blocks(model)
-        patch.setattr("diffrate_ext.methods.diffrate.is_traced", lambda: True)
+        patch.setattr("diffrate_ext.methods.dropping.is_traced", lambda: True)
         assert fused_in(model) == 0
 
 

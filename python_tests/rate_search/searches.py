@@ -41,12 +41,14 @@ def searching(model: nn.Module, merging: bool = True, granularity: int = 1, **op
     """A search, not at its beginning: every block prunes some, and merges some more of what is left."""
     rates = RateSearch(model, granularity, **options)
     candidates = torch.arange(rates.n_patches, 0, -granularity)
+    in_order = (rates.prune_logits, rates.merge_logits)
+    first, last = in_order[::-1] if rates.method.merges_first else in_order
     with torch.no_grad():
-        for logits, first in ((rates.prune_logits, 13.5), (rates.merge_logits, 12.0)):
+        for logits, most in ((first, 13.5), (last, 12.0)):
             if logits is None:
                 continue
             for row in range(len(logits)):
-                patches = first - 3.5 * row if logits is rates.prune_logits or merging else 16
+                patches = 16 if logits is rates.merge_logits and not merging else most - 3.5 * row
                 logits[row] = -(candidates - patches).abs()
     return rates
 

@@ -10,9 +10,9 @@ from tiny_models import tiny_caformer, tiny_vit
 from torch import Tensor, nn
 
 from diffrate_ext import RateSearch
+from diffrate_ext.methods.masking import BlockRates, MaskTokens
 from diffrate_ext.models import adapter_for
 from diffrate_ext.models.compressed import TokenState
-from diffrate_ext.rate_search.masking import BlockRates, MaskTokens
 
 TOKENS, ALIVE, MERGED = 20, 17, 9
 

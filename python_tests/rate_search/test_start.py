@@ -14,6 +14,7 @@ from tiny_search import gflops_of, plain_model, quick, tiny_batches
 import diffrate_ext
 from diffrate_ext.compression.flops import flops
 from diffrate_ext.compression.uniform import uniform_schedule
+from diffrate_ext.methods import DiffRate
 from diffrate_ext.rate_search import loop
 from diffrate_ext.rate_search.settings import SearchSettings
 from diffrate_ext.rate_search.start import simple_schedules
@@ -22,7 +23,7 @@ from diffrate_ext.rate_search.start import simple_schedules
 def test_simple_schedules() -> None:
     model = plain_model(depth=8)
     target = gflops_of(model, 0.6)
-    number, number_merged, share, share_merged = simple_schedules(model, target)
+    number, number_merged, share, share_merged = simple_schedules(model, target, DiffRate())
     assert number == uniform_schedule(model, target)
     for schedule in (number, number_merged, share, share_merged):
         assert flops(model, schedule) / 1e9 == pytest.approx(target, rel=0.01)
@@ -37,7 +38,7 @@ def test_simple_schedules() -> None:
 
 def test_simple_schedules_of_a_family_that_only_merges() -> None:
     model = build("CAFormer")
-    schedules = list(simple_schedules(model, 0.95 * flops(model) / 1e9))
+    schedules = list(simple_schedules(model, 0.95 * flops(model) / 1e9, DiffRate()))
     assert [schedule.after_pruning for schedule in schedules] == [None, None]
 
 
@@ -48,7 +49,7 @@ def test_the_best_on_the_first_batches(seed: int) -> None:
     record = quick(model, batches, settings=settings).history.records[0]
 
     losses = []
-    schedules = list(simple_schedules(model, gflops_of(model, 0.6)))
+    schedules = list(simple_schedules(model, gflops_of(model, 0.6), DiffRate()))
     images, labels = (torch.cat(parts) for parts in zip(*batches[:3], strict=True))
     for schedule in schedules:
         logits = diffrate_ext.compressed_copy(model, schedule)(images)

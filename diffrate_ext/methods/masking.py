@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..methods.diffrate import keep_order
 from ..models.adapter import TokenRules
 from ..models.compressed import Step, TokenState
+from .dropping import keep_order
+
+MaskGradient = Literal["derivative", "difference"]
+"""Of a masked token, as for :func:`diffrate_ext.ops.masked_attention`."""
 
 
 @dataclass(frozen=True)
 class BlockRates:
-    """What one block keeps now, differentiable: numbers (0-d) and keep probabilities of the sorted positions (N)."""
+    """What one block keeps now, differentiable: numbers (0-d) and keep probabilities of the sorted positions (N).
+
+    A method without one of the proxies keeps everything there.
+    """
 
     prune_prob: Tensor
     merge_prob: Tensor
     kept_p: Tensor
     kept_m: Tensor
+
+    def without_pruning(self) -> BlockRates:
+        prob, kept = everything(self.prune_prob)
+        return replace(self, prune_prob=prob, kept_p=kept)
+
+    def without_merging(self) -> BlockRates:
+        prob, kept = everything(self.merge_prob)
+        return replace(self, merge_prob=prob, kept_m=kept)
+
+
+def everything(prob: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep probabilities, like these (N), and the kept number of a proxy that removes nothing."""
+    return torch.ones_like(prob), prob.new_full((), prob.shape[0])
 
 
 class MaskTokens(Step):
@@ -34,7 +53,7 @@ class MaskTokens(Step):
         rules: TokenRules,
         rates: BlockRates | None,
         before: TokenState,
-        mask_gradient: Literal["derivative", "difference"] = "derivative",
+        mask_gradient: MaskGradient = "derivative",
     ) -> None:
         self.rules, self.rates, self.before, self.mask_gradient = rules, rates, before, mask_gradient
 
@@ -73,7 +92,23 @@ class MaskTokens(Step):
             prefix, importance = 1, keep_order(size, 1)
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=importance.dtype, device=x.device)
-        x, mask, size, sorted_order, dst = ops.masked_prune_merge(
+        x, mask, size, sorted_order, dst = self._prune_merge(x, mask, importance, size, order, prefix, rates)
+        self.after = TokenState(size, mask)
+        self.slot = torch.empty_like(dst).scatter_(1, sorted_order if order is None else order, dst)
+        return x
+
+    def _prune_merge(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        importance: Tensor,
+        size: Tensor | None,
+        order: Tensor | None,
+        prefix: int,
+        rates: BlockRates,
+    ) -> ops.MaskedTokens:
+        """``order``: by which x was sorted since attention; None: it was not."""
+        return ops.masked_prune_merge(
             x,
             mask,
             importance,
@@ -83,8 +118,5 @@ class MaskTokens(Step):
             rates.kept_p,
             rates.kept_m,
             prefix=prefix,
-            size_rule=rules.size_rule,
+            size_rule=self.rules.size_rule,
         )
-        self.after = TokenState(size, mask)
-        self.slot = torch.empty_like(dst).scatter_(1, sorted_order if order is None else order, dst)
-        return x
