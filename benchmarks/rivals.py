@@ -188,7 +188,7 @@ def bipartite_match(keys: Tensor, merged: int, *, prefix: int = 1) -> Tensor:
     images, tokens, _ = unit.shape
     first_even, first_odd = prefix + prefix % 2, prefix + (prefix + 1) % 2
     best, match = (unit[:, first_even::2] @ unit[:, first_odd::2].transpose(1, 2)).max(-1)
-    merges = best.argsort(dim=-1, descending=True, stable=True).argsort(-1) < merged
+    merges = best.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < merged
     slot = torch.empty(images, tokens, dtype=torch.int64, device=keys.device)
     slot[:, :prefix] = torch.arange(prefix, device=keys.device)
     first = prefix + best.shape[1] - merged

@@ -93,6 +93,20 @@ def test_merge_reduce_equals_reference(weighted: bool) -> None:
     torch.testing.assert_close(rivals.merge_reduce(x, dst, 10, weights=weights), expected)
 
 
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_bipartite_match_equals_reference_and_is_checked(prefix: int) -> None:
+    keys = torch.randn(3, 2, 31, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    slot = rivals.bipartite_match(keys, 7, prefix=prefix)
+    assert torch.equal(slot, reference.bipartite_match(keys.mean(1), 7, prefix=prefix))
+    checks.check_bipartite_match(slot, keys, 7, prefix=prefix)
+    for other in (keys.flip(0), keys.roll(2, 2)):  # other tokens
+        with pytest.raises(checks.WrongResultError, match="bipartite_match: misses the best cosines"):
+            checks.check_bipartite_match(slot, other, 7, prefix=prefix)
+    for wrong in (slot.clamp_max(20), slot.roll(1, 1), slot.flip(1)):
+        with pytest.raises(checks.WrongResultError, match="bipartite_match: "):
+            checks.check_bipartite_match(wrong, keys, 7, prefix=prefix)
+
+
 @pytest.mark.parametrize("with_size", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_attention_rivals_equal_reference(with_size: bool, scale: float | None) -> None:
