@@ -38,6 +38,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--shares", type=float, nargs="+", default=[embedded.SEARCH_SHARE], help="of the FLOPs")
     parser.add_argument("--steps", type=int, default=embedded.SEARCH_STEPS)
+    parser.add_argument(
+        "--settings",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="of the search; how the first results were made: "
+        """'{"start": "uniform", "flops_loss": "relative", "mask_gradient": "derivative"}'""",
+    )
     parser.add_argument("--output", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
 
@@ -48,6 +56,7 @@ def main() -> int:
         "machine": describe(torch.device("cpu")),
         "images": len(labels),
         "steps": arguments.steps,
+        "settings": arguments.settings,
         "uncompressed": uncompressed.summary(),
         "records": [],
     }
@@ -57,7 +66,7 @@ def main() -> int:
         plain = Outcome(compressed_copy(model, uniform), images, labels)
         for seed in range(arguments.seeds):
             print(f"{share:.0%} of the FLOPs, seed {seed}", file=sys.stderr, flush=True)
-            found = search_embedded(gflops, seed=seed, steps=arguments.steps)
+            found = search_embedded(gflops, seed=seed, steps=arguments.steps, **arguments.settings)
             learned = Outcome(compressed_copy(model, found.schedule), images, labels)
             content["records"].append(
                 {

@@ -20,8 +20,9 @@ def search_embedded(
     seed: int = 0,
     steps: int = embedded.SEARCH_STEPS,
     report: Callable[[StepRecord], None] | None = None,
+    **changes: Any,
 ) -> SearchResult:
-    """Learn a schedule for the embedded model from the 1,000 embedded training images.
+    """Learn a schedule for the embedded model from the 1,000 embedded training images, with other settings if asked.
 
     With soft targets: the model has seen these images with their labels, and how far it leaves its own opinion says
     more than its errors. Without augmentation: nor are the test images flipped or shifted.
@@ -32,5 +33,5 @@ def search_embedded(
         plain: dict[str, Any] = {"augment": False, "mixup": 0, "cutmix": 0, "smoothing": 0}
         return search_loader(images, model, batch_size=64, steps=steps, seed=seed, start=start, **plain)
 
-    settings = SearchSettings(steps=steps, soft_targets=True, seed=seed)
+    settings = SearchSettings(steps=steps, soft_targets=True, seed=seed, **changes)
     return search(model, loader, gflops, settings, report=report)
