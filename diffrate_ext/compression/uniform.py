@@ -17,7 +17,8 @@ def uniform_schedule(model: nn.Module, gflops: float, *, method: str | Method = 
     """A schedule of so many GFLOPs by a method's usual rule.
 
     - ``"diffrate"`` and ``"random"`` remove the same number of tokens in every block that the paper compresses. Up to
-      rounding, DiffRate prunes half of them and merges half; in a hierarchical model it merges all.
+      rounding, DiffRate prunes half of them and merges half; in a hierarchical model it merges all. Its option
+      ``operations`` may say that all are pruned, or all are merged.
     - ``"tome"`` merges the same number in every block, as long as there are so many to merge.
     - ``"evit"`` keeps the same share of the patches in the blocks after each quarter of the depth.
 
