@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from ..images.sources import ImageSource
     from ..rate_search.loop import SearchResult
-    from ..rate_search.processes import Processes
-    from ..rate_search.report import Measure
     from ..rate_search.settings import SearchSettings
+    from ..training.processes import Processes
+    from ..training.progress import Measure
 
 STEPS = 1000
 MIXUP, CUTMIX, SMOOTHING = 0.8, 1.0, 0.1
@@ -164,7 +164,7 @@ class _Job:
 
 
 def _search(arguments: argparse.Namespace) -> None:
-    from ..rate_search.processes import Processes, joined
+    from ..training.processes import Processes, joined
 
     check_embedded_options(arguments)
     with joined(device_named(arguments.device)) as device:
@@ -277,16 +277,16 @@ def _targets(arguments: argparse.Namespace, job: _Job) -> dict[float, Path]:
 
 
 def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder: Path) -> SearchResult:
-    from ..rate_search.data import search_loader
     from ..rate_search.loop import search
     from ..rate_search.report import all_reports, progress_report, tensorboard_report
+    from ..training.data import training_loader
 
     settings, processes = job.settings, job.processes
     place: dict[str, Any] = {"rank": processes.rank, "world": processes.world}
 
     def loader(start: int) -> Any:
         run: dict[str, Any] = {"steps": settings.steps, "seed": settings.seed, "start": start}
-        return search_loader(job.images, job.model, **job.loading, **run, **place)
+        return training_loader(job.images, job.model, **job.loading, **run, **place)
 
     fingerprint = {name: value for name, value in job.loading.items() if name not in ("batch_size", "workers")}
     fingerprint |= {
