@@ -171,10 +171,8 @@ def _run(arguments: argparse.Namespace, device: torch.device, remarks: Console) 
     images = _with_labels_that_count(images, model, settings)
     schedule = _schedule_named(arguments, model)
     folder = FinetuneFolder(arguments.output)
-    if processes.first:
-        folder.check(resume=arguments.resume)
-        if arguments.resume and not folder.checkpoint.exists():
-            remarks.print(f"{folder.path} holds no fine-tuning yet: starting one", soft_wrap=True, markup=False)
+    if arguments.resume and not folder.checkpoint.exists():
+        remarks.print(f"{folder.path} holds no fine-tuning yet: starting one", soft_wrap=True, markup=False)
     if arguments.no_pretrained:
         remarks.print("Random weights: the training is real, what it leads to says nothing.")
     loading = loading_named(arguments, smoothing=0.0)  # the loss smooths the labels
@@ -287,15 +285,21 @@ def _summary(result: FinetuneResult, output: Path) -> str:
     from ..finetuning.history import FinetuneFolder
 
     files = FinetuneFolder(output)
-    lines = [f"  {files.weights}", f"  {files.schedule}"]
+    resumed = ""
+    if result.steps_before == result.history.steps:
+        resumed = "was finished before: "
+    elif result.steps_before:
+        resumed = f"resumed after step {result.steps_before}: "
     if result.uncompressed is None or result.before is None or result.after is None:
-        return "\n".join(["fine-tuned", *lines])
-    name, before = result.before.measure
-    after, whole = result.after.measure[1], result.uncompressed.measure[1]
-    rose = "rose" if after > before else "FELL" if after < before else "stayed"
-    words = f"{name} {rose} from {before:.2%} to {after:.2%}"
-    if name == "top-1":
-        words += (
-            f" (uncompressed: {whole:.2%}), agreement {result.before.agreement:.2%} to {result.after.agreement:.2%}"
+        words = "fine-tuned"
+    else:
+        (name, before), (_, after), (_, whole) = (
+            quality.measure for quality in (result.before, result.after, result.uncompressed)
         )
-    return "\n".join([f"{words}, on {result.after.n:,} images", *lines])
+        rose = "rose" if after > before else "FELL" if after < before else "stayed"
+        digits = ".4f" if name == "cosine" else ".2%"
+        words = f"{name} {rose} from {before:{digits}} to {after:{digits}}, on {result.after.n:,} images"
+        if name == "top-1":
+            agreements = f"{result.before.agreement:.2%} to {result.after.agreement:.2%}"
+            words += f" (uncompressed: {whole:.2%}); agreement with it from {agreements}"
+    return f"{resumed}{words}\n  {files.weights}\n  {files.schedule}"

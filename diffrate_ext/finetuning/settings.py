@@ -14,7 +14,7 @@ LR_BATCH = 512
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """How to fine-tune; the defaults are the paper's (section 4, after DeiT's recipe) for any number of steps.
+    """How to fine-tune. But for ``steps``, the defaults are the paper's, after DeiT's recipe.
 
     The learning rate rises for ``warmup_steps`` and then falls along a cosine from ``lr`` to ``min_lr``. Both are meant
     for 512 images in a step. For B images, of all processes together, the rates are B / 512 times as large (DeiT's

@@ -67,7 +67,9 @@ def test_resuming(few_embedded_images, tmp_path, capsys):
     capsys.readouterr()
     assert "holds a fine-tuning already" in fails(command(folder), capsys)
     assert main(command(folder, "--resume")) == 0
-    assert "step" not in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "step" not in captured.err
+    assert captured.out.startswith("was finished before: top-1 ")
     assert (folder / "model.safetensors").read_bytes() == weights
     assert "seed: 0 then, 1 now" in fails(command(folder, "--resume", "--seed", "1"), capsys).replace("\n", " ")
     assert main(command(tmp_path / "new", "--resume")) == 0
@@ -84,7 +86,7 @@ def test_the_users_pictures_schedule_and_method(labelled, validation, tmp_path, 
     schedule = Schedule.load(folder / "schedule.json")
     assert schedule.method == "evit"
 
-    again = command(tmp_path / "again", *argv[8:-2], "--schedule", str(folder / "schedule.json"))
+    again = command(tmp_path / "again", *argv[9:-2], "--schedule", str(folder / "schedule.json"))
     assert main(again) == 0
     assert (tmp_path / "again" / "history.json").read_text() == (folder / "history.json").read_text()
     assert main([*again, "--resume"]) == 0
