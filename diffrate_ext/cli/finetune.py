@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -142,10 +141,11 @@ def _finetune(arguments: argparse.Namespace) -> None:
             result = _run(arguments, device, remarks)
             results.print(_summary(result, arguments.output), soft_wrap=True, markup=False)
             if result.gain is not None and result.gain < 0:
-                warnings.warn(
+                remarks.print(
                     "Fine-tuning made the model worse: do not use these weights. docs/finetune.md says what to try: "
                     "first a lower --lr, then --distill 1",
-                    stacklevel=1,
+                    style="yellow",
+                    soft_wrap=True,
                 )
 
 
