@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -32,9 +32,14 @@ if TYPE_CHECKING:
 PRUNED, SINGLE = -1, 0
 """Marks in :func:`group_ids` for patches that are gone, and for patches that are a token of their own."""
 
-PAPER = np.array([0.965, 0.96, 0.945])  # pruned patches fade towards it
-STROKE = np.array([0.72, 0.71, 0.68])  # the hatching on them
+PRUNED_COLOUR = np.array([0.0, 0.0, 0.0])
+STROKE = np.array([0.36, 0.37, 0.40])  # the hatching on pruned patches, which tells them from black ones
+MERGED_COLOUR = "#e3d9c6"  # in the plot and in the key
 CELL = 24  # pixels per patch
+OUTLINE = 2  # pixels, of merged tokens
+
+Paint = Literal["mean", "hue"]
+"""How merged tokens are shown: in the mean colour of their pixels, or in a hue of their own over the image."""
 
 
 def visualize(
@@ -45,14 +50,15 @@ def visualize(
     others: Sequence[Schedule] = (),
     blocks: Sequence[int] | None = None,
     titles: Sequence[str] | None = None,
+    paint: Paint = "mean",
     any_model: bool = False,
 ) -> Figure:
     """Draw what happens to the tokens of some images under a schedule.
 
-    One row for each image: the image, then the image after several blocks. Patches without colour are tokens of their
-    own; patches of one colour have become one token (it keeps its colour through the blocks); hatched pale patches are
-    pruned. Beside them, over all blocks: the number of tokens under each schedule, and how many of the patches of these
-    images are tokens of their own, merged, or pruned.
+    One row for each image: the image, then the image after several blocks, as in the paper (figure 6). Patches that
+    look as in the image are tokens of their own; outlined patches of one flat colour were merged into one token; black
+    hatched patches are pruned. Beside them, over all blocks: the number of tokens under each schedule, and how many of
+    the patches of these images are tokens of their own, merged, or pruned.
 
     Args:
         model: a model that :func:`diffrate_ext.compress` supports. It is left as it is.
@@ -62,6 +68,8 @@ def visualize(
         blocks: after which blocks to draw, counted from 1 (of a hierarchical model: the attention blocks of the first
             stage that has them). Default: four, evenly spread, without the last, where little is left to see.
         titles: one text for each image.
+        paint: "mean": a merged token has the mean colour of its pixels, so that the image stays recognisable. "hue": it
+            is tinted in a hue of its own, which it keeps through the blocks, so that its parts can be found.
         any_model: draw a schedule although it says that it was made for another model.
 
     Returns:
@@ -78,6 +86,8 @@ def visualize(
         raise InputValueError(f"images must have shape (B, C, H, W) with B >= 1, got {tuple(images.shape)}")
     if titles is not None and len(titles) != len(images):
         raise InputValueError(f"got {len(titles)} titles for {len(images)} images")
+    if paint not in get_args(Paint):
+        raise InputValueError(f"paint must be one of {', '.join(get_args(Paint))}, got {paint!r}")
     if not any_model:
         check_made_for(model, schedule)
     slots = [block.cpu() for block in token_slots(compressed_copy(model, schedule), images)]
@@ -109,14 +119,14 @@ def visualize(
         whole = enlarge(picture, stage.grid)
         _show(axes[row, 0], whole)
         for column, block in enumerate(blocks, start=1):
-            _show(axes[row, column], paint_tokens(whole, ids[row, block - 1].reshape(stage.grid)))
+            _show(axes[row, column], paint_tokens(whole, ids[row, block - 1].reshape(stage.grid), paint))
         if titles is not None:
             axes[row, 0].set_ylabel(titles[row], fontsize=9, color=INK)
     axes[0, 0].set_title(f"input\n{n_tokens} tokens", fontsize=10, color=INK)
     for column, block in enumerate(blocks, start=1):
         kept = n_kept(slots[block - 1][0])
         axes[0, column].set_title(f"after block {block}\n{kept} tokens", fontsize=10, color=INK)
-    _draw_key(left)
+    _draw_key(left, paint)
     upper, lower = right.subplots(2, 1, height_ratios=(1.25, 1))
     _plot_counts(upper, right, model, [schedule, *(s for s in others if s is not schedule)])
     _plot_fates(lower, ids)
@@ -162,34 +172,42 @@ def group_colour(number: int) -> tuple[float, float, float]:
     return colorsys.hsv_to_rgb(hue, (0.85, 0.6, 1.0)[number % 3], (1.0, 0.95, 0.8)[number % 3])
 
 
-def paint_tokens(picture: NDArray[np.float64], ids: NDArray[np.int64]) -> NDArray[np.float64]:
+def paint_tokens(picture: NDArray[np.float64], ids: NDArray[np.int64], paint: Paint = "mean") -> NDArray[np.float64]:
     """Paint groups and pruned patches over a picture.
 
     Args:
         picture: (rows * CELL, columns * CELL, 3) in [0, 1].
         ids: (rows, columns) as :func:`group_ids` numbers them.
+        paint: as for :func:`visualize`.
 
     Returns:
-        the painted picture: pruned patches pale and hatched, groups tinted in their colour and outlined where
-        they border on anything else, single tokens untouched.
+        the painted picture: pruned patches black and hatched, groups in their colour and outlined where they border on
+        anything else, single tokens untouched.
     """
     painted = picture.copy()
     of_pixel = ids.repeat(CELL, 0).repeat(CELL, 1)
     y, x = np.indices(of_pixel.shape)
 
     pruned = of_pixel == PRUNED
-    painted[pruned] = 0.15 * painted[pruned] + 0.85 * PAPER
-    painted[pruned & ((x + y) % (CELL // 2) < 2)] = STROKE
+    painted[pruned] = PRUNED_COLOUR
+    painted[pruned & ((x + y) % (CELL // 2) < 1)] = STROKE
 
-    colours = np.array([(0.0, 0.0, 0.0), *(group_colour(number) for number in range(1, max(ids.max(), 0) + 1))])
-    merged = of_pixel > SINGLE
-    painted[merged] = 0.4 * painted[merged] + 0.6 * colours[of_pixel[merged]]
-    outline = merged & _near_border(ids)
-    painted[outline] = colours[of_pixel[outline]]
+    outline = (of_pixel > SINGLE) & _near_border(ids)
+    for number in np.unique(ids[ids > SINGLE]):
+        token = of_pixel == number
+        if paint == "hue":
+            colour = np.array(group_colour(number))
+            painted[token] = 0.4 * painted[token] + 0.6 * colour
+            line = colour
+        else:
+            colour = painted[token].mean(0)
+            painted[token] = colour
+            line = colour + (0.35 if colour.mean() < 0.55 else -0.35)  # to be seen on dark tokens and on bright ones
+        painted[token & outline] = line.clip(0, 1)
     return painted
 
 
-def _near_border(ids: NDArray[np.int64], width: int = 3) -> NDArray[np.bool_]:
+def _near_border(ids: NDArray[np.int64], width: int = OUTLINE) -> NDArray[np.bool_]:
     """Pixels within ``width`` of a patch with another id, or of the edge of the picture."""
     padded = np.pad(ids, 1, constant_values=PRUNED - 1)
     rows, columns = ids.shape
@@ -253,22 +271,22 @@ def _show(axes: Axes, picture: NDArray[np.float64]) -> None:
         spine.set_visible(False)
 
 
-def _draw_key(figure: Any) -> None:
+def _draw_key(figure: Any, paint: Paint) -> None:
     from matplotlib.patches import Patch
 
+    merged = {
+        "mean": Patch(facecolor=MERGED_COLOUR, edgecolor=INK, label="merged into one token: its mean colour, outlined"),
+        "hue": Patch(facecolor=(*group_colour(1), 0.6), edgecolor=group_colour(1), label="merged: one hue, one token"),
+    }
     figure.legend(
         handles=[
-            Patch(facecolor=OWN, edgecolor="none", label="a token of its own"),
-            Patch(
-                facecolor=(*group_colour(1), 0.6),
-                edgecolor=group_colour(1),
-                linewidth=1.8,
-                label="merged: one colour = one token",
-            ),
-            Patch(facecolor=tuple(PAPER), edgecolor=tuple(STROKE), linewidth=0, hatch="/////", label="pruned"),
+            merged[paint],
+            Patch(facecolor=tuple(PRUNED_COLOUR), edgecolor=tuple(STROKE), linewidth=0, hatch="/////", label="pruned"),
         ],
+        title="as in the image: a token of its own",
+        title_fontsize=9.5,
         loc="outside lower center",
-        ncols=3,
+        ncols=2,
         frameon=False,
         fontsize=9.5,
         labelcolor=INK,
@@ -311,9 +329,14 @@ def _plot_fates(axes: Axes, ids: NDArray[np.int64]) -> None:
     shares = np.stack([(ids == SINGLE).mean((0, 2)), (ids > SINGLE).mean((0, 2)), (ids == PRUNED).mean((0, 2))])
     shares = np.concatenate([[[1.0], [0.0], [0.0]], shares], axis=1)  # the input
     areas = axes.stackplot(
-        range(shares.shape[1]), 100 * shares, colors=(OWN, (*group_colour(1), 0.6), tuple(PAPER)), edgecolor="white"
+        range(shares.shape[1]),
+        100 * shares,
+        colors=(OWN, MERGED_COLOUR, tuple(PRUNED_COLOUR)),
+        labels=("tokens of their own", "merged", "pruned"),
+        edgecolor="white",
     )
     areas[2].set(hatch="///", edgecolor=tuple(STROKE), linewidth=0)
+    axes.legend(loc="lower left", fontsize=9, labelcolor=INK)
     axes.set_title(f"where the {patches} patches are, % (mean of these images)", fontsize=11, color=INK)
     axes.set_xlabel("block (0: input)", fontsize=9.5, color=INK)
     axes.set_ylim(0, 100)

@@ -92,14 +92,29 @@ def test_neighbouring_group_colours_differ():
     assert np.diagonal(distance, 1).min() > 0.5
 
 
-def test_painting_touches_single_tokens_never_and_everything_else_always():
+def test_a_merged_token_has_the_mean_colour_of_its_pixels():
+    picture = np.zeros((2 * CELL, 2 * CELL, 3))
+    picture[:, CELL:] = (0.2, 0.4, 0.6)
+    picture[CELL:, :CELL] = 1.0
+    middle, before = CELL // 2, picture.copy()
+    painted = paint_tokens(picture, np.array([[1, 1], [2, SINGLE]]))
+    assert np.allclose(painted[middle, [middle, CELL + middle]], (0.1, 0.2, 0.3))
+    assert np.allclose(painted[middle, CELL], (0.1, 0.2, 0.3))  # no line within a token
+    assert np.allclose(painted[0, middle], (0.45, 0.55, 0.65))  # a bright line around a dark one
+    assert np.allclose(painted[CELL + middle, middle], 1.0)
+    assert np.allclose(painted[CELL + middle, 0], 0.65)  # a dark one around a bright one
+    assert (painted[CELL:, CELL:] == before[CELL:, CELL:]).all()
+    assert (picture == before).all()
+
+
+def test_hues_touch_single_tokens_never_and_everything_else_always():
     picture = np.full((2 * CELL, 2 * CELL, 3), 0.25)
-    painted = paint_tokens(picture, np.array([[SINGLE, PRUNED], [1, 2]]))
+    painted = paint_tokens(picture, np.array([[SINGLE, PRUNED], [1, 2]]), "hue")
     single, pruned = painted[:CELL, :CELL], painted[:CELL, CELL:]
     first, second = painted[CELL:, :CELL], painted[CELL:, CELL:]
     assert (single == 0.25).all()
-    assert pruned.min() > 0.6
-    assert len(np.unique(pruned.reshape(-1, 3), axis=0)) == 2  # the paper, and the hatching
+    assert pruned.max() < 0.5
+    assert len(np.unique(pruned.reshape(-1, 3), axis=0)) == 2  # black, and the hatching
     middle = CELL // 2
     for patch, number in ((first, 1), (second, 2)):
         colour = np.array(group_colour(number))
@@ -112,7 +127,7 @@ def test_painting_touches_single_tokens_never_and_everything_else_always():
 def test_no_outline_inside_a_group():
     ids = np.full((3, 3), 1)
     ids[0, 0] = SINGLE
-    painted = paint_tokens(np.zeros((3 * CELL, 3 * CELL, 3)), ids)
+    painted = paint_tokens(np.zeros((3 * CELL, 3 * CELL, 3)), ids, "hue")
     colour = np.array(group_colour(1))
     inside, middle = 0.6 * colour, CELL + CELL // 2
     assert np.allclose(painted[2 * CELL, middle], inside)
@@ -123,9 +138,9 @@ def test_no_outline_inside_a_group():
 
 
 def test_only_single_and_pruned_patches_paint_too():
-    picture = np.zeros((CELL, 2 * CELL, 3))
-    assert (paint_tokens(picture, np.array([[SINGLE, SINGLE]])) == 0).all()
-    assert (paint_tokens(picture, np.array([[PRUNED, PRUNED]])) > 0.5).all()
+    picture = np.ones((CELL, 2 * CELL, 3))
+    assert (paint_tokens(picture, np.array([[SINGLE, SINGLE]])) == 1).all()
+    assert (paint_tokens(picture, np.array([[PRUNED, PRUNED]])) < 0.5).all()
 
 
 def test_displayable_undoes_the_normalisation(model, images):
@@ -183,6 +198,7 @@ def test_n_kept():
         ({"blocks": [13]}, "from 1 to 12"),
         ({"blocks": []}, "from 1 to 12"),
         ({"titles": ["one"]}, "1 titles for 2 images"),
+        ({"paint": "grey"}, "paint must be one of mean, hue, got 'grey'"),
     ],
 )
 def test_bad_input(model, images, arguments, message):

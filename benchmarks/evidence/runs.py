@@ -1,0 +1,193 @@
+"""One model compressed in one way and judged on a subject's pictures. What was done is kept in files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from diffrate_ext import Schedule, SearchSettings, compressed_copy, flops, search, uniform_schedule
+from diffrate_ext.errors import InputValueError
+from diffrate_ext.evaluation import split_batch
+
+from .random_schedules import random_schedule
+from .subjects import Subject
+
+OnStep = Callable[[int, int], None]
+"""Called after each step of a training with the steps that are done and their number."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is done to a model before it is judged. ``method=None``: nothing is compressed."""
+
+    method: str | None = None
+    share: float = 1.0
+    """Of the uncompressed model's FLOPs."""
+    schedule: str = "uniform"
+    """"uniform", "random" or "learned"."""
+    search_steps: int = 0
+    search_images: int = 0
+    predictor_steps: int = 0
+    """Of DynamicViT's predictors."""
+    tuning_steps: int = 0
+    """Of fine-tuning the weights under the schedule."""
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """A file's name that says what was done."""
+        if self.method is None:
+            return "uncompressed"
+        parts = [self.method.replace(":", "-").replace("=", "-").replace(",", "-"), f"{self.share:.0%}", self.schedule]
+        if self.schedule == "learned":
+            parts.append(f"{self.search_steps} steps {self.search_images} images")
+        if self.predictor_steps:
+            parts.append(f"predictors {self.predictor_steps}")
+        if self.tuning_steps:
+            parts.append(f"tuned {self.tuning_steps}")
+        return " ".join([*parts, f"seed {self.seed}"])
+
+    def with_seed(self, seed: int) -> Run:
+        return replace(self, seed=seed)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to, image by image."""
+
+    errors: NDArray[np.float64]
+    """Cross-entropy in nats; without classes, 1 - cosine to the uncompressed model's features."""
+    hits: NDArray[np.float64] | None
+    """1 where the most probable class is the label; None without classes."""
+    agrees: NDArray[np.float64] | None
+    """1 where it is the uncompressed model's."""
+    gflops: float
+    schedule: Schedule | None
+    searched_gflops: float | None
+    """Where a search ended, before its rates were shifted to the target."""
+
+
+class Runs:
+    """A subject's runs, each done once and kept in ``folder``."""
+
+    def __init__(self, subject: Subject, folder: Path) -> None:
+        self.subject, self.folder = subject, folder / subject.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._uncompressed: Tensor | None = None
+
+    def has(self, run: Run) -> bool:
+        return self._path(run).exists()
+
+    def outcome(self, run: Run) -> Outcome | None:
+        """Of a run that was done; None where its FLOPs cannot be reached."""
+        with np.load(self._path(run), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        facts = json.loads(str(arrays["facts"]))
+        if "impossible" in facts:
+            return None
+        schedule = facts["schedule"]
+        return Outcome(
+            arrays["errors"],
+            arrays.get("hits"),
+            arrays.get("agrees"),
+            facts["gflops"],
+            None if schedule is None else Schedule(**schedule),
+            facts["searched_gflops"],
+        )
+
+    def do(self, run: Run, on_step: OnStep) -> None:
+        """Do a run, unless that was done."""
+        if self.has(run):
+            return
+        torch.manual_seed(run.seed)
+        try:
+            model, schedule, searched = self._compressed(run, on_step)
+        except InputValueError as error:  # EViT, say, cannot go down as far as others
+            if "cannot be reached" not in str(error):
+                raise
+            self._write(run, {"impossible": str(error)}, {})
+            return
+        outputs, labels = self._outputs(model)
+        arrays = self._judged(outputs, labels, torch.from_numpy(self._reference()) if run.method else outputs)
+        if run.method is None:
+            arrays["outputs"] = outputs.numpy()
+        facts = {
+            "gflops": flops(self.subject.model, schedule) / 1e9,
+            "schedule": None if schedule is None else vars(schedule),
+            "searched_gflops": searched,
+        }
+        self._write(run, facts, arrays)
+
+    def schedule_and_method(self, run: Run) -> tuple[Schedule, Any]:
+        """What a run that was done was compressed by."""
+        outcome = self.outcome(run)
+        assert outcome is not None
+        assert outcome.schedule is not None
+        return outcome.schedule, self._method(run, 0.0, lambda done, total: None)
+
+    def _write(self, run: Run, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
+        temporary = self.folder / "being written.npz"
+        np.savez_compressed(temporary, facts=np.array(json.dumps(facts)), **arrays)
+        temporary.replace(self._path(run))
+
+    def _path(self, run: Run) -> Path:
+        return self.folder / f"{run.key}.npz"
+
+    def _reference(self) -> NDArray[np.float32]:
+        with np.load(self._path(Run())) as file:
+            return file["outputs"]
+
+    def _compressed(self, run: Run, on_step: OnStep) -> tuple[nn.Module, Schedule | None, float | None]:
+        model, subject = self.subject.model, self.subject
+        if run.method is None:
+            return model, None, None
+        gflops = run.share * flops(model) / 1e9
+        method, searched = self._method(run, gflops, on_step), None
+        if run.schedule == "random":
+            schedule = random_schedule(model, gflops, method=run.method, seed=run.seed)
+        elif run.schedule == "learned":
+            steps = run.search_steps
+            found = search(
+                model,
+                subject.search_batches(run.search_images, steps, run.seed),
+                gflops,
+                SearchSettings(steps=steps, soft_targets=True, seed=run.seed, method=run.method),
+                report=lambda record: on_step(record.step + 1, steps),
+            )
+            schedule, searched = found.schedule, found.searched_gflops
+        else:
+            schedule = uniform_schedule(model, gflops, method=method)
+        return compressed_copy(model, schedule, method=method), schedule, searched
+
+    def _method(self, run: Run, gflops: float, on_step: OnStep) -> Any:
+        return run.method
+
+    @torch.inference_mode()
+    def _outputs(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+        device = next(model.parameters()).device
+        outputs, labels = [], []
+        for batch in self.subject.test_batches():
+            images, truth = split_batch(batch)
+            outputs.append(model(images.to(device)).float().cpu())
+            if truth is not None:
+                labels.append(truth)
+        return torch.cat(outputs), torch.cat(labels) if labels else None
+
+    def _judged(self, outputs: Tensor, labels: Tensor | None, reference: Tensor) -> dict[str, NDArray[Any]]:
+        if labels is None or not self.subject.has_classes:
+            return {"errors": (1 - F.cosine_similarity(outputs.double(), reference.double())).numpy()}
+        best = outputs.argmax(1)
+        return {
+            "errors": F.cross_entropy(outputs.double(), labels, reduction="none").numpy(),
+            "hits": (best == labels).double().numpy(),
+            "agrees": (best == reference.argmax(1)).double().numpy(),
+        }
