@@ -24,12 +24,12 @@ from .common import (
     warnings_on,
 )
 from .training import (
+    SMOOTHING,
     add_data_options,
     add_image_folder_options,
     choose,
     data_fingerprint,
     loading_named,
-    smoothing_named,
 )
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from ..schedule import Schedule
     from ..training.progress import Measure
 
-STEPS = 1000
-OUR_STEPS, OUR_SHARE = 100, 0.5
-"""For the embedded model: batches, and the share of its FLOPs."""
+STEPS, LR, MIN_LR = 1000, 2e-5, 1e-6
+OUR_STEPS, OUR_LR, OUR_MIN_LR, OUR_SHARE = 50, 8e-4, 4e-5, 0.5
+"""For the embedded model, small and with few images; and the share of its FLOPs."""
 
 
 def add_finetune_command(commands: Any) -> None:
@@ -96,11 +96,14 @@ def add_finetune_command(commands: Any) -> None:
     training.add_argument(
         "--lr",
         type=amount,
-        default=2e-5,
-        help="largest learning rate, for 512 images in a step; for B it is B/512 of that (default: 2e-5)",
+        help="largest learning rate, for 512 images in a step; for B it is B/512 of that "
+        f"(default: {LR:g}; embedded: {OUR_LR:g})",
     )
     training.add_argument(
-        "--min-lr", type=amount, default=1e-6, metavar="LR", help="last learning rate, scaled alike (default: 1e-6)"
+        "--min-lr",
+        type=amount,
+        metavar="LR",
+        help=f"last learning rate, scaled alike (default: {MIN_LR:g}; embedded: {OUR_MIN_LR:g})",
     )
     training.add_argument(
         "--warmup-steps", type=not_negative, metavar="N", help="steps in which it rises (default: a twentieth)"
@@ -112,14 +115,14 @@ def add_finetune_command(commands: Any) -> None:
         type=amount,
         metavar="W",
         help="weight of what the uncompressed model says, from 0 to 1, against the labels'; with 1 images need none "
-        "(default: 0; embedded model, and models without classes, whose features are kept: 1)",
+        "(default: 0; models without classes, whose features are kept: 1)",
     )
     training.add_argument(
         "--amp",
         action=argparse.BooleanOptionalAction,
         help="mixed precision, bfloat16 (default: on CUDA)",
     )
-    add_data_options(parser)
+    add_data_options(parser, f"share of the labels for all classes (default: {SMOOTHING})")
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
     run.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of all random choices (default: 0)")
@@ -201,16 +204,15 @@ def _run(arguments: argparse.Namespace, device: torch.device, remarks: Console) 
 def _settings(arguments: argparse.Namespace, device: torch.device) -> FinetuneSettings:
     from ..finetuning.settings import FinetuneSettings
 
-    distill = choose(arguments, "distill", 0.0, 1.0)
     return FinetuneSettings(
         steps=choose(arguments, "steps", STEPS, OUR_STEPS),
-        lr=arguments.lr,
-        min_lr=arguments.min_lr,
+        lr=choose(arguments, "lr", LR, OUR_LR),
+        min_lr=choose(arguments, "min_lr", MIN_LR, OUR_MIN_LR),
         warmup_steps=arguments.warmup_steps,
         weight_decay=arguments.weight_decay,
         drop_path=arguments.drop_path,
-        smoothing=smoothing_named(arguments),
-        distill=distill,
+        smoothing=SMOOTHING if arguments.label_smoothing is None else arguments.label_smoothing,
+        distill=arguments.distill or 0.0,
         amp=device.type == "cuda" if arguments.amp is None else arguments.amp,
         seed=arguments.seed,
     )

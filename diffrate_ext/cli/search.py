@@ -22,12 +22,12 @@ from .common import (
     warnings_on,
 )
 from .training import (
+    SMOOTHING,
     add_data_options,
     add_image_folder_options,
     choose,
     data_fingerprint,
     loading_named,
-    smoothing_named,
 )
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def add_search_command(commands: Any) -> None:
         "memory (one process; default: no)",
     )
 
-    add_data_options(parser)
+    add_data_options(parser, f"(default: {SMOOTHING}; embedded or soft targets: 0)")
 
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
@@ -187,7 +187,9 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
         images = without_labels(images)
     if arguments.no_pretrained:
         remarks.print("Random weights: what is searched for is real, what is found says nothing.")
-    loading = loading_named(arguments, 0.0 if settings.soft_targets else smoothing_named(arguments))
+    loading = loading_named(
+        arguments, 0.0 if settings.soft_targets else choose(arguments, "label_smoothing", SMOOTHING, 0.0)
+    )
     return _Job(model.to(device), images, settings, processes, loading, remarks)
 
 

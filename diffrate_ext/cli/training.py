@@ -26,7 +26,8 @@ def add_image_folder_options(parser: argparse.ArgumentParser, unlabelled: str) -
     parser.add_argument("--split", metavar="NAME", help="the part of the images (default: train, or the only one)")
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse.ArgumentParser, smoothing: str) -> None:
+    """How images are shown; ``smoothing`` is the help of ``--label-smoothing``."""
     data = parser.add_argument_group("images")
     data.add_argument(
         "--mixup", type=amount, metavar="A", help=f"strength of mixup (default: {MIXUP}; embedded: 0, off)"
@@ -34,9 +35,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--cutmix", type=amount, metavar="A", help=f"strength of cutmix (default: {CUTMIX:g}; embedded: 0, off)"
     )
-    data.add_argument(
-        "--label-smoothing", type=amount, metavar="S", help=f"(default: {SMOOTHING}; embedded or soft targets: 0)"
-    )
+    data.add_argument("--label-smoothing", type=amount, metavar="S", help=smoothing)
     data.add_argument(
         "--augment",
         action=argparse.BooleanOptionalAction,
@@ -55,10 +54,6 @@ def choose(arguments: argparse.Namespace, name: str, default: Any, of_ours: Any)
     """An option's value, or its default: the embedded model has its own."""
     value = getattr(arguments, name)
     return value if value is not None else of_ours if arguments.model is None else default
-
-
-def smoothing_named(arguments: argparse.Namespace) -> float:
-    return choose(arguments, "label_smoothing", SMOOTHING, 0.0)
 
 
 def loading_named(arguments: argparse.Namespace, smoothing: float) -> dict[str, Any]:
