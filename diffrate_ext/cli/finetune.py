@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from ..schedule import Schedule
     from ..training.progress import Measure
 
-STEPS, LR, MIN_LR = 1000, 2e-5, 1e-6
-OUR_STEPS, OUR_LR, OUR_MIN_LR, OUR_SHARE = 50, 8e-4, 4e-5, 0.5
+STEPS, LR = 1000, 2e-5
+OUR_STEPS, OUR_LR, OUR_SHARE = 50, 8e-4, 0.5
 """For the embedded model, small and with few images; and the share of its FLOPs."""
 
 
@@ -103,7 +103,7 @@ def add_finetune_command(commands: Any) -> None:
         "--min-lr",
         type=amount,
         metavar="LR",
-        help=f"last learning rate, scaled alike (default: {MIN_LR:g}; embedded: {OUR_MIN_LR:g})",
+        help="last learning rate, scaled alike (default: a twentieth of --lr)",
     )
     training.add_argument(
         "--warmup-steps", type=not_negative, metavar="N", help="steps in which it rises (default: a twentieth)"
@@ -207,7 +207,7 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> FinetuneSe
     return FinetuneSettings(
         steps=choose(arguments, "steps", STEPS, OUR_STEPS),
         lr=choose(arguments, "lr", LR, OUR_LR),
-        min_lr=choose(arguments, "min_lr", MIN_LR, OUR_MIN_LR),
+        min_lr=arguments.min_lr,
         warmup_steps=arguments.warmup_steps,
         weight_decay=arguments.weight_decay,
         drop_path=arguments.drop_path,

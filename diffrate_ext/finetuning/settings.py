@@ -23,7 +23,7 @@ class FinetuneSettings:
     Attributes:
         steps: batches to train on.
         lr: the largest learning rate, for 512 images in a step.
-        min_lr: that of the end.
+        min_lr: that of the end. None: a twentieth of ``lr``, the paper's 1e-6 by default.
         warmup_steps: so many first steps rise to ``lr``. None: a twentieth of ``steps``.
         weight_decay: of AdamW; none for biases, norms, positions and class tokens.
         drop_path: share of the images for which the last block's branches are dropped (stochastic depth); it rises from
@@ -42,7 +42,7 @@ class FinetuneSettings:
 
     steps: int = 1000
     lr: float = 2e-5
-    min_lr: float = 1e-6
+    min_lr: float | None = None
     warmup_steps: int | None = None
     weight_decay: float = 0.05
     drop_path: float = 0.1
@@ -60,8 +60,9 @@ class FinetuneSettings:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         for name in ("lr", "min_lr", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise InputValueError(f"{name} must be a finite number of at least 0, got {value!r}")
         for name in ("drop_path", "smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputValueError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}")
@@ -69,8 +70,8 @@ class FinetuneSettings:
             raise InputValueError(f"distill must lie in [0, 1], got {self.distill!r}")
         if not self.clip > 0:
             raise InputValueError(f"clip must be above 0, got {self.clip!r}")
-        if self.min_lr > self.lr:
-            raise InputValueError(f"min_lr must not be above lr, got {self.min_lr:g} and {self.lr:g}")
+        if self.last_lr > self.lr:
+            raise InputValueError(f"min_lr must not be above lr, got {self.last_lr:g} and {self.lr:g}")
         if self.warmup >= self.steps:
             raise InputValueError(f"warmup_steps must be below steps = {self.steps}, got {self.warmup}")
 
@@ -78,15 +79,19 @@ class FinetuneSettings:
     def warmup(self) -> int:
         return self.steps // 20 if self.warmup_steps is None else self.warmup_steps
 
+    @property
+    def last_lr(self) -> float:
+        return self.lr / 20 if self.min_lr is None else self.min_lr
+
     def lr_at(self, step: int, images: float) -> float:
         """The learning rate of a step, counted from 0, for so many images in it."""
         if step < self.warmup:
             lr = self.lr * (step + 1) / (self.warmup + 1)
         else:
             done = (step - self.warmup) / (self.steps - self.warmup)
-            lr = self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * done)) / 2
+            lr = self.last_lr + (self.lr - self.last_lr) * (1 + math.cos(math.pi * done)) / 2
         return lr * images / LR_BATCH
 
     def fingerprint(self) -> dict[str, Fact]:
         """What a run that is resumed must have in common with the one that was stopped."""
-        return {**asdict(self), "warmup_steps": self.warmup}
+        return {**asdict(self), "warmup_steps": self.warmup, "min_lr": self.last_lr}

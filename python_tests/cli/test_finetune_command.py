@@ -197,7 +197,7 @@ def test_the_recipe_is_the_papers(labelled, tmp_path, monkeypatch):
     assert main(["finetune", "--output", str(tmp_path / "x")]) == 2
     (settings, facts), (ours, _) = seen
     assert settings == FinetuneSettings()
-    assert ours == FinetuneSettings(steps=50, lr=8e-4, min_lr=4e-5)
+    assert ours == FinetuneSettings(steps=50, lr=8e-4)
     assert (facts["mixup"], facts["cutmix"], facts["augment"]) == (0.8, 1.0, True)
 
 

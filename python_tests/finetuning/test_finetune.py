@@ -142,6 +142,7 @@ def test_learning_rates_rise_fall_and_follow_the_number_of_images():
     assert falling == sorted(falling, reverse=True)
     assert falling[-1] == pytest.approx(1e-4)
     assert FinetuneSettings(steps=100).warmup == 5
+    assert FinetuneSettings().last_lr == pytest.approx(1e-6)
 
     records = []
     two = [(images[:2], labels[:2]) for images, labels in tiny_batches()]
