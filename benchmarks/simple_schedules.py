@@ -34,7 +34,7 @@ def main() -> int:
     plain = answers(model)
     print("| FLOPs | schedule | divergence | agreement |\n| --- | --- | --- | --- |")
     for share in arguments.shares:
-        schedules = simple_schedules(model, share * flops(model) / 1e9)
+        schedules = simple_schedules(model, share * flops(model) / 1e9, DiffRate())
         for name, schedule in zip(NAMES, schedules, strict=True):
             found = answers(compressed_copy(model, schedule))
             divergence = float((plain.exp() * (plain - found)).sum(1).mean())

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from .compression.flops import flops
     from .compression.uniform import uniform_schedule
     from .evaluation import Evaluation, evaluate
+    from .finetuning.history import FinetuneHistory, FinetuneRecord
+    from .finetuning.loop import FinetuneResult, finetune
+    from .finetuning.quality import Quality
+    from .finetuning.settings import FinetuneSettings
     from .rate_search.history import SearchHistory, StepRecord
     from .rate_search.loop import SearchResult, search
     from .rate_search.rates import RateSearch
@@ -43,10 +47,15 @@ __all__ = [
     "Compared",
     "DivergedError",
     "Evaluation",
+    "FinetuneHistory",
+    "FinetuneRecord",
+    "FinetuneResult",
+    "FinetuneSettings",
     "InputError",
     "InputTypeError",
     "InputValueError",
     "PublishedSchedule",
+    "Quality",
     "RateSearch",
     "Schedule",
     "SearchHistory",
@@ -59,6 +68,7 @@ __all__ = [
     "compress",
     "compressed_copy",
     "evaluate",
+    "finetune",
     "flops",
     "ops",
     "reference",
@@ -75,7 +85,12 @@ _LAZY = {
     "Benchmark": "timing",
     "Compared": "comparison",
     "Evaluation": "evaluation",
+    "FinetuneHistory": "finetuning.history",
+    "FinetuneRecord": "finetuning.history",
+    "FinetuneResult": "finetuning.loop",
+    "FinetuneSettings": "finetuning.settings",
     "PublishedSchedule": "schedule",
+    "Quality": "finetuning.quality",
     "RateSearch": "rate_search.rates",
     "Schedule": "schedule",
     "SearchHistory": "rate_search.history",
@@ -87,6 +102,7 @@ _LAZY = {
     "compress": "compression.compress",
     "compressed_copy": "compression.copies",
     "evaluate": "evaluation",
+    "finetune": "finetuning.loop",
     "flops": "compression.flops",
     "restore": "compression.compress",
     "search": "rate_search.loop",

@@ -51,24 +51,30 @@ class NamedSchedule:
     schedule: Schedule
 
 
-def embedded_workload(n_images: int | None = None) -> Workload:
+def embedded_workload(n_images: int | None = None, weights: Path | None = None) -> Workload:
     """The embedded model on the first ``n_images`` (default: all 2,000) of the embedded test images.
 
+    Args:
+        weights: as for :func:`embedded.load_model`.
+
     Raises:
-        InputValueError: fewer than one image, or more than there are.
+        InputValueError: fewer than one image, or more than there are; weights of another model.
     """
     images, labels = embedded.load_images("test")
     n = len(images) if n_images is None else n_images
     if not 1 <= n <= len(images):
         raise InputValueError(f"the number of images must lie in 1 .. {len(images)}, the embedded test images; got {n}")
     titles = [embedded.CLASSES[label] for label in labels[:n]]
-    return Workload("embedded ViT", embedded.load_model(), embedded.normalize(images[:n]), titles, labels[:n])
+    return Workload("embedded ViT", embedded.load_model(weights), embedded.normalize(images[:n]), titles, labels[:n])
 
 
-def uniform_schedules(model: nn.Module) -> list[NamedSchedule]:
-    """The simple rule at the default targets."""
+def uniform_schedules(model: nn.Module, method: str = "diffrate") -> list[NamedSchedule]:
+    """A method's simple rule at the default targets."""
     uncompressed = flops(model) / 1e9
-    return [NamedSchedule(f"{share:.0%} FLOPs", uniform_schedule(model, share * uncompressed)) for share in SHARES]
+    return [
+        NamedSchedule(f"{share:.0%} FLOPs", uniform_schedule(model, share * uncompressed, method=method))
+        for share in SHARES
+    ]
 
 
 def learned_schedule(workload: Workload, steps: int, console: Console) -> list[NamedSchedule]:

@@ -8,6 +8,7 @@ Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, MIT licence) by ``scripts/train_em
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -48,13 +49,36 @@ def build_model() -> VisionTransformer:
     return model
 
 
-def load_model() -> VisionTransformer:
-    """The embedded model with its trained weights, in evaluation mode, float32."""
+def load_model(weights: str | Path | None = None) -> VisionTransformer:
+    """The embedded model with its trained weights, in evaluation mode, float32.
+
+    Args:
+        weights: a file of others, such as a fine-tuning leaves.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputValueError: they are not the embedded model's.
+    """
     model = build_model()
+    if weights is not None:
+        _load_others(model, Path(weights))
+        return model.eval()
     with resources.as_file(_DATA / "embedded.safetensors") as path:
         state = load_file(path)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return model.eval()
+
+
+def _load_others(model: VisionTransformer, path: Path) -> None:
+    from timm.models import load_checkpoint
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file of weights: {path}")
+    try:
+        load_checkpoint(model, str(path))
+    except Exception as error:  # torch and safetensors raise errors of their own on files that are damaged or of others
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise InputValueError(f"the weights {path} do not load into the embedded model: {words}") from error
 
 
 def load_images(split: Literal["search", "test"]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,10 +8,10 @@ from typing import Any
 from . import embedded
 from .evaluation import Batch
 from .images.sources import open_images, without_labels
-from .rate_search.data import search_loader
 from .rate_search.history import StepRecord
 from .rate_search.loop import SearchResult, search
 from .rate_search.settings import SearchSettings
+from .training.data import training_loader
 
 
 def search_embedded(
@@ -31,7 +31,7 @@ def search_embedded(
 
     def loader(start: int) -> Iterable[Batch]:
         plain: dict[str, Any] = {"augment": False, "mixup": 0, "cutmix": 0, "smoothing": 0}
-        return search_loader(images, model, batch_size=64, steps=steps, seed=seed, start=start, **plain)
+        return training_loader(images, model, batch_size=64, steps=steps, seed=seed, start=start, **plain)
 
     settings = SearchSettings(steps=steps, soft_targets=True, seed=seed, **changes)
     return search(model, loader, gflops, settings, report=report)

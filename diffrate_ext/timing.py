@@ -16,9 +16,9 @@ from .compression.copies import compressed_copy, uncompressed_copy
 from .compression.flops import flops
 from .errors import InputValueError
 from .images.data_config import data_config
+from .methods import Method, method_of
 
 if TYPE_CHECKING:
-    from .methods import Method
     from .schedule import Schedule
 
 
@@ -111,7 +111,7 @@ class Comparison:
     """A model uncompressed and compressed by several schedules, timed in turn on the same images.
 
     All are copies that share the model's weights; the model is left as it is. Arguments and errors as for
-    :func:`benchmark`; ``methods``: one for each schedule, by default DiffRate.
+    :func:`benchmark`; ``methods``: one for each schedule, by default the schedule's own.
     """
 
     def __init__(
@@ -130,7 +130,8 @@ class Comparison:
         self.images = images
         self.gflops = [flops(model, schedule) / 1e9 for schedule in schedules]
         self.uncompressed_gflops = flops(model) / 1e9
-        pairs = zip(schedules, methods or ["diffrate"] * len(schedules), strict=True)
+        own = [method_of(schedule.method) for schedule in schedules]
+        pairs = zip(schedules, methods or own, strict=True)
         copies = [compressed_copy(model, schedule, method=method) for schedule, method in pairs]
         self.models = [uncompressed_copy(model), *copies]
         self.warmup = warmup

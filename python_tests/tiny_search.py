@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from diffrate_ext.compression.flops import flops
 from diffrate_ext.rate_search import checkpoints
 from diffrate_ext.rate_search.loop import SearchResult, search
-from diffrate_ext.rate_search.processes import joined
 from diffrate_ext.rate_search.settings import SearchSettings
+from diffrate_ext.training.processes import joined
 
 STEPS, CLASSES, IMAGES = 12, 5, 20
 
@@ -108,7 +108,7 @@ def killed_search(folder: Path, when: str) -> None:
         torch.save = half  # type: ignore[assignment]
         search_once(folder)
     elif when == "before the history is written":
-        checkpoints.os.replace = _die_after(3, os.replace)  # type: ignore[attr-defined]
+        os.replace = _die_after(3, os.replace)
         search_once(folder)
     elif when == "before the schedule is written":
         checkpoints.SearchFolder.save_schedule = _die  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from diffrate_ext.evaluation import Batch
 from diffrate_ext.images.loading import evaluation_loader
 from diffrate_ext.images.sources import ImageSource, match_classes, open_images, without_labels
 from diffrate_ext.model_loading import load_timm_model
-from diffrate_ext.rate_search.data import search_loader
+from diffrate_ext.training.data import training_loader
 
 from .dinov2 import LEARNED_FROM, PICTURES, SHOWN, WEIGHTS, Crops, dinov2, wheel
 
@@ -73,7 +73,7 @@ class Subject:
         plain: dict[str, Any] = {"augment": False, "mixup": 0.0, "cutmix": 0.0, "smoothing": smoothing}
 
         def loader(start: int) -> Iterable[Batch]:
-            return search_loader(
+            return training_loader(
                 source, self.model, batch_size=self.batch_size, steps=steps, seed=seed, start=start, **plain
             )
 

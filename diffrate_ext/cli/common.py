@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -49,12 +50,23 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_schedule_options(parser: argparse.ArgumentParser) -> None:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
-        "--gflops", type=float, nargs="+", metavar="G", help="compress to so many GFLOPs, by a simple rule"
+        "--gflops", type=float, nargs="+", metavar="G", help="compress to so many GFLOPs, by the method's simple rule"
     )
     choice.add_argument(
         "--schedule", type=Path, nargs="+", metavar="FILE", help="schedules as Schedule.save writes them"
     )
+    add_method_option(parser)
     add_any_model_option(parser)
+
+
+def add_method_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--method",
+        type=method_text,
+        metavar="NAME",
+        help="how tokens are removed: diffrate, tome, evit or random, with options after a colon, as in "
+        "tome:proportional_attention=false (default: as a --schedule says; else diffrate)",
+    )
 
 
 def add_any_model_option(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +120,17 @@ def amount(text: str) -> float:
     return number
 
 
+def method_text(text: str) -> str:
+    """A method as ``compress(method=...)`` takes it, in its own words."""
+    from ..errors import InputError
+    from ..methods import method_of
+
+    try:
+        return str(method_of(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def consoles(*, quiet: bool = False) -> tuple[Console, Console]:
     """For results, on stdout, and for progress and remarks, on stderr."""
     from rich.console import Console
@@ -131,9 +154,12 @@ def default_workers() -> int:
 
 
 def model_named(arguments: argparse.Namespace) -> nn.Module:
-    """The timm model that the arguments name, with its weights."""
+    """The timm model that the arguments name, with its weights; by default the embedded one."""
+    from .. import embedded
     from ..model_loading import load_timm_model
 
+    if arguments.model is None:
+        return embedded.load_model(arguments.weights)
     return load_timm_model(
         arguments.model,
         pretrained=not arguments.no_pretrained,
@@ -158,9 +184,8 @@ def check_embedded_options(arguments: argparse.Namespace) -> None:
     """Refuse what only makes sense beside --model when the embedded model is asked for."""
     if arguments.model is not None:
         return
-    for option, value in (("images", arguments.images), ("weights", arguments.weights)):
-        if value is not None:
-            raise UsageError(f"--{option} needs --model NAME: the embedded model has weights and images of its own")
+    if arguments.images is not None:
+        raise UsageError("--images needs --model NAME: the embedded model has images of its own")
     if arguments.num_classes is not None:
         raise UsageError("--num-classes needs --model NAME: the embedded model has 10 classes")
     if arguments.no_pretrained:
@@ -168,15 +193,22 @@ def check_embedded_options(arguments: argparse.Namespace) -> None:
 
 
 def schedules_named(arguments: argparse.Namespace, model: nn.Module) -> list[NamedSchedule]:
-    """What the arguments ask for; else the published schedules of this model, else the default targets."""
+    """What the arguments ask for; else the published schedules of this model, else the default targets.
+
+    Each says the method that it is for. One that is not DiffRate is part of its name.
+    """
     from ..compression.uniform import uniform_schedule
     from ..demo import NamedSchedule, published_schedules, uniform_schedules
 
+    method = arguments.method or "diffrate"
     if arguments.gflops:
-        return [NamedSchedule(f"{g:g} GFLOPs", uniform_schedule(model, g)) for g in arguments.gflops]
-    if arguments.schedule:
-        return schedules_in(arguments.schedule, model, any_model=arguments.any_model)
-    return published_schedules(arguments.model or "") or uniform_schedules(model)
+        named = [NamedSchedule(f"{g:g} GFLOPs", uniform_schedule(model, g, method=method)) for g in arguments.gflops]
+    elif arguments.schedule:
+        named = schedules_in(arguments.schedule, model, any_model=arguments.any_model)
+    else:
+        published = published_schedules(arguments.model or "") if method == "diffrate" else []
+        named = published or uniform_schedules(model, method)
+    return [_with_method(one, arguments.method or one.schedule.method) for one in named]
 
 
 def schedules_in(paths: Sequence[Path], model: nn.Module, *, any_model: bool) -> list[NamedSchedule]:
@@ -189,6 +221,11 @@ def schedules_in(paths: Sequence[Path], model: nn.Module, *, any_model: bool) ->
     for one in named if not any_model else []:
         check_made_for(model, one.schedule)
     return named
+
+
+def _with_method(named: NamedSchedule, method: str) -> NamedSchedule:
+    name = named.name if method == "diffrate" else f"{method} {named.name}"
+    return replace(named, name=name, schedule=replace(named.schedule, method=method))
 
 
 def _name_of(path: Path) -> str:

@@ -109,6 +109,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         content.append(
             {
                 "schedule": schedules[i - 1].name if i else "uncompressed",
+                "method": schedules[i - 1].schedule.method if i else None,
                 "gflops": compressed.gflops if compressed else speed[0].uncompressed_gflops,
                 "top1": result.top1,
                 "loss": result.loss,
@@ -135,14 +136,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _images_and_model(arguments: argparse.Namespace, remarks: Console) -> tuple[ImageSource, nn.Module]:
-    from .. import embedded
     from ..images.sources import match_classes, open_images, without_labels
 
     images = open_images(arguments.images, split=arguments.split, purpose="evaluation")
-    if arguments.model is None:
-        return images, embedded.load_model()
     model = model_named(arguments)
-    if not images.labelled:
+    if arguments.model is None or not images.labelled:
         return images, model
     try:
         return match_classes(images, model.num_classes), model  # type: ignore[arg-type]

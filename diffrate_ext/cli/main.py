@@ -1,4 +1,4 @@
-"""The command line: ``diffrate demo | search | evaluate | compare | benchmark | visualize | info``.
+"""The command line: ``diffrate demo | search | finetune | evaluate | compare | benchmark | visualize | info``.
 
 Nothing heavy is imported until a command runs, so that ``--help`` and wrong arguments answer at once.
 """
@@ -29,6 +29,7 @@ from .common import (
 )
 from .compare import add_compare_command
 from .evaluate import add_evaluate_command
+from .finetune import add_finetune_command
 from .search import add_search_command
 from .workload import PICTURES_BY_DEFAULT, add_picture_options, workload_named
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail("out of memory: try a smaller --batch-size")
     except KeyboardInterrupt as stop:
-        if str(stop):  # a search says how to continue it
+        if str(stop):  # training says how to continue it
             print(f"diffrate: {stop}", file=sys.stderr)
         return 130
     return 0
@@ -98,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
 
     add_search_command(commands)
+    add_finetune_command(commands)
     add_evaluate_command(commands)
     add_compare_command(commands)
 
@@ -154,7 +156,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     results, remarks = consoles()
     workload = workload_named(arguments, PICTURES_BY_DEFAULT, None, remarks)
     workload.model.to(device_named(arguments.device))
-    if arguments.model is None and not arguments.gflops and not arguments.schedule:
+    of_ours = not (arguments.model or arguments.weights or arguments.method)
+    if of_ours and not arguments.gflops and not arguments.schedule:
         schedules = learned_schedule(workload, arguments.search_steps, remarks)
     else:
         schedules = schedules_named(arguments, workload.model)
@@ -191,6 +194,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
             {
                 "model": name,
                 "schedule": named.name,
+                "method": named.schedule.method,
                 "device": arguments.device,
                 "dtype": arguments.dtype,
                 "threads": torch.get_num_threads(),

@@ -15,12 +15,19 @@ from .common import (
     amount,
     check_embedded_options,
     consoles,
-    default_workers,
     device_named,
     model_named,
     not_negative,
     positive,
     warnings_on,
+)
+from .training import (
+    SMOOTHING,
+    add_data_options,
+    add_image_folder_options,
+    choose,
+    data_fingerprint,
+    loading_named,
 )
 
 if TYPE_CHECKING:
@@ -29,12 +36,11 @@ if TYPE_CHECKING:
 
     from ..images.sources import ImageSource
     from ..rate_search.loop import SearchResult
-    from ..rate_search.processes import Processes
-    from ..rate_search.report import Measure
     from ..rate_search.settings import SearchSettings
+    from ..training.processes import Processes
+    from ..training.progress import Measure
 
 STEPS = 1000
-MIXUP, CUTMIX, SMOOTHING = 0.8, 1.0, 0.1
 
 
 def add_search_command(commands: Any) -> None:
@@ -47,13 +53,7 @@ def add_search_command(commands: Any) -> None:
         "torchrun --nproc_per_node N -m diffrate_ext search ...",
     )
     add_model_options(parser)
-    parser.add_argument(
-        "--images",
-        type=Path,
-        metavar="FOLDER",
-        help="class sub-folders of pictures, a saved Hugging Face dataset, or, with --soft-targets, any pictures",
-    )
-    parser.add_argument("--split", metavar="NAME", help="the part of the images (default: train, or the only one)")
+    add_image_folder_options(parser, "--soft-targets")
     parser.add_argument(
         "--gflops",
         type=amount,
@@ -135,28 +135,7 @@ def add_search_command(commands: Any) -> None:
         "memory (one process; default: no)",
     )
 
-    data = parser.add_argument_group("images")
-    data.add_argument(
-        "--mixup", type=amount, metavar="A", help=f"strength of mixup (default: {MIXUP}; embedded: 0, off)"
-    )
-    data.add_argument(
-        "--cutmix", type=amount, metavar="A", help=f"strength of cutmix (default: {CUTMIX:g}; embedded: 0, off)"
-    )
-    data.add_argument(
-        "--label-smoothing", type=amount, metavar="S", help=f"(default: {SMOOTHING}; embedded or soft targets: 0)"
-    )
-    data.add_argument(
-        "--augment",
-        action=argparse.BooleanOptionalAction,
-        help="random crops, colours and erasing, as DeiT; else show the images as an evaluation does (default: yes; "
-        "embedded: no)",
-    )
-    data.add_argument(
-        "--workers",
-        type=not_negative,
-        metavar="N",
-        help="processes that read images (default: up to 4; embedded: 0)",
-    )
+    add_data_options(parser, f"(default: {SMOOTHING}; embedded or soft targets: 0)")
 
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
@@ -178,7 +157,7 @@ class _Job:
 
 
 def _search(arguments: argparse.Namespace) -> None:
-    from ..rate_search.processes import Processes, joined
+    from ..training.processes import Processes, joined
 
     check_embedded_options(arguments)
     with joined(device_named(arguments.device)) as device:
@@ -195,18 +174,16 @@ def _search(arguments: argparse.Namespace) -> None:
 def _job(arguments: argparse.Namespace, device: torch.device, processes: Processes, remarks: Console) -> _Job:
     import torch
 
-    from .. import embedded
     from ..images.sources import match_classes, open_images
 
-    ours = arguments.model is None
-    if not ours and arguments.images is None:
+    if arguments.model is not None and arguments.images is None:
         raise UsageError("--model needs --images FOLDER to learn from")
     _check_tensorboard(arguments)
 
     settings = _settings(arguments, device)
     images = open_images(arguments.images, split=arguments.split)
     torch.manual_seed(arguments.seed)  # random weights are the same when the search is resumed
-    model: Any = embedded.load_model() if ours else model_named(arguments)
+    model: Any = model_named(arguments)
     if not model.num_classes:
         if arguments.soft_targets is False:
             raise UsageError("--no-soft-targets: the model has no classes, so labels say nothing about it")
@@ -224,28 +201,17 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
         images = without_labels(images)
     if arguments.no_pretrained:
         remarks.print("Random weights: what is searched for is real, what is found says nothing.")
-    loading = {
-        "batch_size": arguments.batch_size,
-        "augment": _choose(arguments, "augment", True, False),
-        "mixup": _choose(arguments, "mixup", MIXUP, 0.0),
-        "cutmix": _choose(arguments, "cutmix", CUTMIX, 0.0),
-        "smoothing": 0.0 if settings.soft_targets else _choose(arguments, "label_smoothing", SMOOTHING, 0.0),
-        "workers": _choose(arguments, "workers", default_workers(), 0),
-    }
+    loading = loading_named(
+        arguments, 0.0 if settings.soft_targets else choose(arguments, "label_smoothing", SMOOTHING, 0.0)
+    )
     return _Job(model.to(device), images, settings, processes, loading, remarks)
-
-
-def _choose(arguments: argparse.Namespace, name: str, default: Any, of_ours: Any) -> Any:
-    """An option's value, or its default: the embedded model has its own."""
-    value = getattr(arguments, name)
-    return value if value is not None else of_ours if arguments.model is None else default
 
 
 def _settings(arguments: argparse.Namespace, device: torch.device) -> SearchSettings:
     from ..rate_search.settings import SearchSettings
 
     return SearchSettings(
-        steps=_choose(arguments, "steps", STEPS, SEARCH_STEPS),
+        steps=choose(arguments, "steps", STEPS, SEARCH_STEPS),
         lr=arguments.lr,
         min_lr=arguments.min_lr,
         weight_decay=arguments.weight_decay,
@@ -253,7 +219,7 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> SearchSett
         flops_loss=arguments.flops_loss,
         warmup_steps=arguments.warmup_steps,
         mask_gradient=arguments.mask_gradient,
-        soft_targets=_choose(arguments, "soft_targets", False, True),
+        soft_targets=choose(arguments, "soft_targets", False, True),
         amp=device.type == "cuda" if arguments.amp is None else arguments.amp,
         cuda_graph=arguments.cuda_graph,
         start=arguments.start,
@@ -293,23 +259,17 @@ def _targets(arguments: argparse.Namespace, job: _Job) -> dict[float, Path]:
 
 
 def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder: Path) -> SearchResult:
-    from ..rate_search.data import search_loader
     from ..rate_search.loop import search
     from ..rate_search.report import all_reports, progress_report, tensorboard_report
+    from ..training.data import training_loader
 
     settings, processes = job.settings, job.processes
     place: dict[str, Any] = {"rank": processes.rank, "world": processes.world}
 
     def loader(start: int) -> Any:
         run: dict[str, Any] = {"steps": settings.steps, "seed": settings.seed, "start": start}
-        return search_loader(job.images, job.model, **job.loading, **run, **place)
+        return training_loader(job.images, job.model, **job.loading, **run, **place)
 
-    fingerprint = {name: value for name, value in job.loading.items() if name not in ("batch_size", "workers")}
-    fingerprint |= {
-        "images": job.images.where,
-        "number of images": len(job.images),
-        "global batch size": job.loading["batch_size"] * processes.world,
-    }
     measure: Measure = "accuracy" if job.images.labelled else "agreement" if job.model.num_classes else "cosine"
     with ExitStack() as stack:
         reports = [
@@ -327,7 +287,7 @@ def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder:
             output=folder,
             resume=arguments.resume,
             report=all_reports(reports),
-            fingerprint=fingerprint,
+            fingerprint=data_fingerprint(job.images, job.loading, processes),
         )
 
 

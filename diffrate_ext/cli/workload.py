@@ -32,7 +32,7 @@ def workload_named(
 
     check_embedded_options(arguments)
     if arguments.model is None:
-        return embedded_workload(arguments.n_images or embedded_images)
+        return embedded_workload(arguments.n_images or embedded_images, arguments.weights)
     if arguments.images is None:
         raise UsageError("--model needs --images PATH, a picture or a folder of pictures")
 

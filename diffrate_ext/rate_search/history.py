@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..schedule import Schedule
-
-MOST_RECORDS = 500
+from ..training.records import is_recorded
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class SearchHistory:
     Attributes:
         steps: the length of the search.
         tokens: tokens that enter each block when nothing is compressed.
-        records: in the order of their steps, at most ``MOST_RECORDS`` and one.
+        records: in the order of their steps, not all of a long search.
     """
 
     target_gflops: float
@@ -51,7 +50,7 @@ class SearchHistory:
 
     def wants(self, step: int) -> bool:
         """Whether a step is among those that are recorded."""
-        return step % -(-self.steps // MOST_RECORDS) == 0 or step == self.steps - 1
+        return is_recorded(step, self.steps)
 
     def with_record(self, record: StepRecord) -> SearchHistory:
         return replace(self, records=(*self.records, record))

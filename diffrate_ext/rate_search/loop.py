@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from os import PathLike
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +22,17 @@ from ..compression.flops import flops
 from ..compression.patching import remove_plans
 from ..compression.uniform import uniform_schedule
 from ..errors import DivergedError, InputValueError
-from ..evaluation import Batch, Evaluation, check_labels, evaluate_all, split_batch
+from ..evaluation import Batch, Evaluation, evaluate_all, split_batch
 from ..methods import Method
 from ..models import adapter_for
 from ..schedule import Schedule
 from ..seeding import seeded
-from .checkpoints import Fact, SearchFolder, SearchState, replacing
+from ..training.batches import Loader, fitting_labels, model_fingerprint, step_batches
+from ..training.files import Fact, replacing
+from ..training.processes import Processes
+from .checkpoints import SearchFolder, SearchState
 from .graph import Replayed, check_recordable, record_cuda_graph
 from .history import SearchHistory, StepRecord, kept_after
-from .processes import Processes
 from .rates import RateSearch, check_reachable, flops_loss
 from .settings import SearchSettings
 from .start import simple_schedules
@@ -47,7 +48,6 @@ START_BATCHES = 4
 """So many batches choose among the simple schedules to start from."""
 
 Compute: TypeAlias = Callable[..., tuple[Tensor, ...]]
-Loader: TypeAlias = "Iterable[Batch] | Callable[[int], Iterable[Batch]]"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def search(
     rates = RateSearch(plain, settings.granularity, mask_gradient=settings.mask_gradient, method=settings.method)
     try:
         run = _Search(rates, float(target_gflops), settings, None if output is None else SearchFolder(output))
-        run.start({**(fingerprint or {}), **_model_fingerprint(plain)}, resume)
+        run.start({**(fingerprint or {}), **model_fingerprint(plain)}, resume)
         searched = run.steps(loader, checkpoint_every, report)
         schedule = run.finish()
         searched_gflops, found_gflops = (flops(plain, one) / 1e9 for one in (searched, schedule))
@@ -220,8 +220,9 @@ class _Search:
         if self.settings.cuda_graph:  # not of self, which it refers to: its memory is to be free after the last step
             compute = Replayed(self._compute, partial(record_cuda_graph, self.device))
         try:
-            batches = self._batches(loader)
-            if self.step == 0 and self.settings.start == "best":
+            settings = self.settings
+            batches = step_batches(loader, self.step, settings.steps, seed=settings.seed, rank=self.processes.rank)
+            if self.step == 0 and settings.start == "best":
                 first = list(islice(batches, START_BATCHES))
                 self._choose_start(first)
                 batches = chain(first, batches)
@@ -274,21 +275,6 @@ class _Search:
         self.folder.save_schedule(schedule)  # the last file: where it is, the search is finished
         return schedule
 
-    def _batches(self, loader: Loader) -> Iterator[Batch]:
-        """The batches of the steps that are left."""
-        first = self.step if callable(loader) else 0
-        batches = _endless(loader, first)
-        for step in range(first, self.settings.steps):
-            if step < self.step:  # only iterating brings such a loader to where the search stopped
-                self._next(batches, step)
-            else:
-                yield self._next(batches, step)
-
-    def _next(self, batches: Iterator[Batch], step: int) -> Batch:
-        # the same random numbers whether or not the search was resumed: a shuffling loader draws its order from them
-        with seeded(self.settings.seed, step, self.processes.rank):
-            return next(batches)
-
     def _train(self, batch: Batch, compute: Compute) -> StepRecord:
         """One step: forward, backward and update."""
         settings, step = self.settings, self.step
@@ -339,7 +325,7 @@ class _Search:
             return images, None
         if self.answer is None:
             self.answer = self._teacher(images[:1])
-        return images, _checked(labels, self.answer.expand(len(images), -1))
+        return images, fitting_labels(labels, self.answer.expand(len(images), -1))
 
     def _compute(self, images: Tensor, labels: Tensor | None, with_flops: Tensor) -> tuple[Tensor, ...]:
         """Forward and backward; nothing here reads what the device computes.
@@ -413,29 +399,6 @@ class _Search:
         self.saved = self.snapshot.step
 
 
-def _endless(loader: Loader, start: int) -> Iterator[Batch]:
-    step = start
-    while True:
-        begun = step
-        for batch in loader(step) if callable(loader) else loader:
-            yield batch
-            step += 1
-        if step == begun:
-            again = "" if step == start else f", iterated again after {step - start} batches: it must give them again"
-            raise InputValueError(f"the loader gave no images{again}")
-
-
-def _checked(labels: Tensor, logits: Tensor) -> Tensor:
-    """Labels or probabilities that fit logits of this shape, on their device."""
-    if not labels.is_floating_point():
-        check_labels(labels, logits)
-        return labels.to(logits.device, torch.int64)
-    if labels.shape != logits.shape:
-        expected = f"{tuple(logits.shape)}, as the logits have"
-        raise InputValueError(f"probabilities as labels must have shape {expected}, got {tuple(labels.shape)}")
-    return labels.to(logits.device, logits.dtype)
-
-
 def _targets(labels: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the logits are to be, and the class of each image."""
     if labels is None:
@@ -443,18 +406,3 @@ def _targets(labels: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Ten
         return teacher, teacher.argmax(1)
     truth = labels.argmax(1) if labels.is_floating_point() else labels
     return labels if teacher is None else teacher, truth
-
-
-def _model_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What tells this model, with these weights, from others."""
-    checksum = 0
-    for parameter in model.parameters():  # the first numbers of each tell trained weights apart
-        numbers = parameter.detach().flatten()[:16].float().cpu().numpy()
-        checksum = zlib.crc32(numbers.tobytes(), checksum)
-    adapter = adapter_for(model)
-    return {
-        "model": adapter.name,
-        "tokens": adapter.stages[0].tokens,
-        "blocks": sum(len(stage.blocks) for stage in adapter.stages),
-        "weights": f"{checksum:08x}",
-    }

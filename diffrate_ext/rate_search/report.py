@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from ..training.progress import Measure, RunningMeans, in_words, progress_of_steps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,25 +15,6 @@ if TYPE_CHECKING:
     from .history import StepRecord
 
 Report = Callable[["StepRecord"], None]
-Measure = Literal["accuracy", "agreement", "cosine"]
-"""What the accuracy of the records is: with soft targets agreement with the uncompressed model, of features cosine."""
-
-SMOOTHING = 0.9
-"""Share of the earlier steps in the loss and the accuracy that are shown: those of single batches jump."""
-LINES = 20
-"""How many lines a search leaves where there is no terminal for a bar."""
-
-
-class _RunningMeans:
-    """Means over the last steps, the earlier ones counting less and less."""
-
-    def __init__(self, n: int) -> None:
-        self.sums, self.weight = [0.0] * n, 0.0
-
-    def __call__(self, *values: float) -> list[float]:
-        self.weight = SMOOTHING * self.weight + 1
-        self.sums = [SMOOTHING * total + value for total, value in zip(self.sums, values, strict=True)]
-        return [total / self.weight for total in self.sums]
 
 
 @contextmanager
@@ -49,45 +30,15 @@ def progress_report(
         target_gflops: where it is to go.
         measure: what the records' accuracy is.
     """
-    means = _RunningMeans(2)
+    means = RunningMeans(2)
 
     def describe(record: StepRecord) -> str:
         loss, accuracy = means(record.loss, record.accuracy)
         gflops = f"{record.gflops:.4g} -> {target_gflops:.4g} GFLOPs"
-        numbers = f"cosine {accuracy:.4f}" if measure == "cosine" else f"loss {loss:.3f}  {measure} {accuracy:.1%}"
-        return f"{numbers}  {gflops}"
+        return f"{in_words(measure, loss, accuracy)}  {gflops}"
 
-    if not console.is_terminal:
-
-        def line(record: StepRecord) -> None:
-            words, done = describe(record), record.step + 1
-            if done * LINES // steps > record.step * LINES // steps or done == 1:
-                console.print(f"{name}  step {done}/{steps}  {words}", soft_wrap=True, markup=False)
-
-        yield line
-        return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[words]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=120) as progress:
-        task = progress.add_task(name, total=steps, words="", start=False)
-        resumed = False
-
-        def bar(record: StepRecord) -> None:
-            nonlocal resumed
-            if not resumed:  # a resumed search does not start at 0: its speed is that of this run
-                progress.update(task, completed=record.step)
-                progress.start_task(task)
-                resumed = True
-            progress.update(task, completed=record.step + 1, words=describe(record))
-
-        yield bar
+    with progress_of_steps(console, name, steps) as show:
+        yield lambda record: show(record.step, describe(record))
 
 
 @contextmanager

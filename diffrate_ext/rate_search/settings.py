@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..errors import InputValueError
 from ..methods import Method, method_of
-from .checkpoints import Fact
+from ..training.files import Fact
 
 LR_SUM = 20.0
 """What the learning rates of all steps add up to by default: as in the paper, whatever the number of steps."""

@@ -19,7 +19,7 @@ from diffrate_ext.schedule import Schedule
         (["demo", "--n-images", "many"], "at least 1, got 'many'"),
         (["demo", "--n-images", "2001"], "1 .. 2000"),
         (["demo", "--images", "."], "--images needs --model"),
-        (["demo", "--weights", "x"], "--weights needs --model"),
+        (["demo", "--weights", "x"], "no such file of weights: x"),
         (["demo", "--no-pretrained"], "--no-pretrained needs --model"),
         (["demo", "--model", "test_vit"], "--model needs --images"),
         (["demo", *TEST_VIT, "--images", "/no/such/folder"], "/no/such/folder"),

@@ -98,8 +98,9 @@ def test_search_on_the_users_pictures(labelled, tmp_path, capsys):
 
 
 def test_search_passes_its_options_on(tmp_path, monkeypatch):
-    from diffrate_ext.rate_search import data, loop
+    from diffrate_ext.rate_search import loop
     from diffrate_ext.rate_search.settings import SearchSettings
+    from diffrate_ext.training import data
 
     seen = {}
 
@@ -112,7 +113,7 @@ def test_search_passes_its_options_on(tmp_path, monkeypatch):
         loader(3)
         raise InputValueError("enough")
 
-    monkeypatch.setattr(data, "search_loader", loader)
+    monkeypatch.setattr(data, "training_loader", loader)
     monkeypatch.setattr(loop, "search", run)
     words = "search --gflops 0.2 --steps 7 --batch-size 6 --lr 0.5 --min-lr 0.1 --weight-decay 0.01 --flops-weight 3 "
     words += "--flops-loss absolute --warmup-steps 2 --mask-gradient derivative --amp --granularity 4 "

@@ -18,7 +18,7 @@ from diffrate_ext import embedded
 from diffrate_ext.images.data_config import data_config
 from diffrate_ext.images.loading import evaluation_loader
 from diffrate_ext.images.sources import open_images, without_labels
-from diffrate_ext.rate_search.data import search_loader
+from diffrate_ext.training.data import training_loader
 
 
 def test_image_size_of_a_model_made_for_another_one():
@@ -57,7 +57,7 @@ def test_when_no_picture_can_be_read(tmp_path, workers):
         (tmp_path / f"{i:02}.png").write_text("no picture")
     source = open_images(tmp_path)
     with pytest.raises(ValueError, match=r"^.*: 20 pictures in a row could not be read, the first of them .*\d\d\.png"):
-        list(search_loader(source, Model(), batch_size=2, steps=1, workers=workers))
+        list(training_loader(source, Model(), batch_size=2, steps=1, workers=workers))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="none of the 30 pictures could be read"):

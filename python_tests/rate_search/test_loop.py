@@ -17,12 +17,13 @@ import diffrate_ext
 from diffrate_ext.compression.flops import flops
 from diffrate_ext.compression.uniform import uniform_schedule
 from diffrate_ext.models.classes import CompressedModule
-from diffrate_ext.rate_search import checkpoints
-from diffrate_ext.rate_search.history import MOST_RECORDS, SearchHistory
+from diffrate_ext.rate_search.history import SearchHistory
 from diffrate_ext.rate_search.loop import search
 from diffrate_ext.rate_search.rates import RateSearch
 from diffrate_ext.rate_search.settings import LR_CAP, SearchSettings
 from diffrate_ext.schedule import Schedule
+from diffrate_ext.training.files import replacing
+from diffrate_ext.training.records import MOST_RECORDS
 
 
 @pytest.mark.parametrize("share", [0.3, 0.45, 0.6, 0.75, 0.9])
@@ -430,7 +431,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path.write_text("before")
 
     def write(text, fail):
-        with checkpoints.replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_text(text)
             assert path.read_text() == "before"
             if fail:

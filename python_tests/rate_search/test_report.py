@@ -12,8 +12,9 @@ from rich.console import Console
 
 from diffrate_ext.rate_search.history import SearchHistory, StepRecord
 from diffrate_ext.rate_search.plot import draw_search
-from diffrate_ext.rate_search.report import LINES, all_reports, progress_report, tensorboard_report
+from diffrate_ext.rate_search.report import all_reports, progress_report, tensorboard_report
 from diffrate_ext.schedule import Schedule
+from diffrate_ext.training.progress import LINES
 
 
 def record(step: int, *, prune: bool = True) -> StepRecord:

@@ -23,7 +23,7 @@ from PIL import Image
 from diffrate_ext import embedded
 from diffrate_ext.images.loading import evaluation_loader
 from diffrate_ext.images.sources import open_images, without_labels
-from diffrate_ext.rate_search.data import StepSampler, search_loader
+from diffrate_ext.training.data import StepSampler, training_loader
 
 
 def test_every_epoch_shows_every_image_once_in_its_own_order():
@@ -70,7 +70,7 @@ def source(tmp_path):
 
 
 def test_search_batches(source):
-    loader = search_loader(source, Model(), batch_size=4, steps=5)
+    loader = training_loader(source, Model(), batch_size=4, steps=5)
     batches = list(loader)
     assert len(loader) == len(batches) == 5
     for images, targets in batches:
@@ -83,7 +83,7 @@ def test_search_batches(source):
 
 def test_workers_processes_and_resuming_change_nothing(source):
     def batches(**options):
-        return flat(search_loader(source, Model(), steps=5, seed=7, **{"batch_size": 8, **options}))
+        return flat(training_loader(source, Model(), steps=5, seed=7, **{"batch_size": 8, **options}))
 
     whole = batches()
     assert_same(batches(workers=2), whole)
@@ -91,13 +91,13 @@ def test_workers_processes_and_resuming_change_nothing(source):
     ranks = [batches(batch_size=4, rank=rank, world=2) for rank in (0, 1)]
     joined = [[torch.cat(t) for t in zip(*step, strict=True)] for step in zip(*ranks, strict=True)]
     assert_same(joined, whole)
-    other = flat(search_loader(source, Model(), batch_size=8, steps=1, seed=8))
+    other = flat(training_loader(source, Model(), batch_size=8, steps=1, seed=8))
     assert not torch.equal(other[0][0], whole[0][0])
 
 
 def test_an_image_looks_different_in_every_epoch(tmp_path):
     write(tmp_path / "a.png")
-    loader = search_loader(open_images(tmp_path), Model(), batch_size=1, steps=6, mixup=0, cutmix=0)
+    loader = training_loader(open_images(tmp_path), Model(), batch_size=1, steps=6, mixup=0, cutmix=0)
     assert len({images.numpy().tobytes() for images in loader}) == 6
 
 
@@ -106,7 +106,7 @@ def test_mixup_mixes_neighbours_and_their_labels_alike(tmp_path):
         for i in range(4):
             colour(tmp_path / name / f"{i}.png", value)
     source = open_images(tmp_path)
-    loader = search_loader(
+    loader = training_loader(
         source, Model(), batch_size=8, steps=4, seed=2, augment=False, mixup=1.0, cutmix=0, smoothing=0
     )
     mixed = 0
@@ -125,7 +125,7 @@ def test_cutmix_keeps_every_pixel_and_counts_it(tmp_path):
     for value, name in ((0, "black"), (255, "white")):
         for i in range(4):
             colour(tmp_path / name / f"{i}.png", value)
-    loader = search_loader(
+    loader = training_loader(
         open_images(tmp_path), Model(), batch_size=8, steps=4, augment=False, mixup=0, cutmix=1.0, smoothing=0
     )
     for images, targets in loader:
@@ -138,16 +138,16 @@ def test_without_mixing_targets_are_labels(source):
     options = {"batch_size": 3, "steps": 3, "mixup": 0, "cutmix": 0}
     keys = list(StepSampler(9, 3, 3))
     expected = [[source.read(i)[1] for _, i in batch] for batch in keys]
-    plain = list(search_loader(source, Model(), smoothing=0, **options))
+    plain = list(training_loader(source, Model(), smoothing=0, **options))
     assert [targets.tolist() for _, targets in plain] == expected
     assert plain[0][1].dtype == torch.int64
-    for (_, targets), truth in zip(search_loader(source, Model(), smoothing=0.3, **options), expected, strict=True):
+    for (_, targets), truth in zip(training_loader(source, Model(), smoothing=0.3, **options), expected, strict=True):
         torch.testing.assert_close(targets, torch.eye(3)[truth] * 0.7 + 0.1)
 
 
 def test_without_labels_the_same_images_come_alone(source):
-    with_labels = flat(search_loader(source, Model(), batch_size=4, steps=3))
-    alone = flat(search_loader(without_labels(source), Model(), batch_size=4, steps=3))
+    with_labels = flat(training_loader(source, Model(), batch_size=4, steps=3))
+    alone = flat(training_loader(without_labels(source), Model(), batch_size=4, steps=3))
     assert_same(alone, [[images] for images, _ in with_labels])
 
 
@@ -161,25 +161,27 @@ def test_the_global_generators_go_on_undisturbed(source):
     seed()
     expected = draw()
     seed()
-    list(search_loader(source, Model(), batch_size=4, steps=3))
+    list(training_loader(source, Model(), batch_size=4, steps=3))
     list(evaluation_loader(source, Model(), batch_size=4))
     assert draw() == expected
 
 
 def test_what_else_draws_random_numbers_changes_nothing(source):
-    first = flat(search_loader(source, Model(), batch_size=4, steps=3))
+    first = flat(training_loader(source, Model(), batch_size=4, steps=3))
     random.random(), np.random.rand(), torch.rand(1)
-    assert_same(flat(search_loader(source, Model(), batch_size=4, steps=3)), first)
+    assert_same(flat(training_loader(source, Model(), batch_size=4, steps=3)), first)
 
 
 def test_grey_models_see_grey_pictures_lightly_augmented(source):
     model = embedded.build_model()
     for images in (source, open_images(None)):
-        batch, _ = next(iter(search_loader(images, model, batch_size=4, steps=1)))
+        batch, _ = next(iter(training_loader(images, model, batch_size=4, steps=1)))
         assert batch.shape == (4, 1, 28, 28)
     embedded_images = without_labels(open_images(None))
     options = {"batch_size": 64, "steps": 1, "mixup": 0, "cutmix": 0}
-    augmented, plain = (next(iter(search_loader(embedded_images, model, augment=a, **options))) for a in (True, False))
+    augmented, plain = (
+        next(iter(training_loader(embedded_images, model, augment=a, **options))) for a in (True, False)
+    )
     flipped = plain.flip(-1)
     error = torch.stack([(augmented - p).square().mean((1, 2, 3)) for p in (plain, flipped)])
     # still the same picture or its mirror image, but changed: the typical square of a pixel is 1
@@ -190,7 +192,7 @@ def test_grey_models_see_grey_pictures_lightly_augmented(source):
 
 def test_colour_pictures_are_augmented_as_in_deit(tmp_path):
     colour(tmp_path / "a.png", 100)
-    loader = search_loader(open_images(tmp_path), Model(), batch_size=200, steps=1, mixup=0, cutmix=0)
+    loader = training_loader(open_images(tmp_path), Model(), batch_size=200, steps=1, mixup=0, cutmix=0)
     pixels = next(iter(loader)) * 0.25 + 0.5
     # erased parts are filled with normal noise, which no picture can hold; in a quarter of the images, +- 3 deviations
     noisy = ((pixels < -0.01) | (pixels > 1.01)).any(3).any(2).any(1)
@@ -201,7 +203,7 @@ def test_colour_pictures_are_augmented_as_in_deit(tmp_path):
 
 
 def test_randaugment_works_at_its_greatest_magnitude(source):
-    transform = search_loader(source, Model(), batch_size=2, steps=1).transform
+    transform = training_loader(source, Model(), batch_size=2, steps=1).transform
     picture, _ = source.read(0)
     operations = [operation for step in transform.transforms for operation in getattr(step, "ops", ())]
     assert len(operations) == 15
@@ -214,18 +216,18 @@ def test_randaugment_works_at_its_greatest_magnitude(source):
 def test_pictures_of_any_shape(tmp_path, size):
     Image.new("RGB", size).save(tmp_path / "a.png")
     tiny = open_images(tmp_path)
-    assert next(iter(search_loader(tiny, Model(), batch_size=2, steps=1))).shape == (2, 3, 16, 16)
+    assert next(iter(training_loader(tiny, Model(), batch_size=2, steps=1))).shape == (2, 3, 16, 16)
     assert next(iter(evaluation_loader(tiny, Model(), batch_size=2))).shape == (1, 3, 16, 16)
 
 
 def test_colour_models_see_grey_pictures_too():
-    batch, _ = next(iter(search_loader(open_images(None), Model(), batch_size=4, steps=1)))
+    batch, _ = next(iter(training_loader(open_images(None), Model(), batch_size=4, steps=1)))
     assert batch.shape == (4, 3, 16, 16)
 
 
 def test_loaders_out_of_range(source):
     def load(model=None, **options):
-        return search_loader(source, model or Model(), **{"batch_size": 4, "steps": 1, **options})
+        return training_loader(source, model or Model(), **{"batch_size": 4, "steps": 1, **options})
 
     with pytest.raises(ValueError, match=r"must be even for mixup and cutmix.*got 3"):
         load(batch_size=3)
@@ -244,7 +246,7 @@ def test_loaders_out_of_range(source):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_in_a_search_the_next_readable_picture_stands_in(workers, tmp_path):
     damaged = damaged_pictures(tmp_path)
-    loader = search_loader(
+    loader = training_loader(
         damaged, Model(), batch_size=4, steps=4, augment=False, mixup=0, cutmix=0, smoothing=0, workers=workers
     )
     with pytest.warns(UserWarning, match="cannot be read") as record:

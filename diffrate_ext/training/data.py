@@ -1,6 +1,6 @@
-"""The images of a search.
+"""The images of a search, or of a fine-tuning.
 
-What a search sees in step s depends on the seed and s alone: not on the number of worker processes, nor on how the
+What training sees in step s depends on the seed and s alone: not on the number of worker processes, nor on how the
 batch is shared among training processes, nor on where a broken run resumed. So every random choice starts from a key of
 its own, and nothing is drawn from generators that are carried along.
 """
@@ -127,7 +127,7 @@ class PairMixup:
         return Collated((images, torch.cat(targets)) if self.labelled else images, unreadable)
 
 
-def search_loader(
+def training_loader(
     source: ImageSource,
     model: nn.Module,
     *,
@@ -143,7 +143,7 @@ def search_loader(
     smoothing: float = 0.1,
     workers: int = 0,
 ) -> ImageLoader:
-    """The batches of a search, steps ``start`` .. ``steps - 1``, augmented as in DeiT.
+    """The batches of a run of training, steps ``start`` .. ``steps - 1``, augmented as in DeiT.
 
     Batches are (images, targets): images (batch_size, C, H, W) float32; targets (batch_size, classes) float32
     probabilities, or, where mixup, cutmix and smoothing are all 0, labels (batch_size,) int64. Of a source without

@@ -1,0 +1,1 @@
+"""What training of any kind needs: images, processes, the folder of results, a progress bar."""
