@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .compression.flops import flops
     from .compression.uniform import uniform_schedule
     from .evaluation import Evaluation, evaluate
+    from .predictor_training import PredictorSettings, train_predictors
     from .rate_search.history import SearchHistory, StepRecord
     from .rate_search.loop import SearchResult, search
     from .rate_search.rates import RateSearch
@@ -46,6 +47,7 @@ __all__ = [
     "InputError",
     "InputTypeError",
     "InputValueError",
+    "PredictorSettings",
     "PublishedSchedule",
     "RateSearch",
     "Schedule",
@@ -65,6 +67,7 @@ __all__ = [
     "restore",
     "search",
     "token_slots",
+    "train_predictors",
     "uncompressed_copy",
     "uniform_schedule",
     "visualize",
@@ -75,6 +78,7 @@ _LAZY = {
     "Benchmark": "timing",
     "Compared": "comparison",
     "Evaluation": "evaluation",
+    "PredictorSettings": "predictor_training",
     "PublishedSchedule": "schedule",
     "RateSearch": "rate_search.rates",
     "Schedule": "schedule",
@@ -91,6 +95,7 @@ _LAZY = {
     "restore": "compression.compress",
     "search": "rate_search.loop",
     "token_slots": "compression.compress",
+    "train_predictors": "predictor_training",
     "uncompressed_copy": "compression.copies",
     "uniform_schedule": "compression.uniform",
     "visualize": "visualization",

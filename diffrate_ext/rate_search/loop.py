@@ -259,7 +259,7 @@ class _Search:
     def _batches(self, loader: Loader) -> Iterator[Batch]:
         """The batches of the steps that are left."""
         first = self.step if callable(loader) else 0
-        batches = _endless(loader, first)
+        batches = endless(loader, first)
         for step in range(first, self.settings.steps):
             if step < self.step:  # only iterating brings such a loader to where the search stopped
                 self._next(batches, step)
@@ -300,7 +300,7 @@ class _Search:
             return images, None
         if self.answer is None:
             self.answer = self._teacher(images[:1])
-        return images, _checked(labels, self.answer.expand(len(images), -1))
+        return images, checked_labels(labels, self.answer.expand(len(images), -1))
 
     def _compute(self, images: Tensor, labels: Tensor | None, with_flops: Tensor) -> tuple[Tensor, ...]:
         """Forward and backward; nothing here reads what the device computes.
@@ -366,7 +366,8 @@ class _Search:
         self.saved = self.snapshot.step
 
 
-def _endless(loader: Loader, start: int) -> Iterator[Batch]:
+def endless(loader: Loader, start: int) -> Iterator[Batch]:
+    """The loader's batches from a step on, again and again."""
     step = start
     while True:
         begun = step
@@ -378,7 +379,7 @@ def _endless(loader: Loader, start: int) -> Iterator[Batch]:
             raise InputValueError(f"the loader gave no images{again}")
 
 
-def _checked(labels: Tensor, logits: Tensor) -> Tensor:
+def checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
     """Labels or probabilities that fit logits of this shape, on their device."""
     if not labels.is_floating_point():
         check_labels(labels, logits)
