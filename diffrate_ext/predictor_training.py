@@ -115,13 +115,13 @@ def train_predictors(
     predictors.to(own.device)
     adapter = adapter_for(student)
     (stage,), (kept,) = adapter.stages, adapter.kept_numbers(schedule)
-    plan = _MaskingPlan(predictors, adapter.rules, stage)
+    plan = MaskingPlan(predictors, adapter.rules, stage)
     install_plans(adapter, [plan])
     teacher = uncompressed_copy(model).eval()
     if settings.train_weights:
         teacher = copy.deepcopy(teacher)  # which stays as it was
     shares = torch.tensor([kept[block][1] - stage.prefix for block in predictors.blocks], device=own.device)
-    lesson = _Lesson(student, teacher, plan, shares / (stage.tokens - stage.prefix), settings)
+    lesson = Lesson(student, teacher, plan, shares / (stage.tokens - stage.prefix), settings)
     batches = endless(loader, 0)
     with _training(student, settings.train_weights) as weights:
         groups = [{"params": list(predictors.parameters()), "share": 1.0}, {"params": weights, "share": WEIGHTS_LR}]
@@ -188,7 +188,10 @@ class MaskByDecision(Step):
             if mask is None:
                 mask = torch.ones(x.shape[:2], dtype=wide_dtype(x), device=x.device)
             before = mask[:, prefix:]
-            kept = before * decisions(self.predictor(x[:, prefix:], before))
+            log_probabilities = self.predictor(x[:, prefix:], before)
+            kept = before * decisions(log_probabilities)
+            best = (log_probabilities[..., 0] + before.log()).argmax(1, keepdim=True)
+            kept = kept.scatter(1, best, 1.0)  # nothing else may be left to pool over
             self.decided(kept)
             mask = torch.cat([mask[:, :prefix], kept], dim=1)
             self.after = TokenState(torch.ones_like(mask), mask)  # heads that pool weigh sizes with the mask
@@ -200,7 +203,7 @@ def decisions(log_probabilities: Tensor) -> Tensor:
     return F.gumbel_softmax(log_probabilities, hard=True)[..., 0]
 
 
-class _MaskingPlan(Plan):
+class MaskingPlan(Plan):
     """Masks tokens in every mode, and remembers what was decided in the last forward pass."""
 
     masks_in_training = True
@@ -219,11 +222,11 @@ class _MaskingPlan(Plan):
         return [partial(MaskByDecision, self.rules, self.predictors.get(block), self.kept.append) for block in blocks]
 
 
-class _Lesson:
+class Lesson:
     """What predictors are to learn from a batch."""
 
     def __init__(
-        self, student: Any, teacher: Any, plan: _MaskingPlan, shares: Tensor, settings: PredictorSettings
+        self, student: Any, teacher: Any, plan: MaskingPlan, shares: Tensor, settings: PredictorSettings
     ) -> None:
         self.student, self.teacher, self.plan, self.shares, self.settings = student, teacher, plan, shares, settings
 
