@@ -1,4 +1,4 @@
-"""The command line: ``diffrate demo | search | evaluate | compare | benchmark | visualize | info``.
+"""The command line: ``diffrate demo | search | evaluate | compare | train-predictors | benchmark | visualize | info``.
 
 Nothing heavy is imported until a command runs, so that ``--help`` and wrong arguments answer at once.
 """
@@ -30,6 +30,7 @@ from .common import (
 from .compare import add_compare_command
 from .evaluate import add_evaluate_command
 from .search import add_search_command
+from .train_predictors import add_train_predictors_command
 from .workload import PICTURES_BY_DEFAULT, add_picture_options, workload_named
 
 
@@ -100,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_search_command(commands)
     add_evaluate_command(commands)
     add_compare_command(commands)
+    add_train_predictors_command(commands)
 
     benchmark = commands.add_parser(
         "benchmark",
