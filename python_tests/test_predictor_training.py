@@ -126,6 +126,23 @@ def test_gradients_reach_every_predictor() -> None:
             assert parameter.grad.abs().max() > 0, (block, name)
 
 
+def test_no_token_has_more_than_its_part_in_the_gradient() -> None:
+    """Those that the predictor hid although attention is drawn to them would have."""
+    model = tiny_vit()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.mul_(4)
+    predictors = Predictors.untrained(adapter_for(model), [1])
+    plan = masking(model.requires_grad_(False), predictors)
+    torch.manual_seed(0)
+    loss = 100 * model(tiny_images(model)).square().sum()
+    (kept,) = plan.kept
+    kept.retain_grad()
+    loss.backward()
+    assert kept.grad is not None
+    assert kept.grad.abs().max() == pytest.approx(1 / kept.numel())
+
+
 def train(model: Any, batches: Any, share: float = 0.7, **settings: Any) -> Predictors:
     return train_predictors(model, batches, share * flops(model) / 1e9, PredictorSettings(**settings))
 

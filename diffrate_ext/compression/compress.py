@@ -34,7 +34,9 @@ def compress(
             tokens and merges the next ones; the others remove tokens in one way, and go by those left after the block
             alone: ``"tome"`` merges the tokens with the most similar keys, ``"evit"`` keeps those with the most class
             attention and fuses the rest into one more, ``"random"`` prunes any. Or a ``Method`` with options, such as
-            ``diffrate_ext.methods.ToMe(proportional_attention=False)``.
+            ``diffrate_ext.methods.ToMe(proportional_attention=False)``. DynamicViT needs one: it is
+            ``diffrate_ext.methods.DynamicViT(predictors)``, with what :func:`diffrate_ext.train_predictors` returned or
+            a file of it.
         linear_patch_embedding: compute a patch embedding whose kernels do not overlap as a matrix product, with the
             same weights. Equal to rounding, and much faster than cuDNN's convolution.
 
