@@ -12,6 +12,7 @@ import sys
 import torch
 
 from diffrate_ext import compressed_copy, embedded, flops
+from diffrate_ext.methods import DiffRate
 from diffrate_ext.rate_search.start import simple_schedules
 
 NAMES = ("same number, half pruned", "same number, all merged", "same share, half pruned", "same share, all merged")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .finetuning.loop import FinetuneResult, finetune
     from .finetuning.quality import Quality
     from .finetuning.settings import FinetuneSettings
+    from .predictor_training import PredictorSettings, train_predictors
     from .rate_search.history import SearchHistory, StepRecord
     from .rate_search.loop import SearchResult, search
     from .rate_search.rates import RateSearch
@@ -54,6 +55,7 @@ __all__ = [
     "InputError",
     "InputTypeError",
     "InputValueError",
+    "PredictorSettings",
     "PublishedSchedule",
     "Quality",
     "RateSearch",
@@ -75,6 +77,7 @@ __all__ = [
     "restore",
     "search",
     "token_slots",
+    "train_predictors",
     "uncompressed_copy",
     "uniform_schedule",
     "visualize",
@@ -89,6 +92,7 @@ _LAZY = {
     "FinetuneRecord": "finetuning.history",
     "FinetuneResult": "finetuning.loop",
     "FinetuneSettings": "finetuning.settings",
+    "PredictorSettings": "predictor_training",
     "PublishedSchedule": "schedule",
     "Quality": "finetuning.quality",
     "RateSearch": "rate_search.rates",
@@ -107,6 +111,7 @@ _LAZY = {
     "restore": "compression.compress",
     "search": "rate_search.loop",
     "token_slots": "compression.compress",
+    "train_predictors": "predictor_training",
     "uncompressed_copy": "compression.copies",
     "uniform_schedule": "compression.uniform",
     "visualize": "visualization",

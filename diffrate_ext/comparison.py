@@ -66,7 +66,7 @@ def compare(
         loader: batches of images, or (images, labels), as :func:`evaluate` takes them; read once.
         gflops: targets, in units of 1e9 multiply-accumulates of one image, each met by the method's usual schedule.
             None: 80, 65 and 50 % of the model's, or none where ``schedules`` are given.
-        methods: as for :func:`compress`. None: all that can run the model.
+        methods: as for :func:`compress`. None: all that can run the model and need no training first.
         schedules: others to measure, by name, such as learned ones; under DiffRate.
         any_model: measure one of them although it says that it was made for another model.
         batch_size, rounds: of the timing, as for :func:`benchmark`.
@@ -162,7 +162,7 @@ def _runnable(model: nn.Module) -> list[Method]:
     adapter = adapter_for(model)
     everything = [stage.all_tokens for stage in adapter.stages]
     found = []
-    for method in (method() for method in METHODS.values()):
+    for method in (method() for method in METHODS.values() if not method.needs_training):
         try:
             method.check(adapter, everything)
         except InputValueError:

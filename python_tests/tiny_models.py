@@ -12,6 +12,9 @@ from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from diffrate_ext.methods import Predictors
+from diffrate_ext.models import adapter_for
+
 Model = TypeVar("Model", bound=nn.Module)
 
 TINY: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -69,3 +72,9 @@ def blocks_of(model: Any) -> list[nn.Module]:
 
 def attention_of(block: Any) -> nn.Module:
     return block.attn if hasattr(block, "attn") else block.token_mixer
+
+
+def tiny_predictors(model: Any) -> Predictors:
+    """One for each block, that tell patches apart."""
+    predictors = Predictors.untrained(adapter_for(model), range(len(model.blocks)))
+    return spread_weights(predictors).requires_grad_(False)

@@ -110,8 +110,8 @@ def _compare(arguments: argparse.Namespace) -> None:
         )
     reached = Counter(row.method for row in rows if row.uniform)
     most = max(reached.values(), default=0)
-    for method in METHODS if arguments.methods is None else ():
-        if reached[method] < most:
+    for method, cls in METHODS.items() if arguments.methods is None else ():
+        if reached[method] < most and not cls.needs_training:
             remarks.print(
                 f"{method} cannot run this model, or not reach all targets: {reached[method]} of {most} are shown"
             )

@@ -1,4 +1,4 @@
-"""The command line: ``diffrate demo | search | finetune | evaluate | compare | benchmark | visualize | info``.
+"""The command line: ``diffrate``, with a command of its own for each thing to do.
 
 Nothing heavy is imported until a command runs, so that ``--help`` and wrong arguments answer at once.
 """
@@ -31,6 +31,7 @@ from .compare import add_compare_command
 from .evaluate import add_evaluate_command
 from .finetune import add_finetune_command
 from .search import add_search_command
+from .train_predictors import add_train_predictors_command
 from .workload import PICTURES_BY_DEFAULT, add_picture_options, workload_named
 
 
@@ -102,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_finetune_command(commands)
     add_evaluate_command(commands)
     add_compare_command(commands)
+    add_train_predictors_command(commands)
 
     benchmark = commands.add_parser(
         "benchmark",

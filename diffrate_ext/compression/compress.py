@@ -35,7 +35,9 @@ def compress(
             those left after the block alone: ``"tome"`` merges the tokens with the most similar keys, ``"evit"`` keeps
             those with the most class attention and fuses the rest into one more, ``"random"`` prunes any. Options
             follow a colon: ``"diffrate:operations=merge"``, ``"tome:proportional_attention=false"``. Or a ``Method``,
-            such as ``diffrate_ext.methods.ToMe(proportional_attention=False)``.
+            such as ``diffrate_ext.methods.ToMe(proportional_attention=False)``. DynamicViT needs an option,
+            ``"dynamicvit:predictors=FILE"`` or ``diffrate_ext.methods.DynamicViT(predictors)``: what
+            :func:`diffrate_ext.train_predictors` returned.
         linear_patch_embedding: compute a patch embedding whose kernels do not overlap as a matrix product, with the
             same weights. Equal to rounding, and much faster than cuDNN's convolution.
 

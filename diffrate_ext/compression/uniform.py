@@ -20,7 +20,8 @@ def uniform_schedule(model: nn.Module, gflops: float, *, method: str | Method = 
       rounding, DiffRate prunes half of them and merges half; in a hierarchical model it merges all. Its option
       ``operations`` may say that all are pruned, or all are merged.
     - ``"tome"`` merges the same number in every block, as long as there are so many to merge.
-    - ``"evit"`` keeps the same share of the patches in the blocks after each quarter of the depth.
+    - ``"evit"`` keeps the same share of the patches in the blocks after each quarter of the depth, DynamicViT in those
+      that have a predictor, by default the same.
 
     The GFLOPs are as near to ``gflops`` as whole tokens allow: within 1 % but for models of few tokens.
 

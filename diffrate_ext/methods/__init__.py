@@ -6,14 +6,27 @@ from dataclasses import fields
 
 from ..errors import InputTypeError, InputValueError
 from .diffrate import DiffRate
+from .dynamicvit import DynamicViT
 from .evit import EViT
 from .method import Method, MethodPlan
+from .predictors import Predictors
 from .random import Random
 from .tome import ToMe
 
-__all__ = ["METHODS", "DiffRate", "EViT", "Method", "MethodPlan", "Random", "ToMe", "method_of"]
+__all__ = [
+    "METHODS",
+    "DiffRate",
+    "DynamicViT",
+    "EViT",
+    "Method",
+    "MethodPlan",
+    "Predictors",
+    "Random",
+    "ToMe",
+    "method_of",
+]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DiffRate, ToMe, EViT, Random)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (DiffRate, ToMe, EViT, DynamicViT, Random)}
 """By the name that ``compress(method=...)`` and the command line take."""
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,7 +15,7 @@ from ..errors import InputValueError
 from ..models.adapter import Adapter, Stage, TokenRules
 from ..models.compressed import Step, TokenState
 from ..schedule import KeptNumbers
-from .method import Method
+from .method import Method, after_each_quarter, shares_kept
 
 
 class FuseInattentive(Step):
@@ -68,12 +67,4 @@ class EViT(Method):
 
     def uniform(self, stage: Stage, strength: float) -> list[int]:
         """In the blocks after each quarter of the depth (4, 7 and 10 of 12) the same share of the patches."""
-        depth, prefix = len(stage.blocks), stage.prefix
-        reducing = {depth * quarter // 4 for quarter in (1, 2, 3)}
-        numbers, tokens = [], stage.tokens
-        for index in range(depth):
-            if index in reducing and strength > 0:
-                stay = math.ceil((1 - strength) * (tokens - prefix))
-                tokens = min(tokens, max(stage.fewest, prefix + stay + 1))
-            numbers.append(tokens)
-        return numbers
+        return shares_kept(stage, strength, after_each_quarter(len(stage.blocks)), added=1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -26,6 +27,8 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    needs_training: ClassVar[bool] = False
+    """Whether it runs only with an option that has to be trained for the model first."""
 
     def __str__(self) -> str:
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
@@ -43,6 +46,10 @@ class Method(ABC):
     @abstractmethod
     def step(self, rules: TokenRules, k_p: int, k_m: int, before: TokenState) -> Step:
         """What one block does with its tokens; ``k_p`` only counts where it prunes and merges."""
+
+    def steps(self, rules: TokenRules, numbers: KeptNumbers) -> Sequence[NewStep]:
+        """What each block of a stage does, in order; for methods that have something of their own in some blocks."""
+        return [partial(self.step, rules, k_p, k_m) for k_p, k_m in numbers]
 
     def uniform(self, stage: Stage, strength: float) -> list[int]:
         """Kept tokens of each block by the method's usual rule.
@@ -97,6 +104,22 @@ def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def after_each_quarter(depth: int) -> list[int]:
+    """The blocks in which methods with few stages remove tokens: 3, 6 and 9 of 12, counted from 0."""
+    return sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
+
+
+def shares_kept(stage: Stage, strength: float, blocks: Collection[int], added: int = 0) -> list[int]:
+    """Kept tokens of each block where some blocks keep the same share of their patches, and add so many tokens."""
+    numbers, tokens = [], stage.tokens
+    for index in range(len(stage.blocks)):
+        if index in blocks and strength > 0:
+            stay = math.ceil((1 - strength) * (tokens - stage.prefix))
+            tokens = min(tokens, max(stage.fewest, stage.prefix + stay + added))
+        numbers.append(tokens)
+    return numbers
+
+
 class MethodPlan(Plan):
     """Kept numbers of the blocks of one stage, for so many tokens at its input, and the method that keeps them."""
 
@@ -107,4 +130,4 @@ class MethodPlan(Plan):
         numbers = self.numbers
         if tokens != self.tokens:  # images of another size keep the rates
             numbers = scale_kept_numbers(numbers, self.tokens, tokens, self.rules.prefix, self.fewest)
-        return [partial(self.method.step, self.rules, k_p, k_m) for k_p, k_m in numbers]
+        return self.method.steps(self.rules, numbers)

@@ -68,11 +68,12 @@ def test_says_what_is_left_out(tmp_path, capsys):
     for method in ("diffrate", "tome", "evit", "random"):
         missing = f"{method} 0.1 GFLOPs" not in shown
         assert (f"{method} cannot run this model, or not reach all targets: 1 of 2" in captured.err) == missing
+    assert "dynamicvit" not in captured.err  # nothing was trained, and nobody asked for it
     assert len(shown) < 9
 
 
 def test_errors(tmp_path, capsys, folder):
-    assert "method must be one of diffrate, tome, evit, random, got 'x'" in fails(
+    assert "method must be one of diffrate, tome, evit, dynamicvit, random, got 'x'" in fails(
         ["compare", "--methods", "x", "--n-images", "4"], capsys
     )
     assert "cannot be reached" in fails(["compare", "--gflops", "9", "--n-images", "4"], capsys)

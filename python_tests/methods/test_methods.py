@@ -13,12 +13,12 @@ import pytest
 import timm
 import torch
 from golden_cases import load_case
-from tiny_models import tiny_caformer, tiny_images, tiny_vit
+from tiny_models import tiny_caformer, tiny_images, tiny_predictors, tiny_vit
 from torch import Tensor, nn
 
 from diffrate_ext import Schedule, compress, compressed_copy, flops, restore, token_slots, uniform_schedule
 from diffrate_ext.errors import InputTypeError, InputValueError
-from diffrate_ext.methods import METHODS, Method, ToMe, method_of
+from diffrate_ext.methods import METHODS, DynamicViT, Method, ToMe, method_of
 from diffrate_ext.models import adapter_for
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -32,8 +32,14 @@ RUNS = [
     (name, method)
     for name in MODELS
     for method in METHODS
-    if (name, method) not in (("CAFormer", "evit"), ("CAFormer", "random"), ("no class token", "evit"))
+    if name != "CAFormer" or method in ("diffrate", "tome")
+    if (name, method) != ("no class token", "evit")
 ]
+
+
+def runnable(method: str, model: nn.Module) -> str | Method:
+    """The method, with all that it needs for the model."""
+    return DynamicViT(tiny_predictors(model)) if method == "dynamicvit" else method
 
 
 def schedule_for(model: Any, numbers: list[int]) -> Schedule:
@@ -48,9 +54,10 @@ def weak_schedule(model: nn.Module) -> Schedule:
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: f"{run[0]}, {run[1]}")
-def run(request: pytest.FixtureRequest) -> tuple[nn.Module, str]:
+def run(request: pytest.FixtureRequest) -> tuple[nn.Module, str | Method]:
     name, method = request.param
-    return MODELS[name](), method
+    model = MODELS[name]()
+    return model, runnable(method, model)
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
@@ -75,7 +82,7 @@ def test_the_authors_results(name: str, device: torch.device) -> None:
         torch.testing.assert_close(case.model(case.images), case.arrays["logits"], atol=1e-4, rtol=0)
 
 
-def test_as_many_tokens_as_the_schedule_says(run: tuple[Any, str]) -> None:
+def test_as_many_tokens_as_the_schedule_says(run: tuple[Any, str | Method]) -> None:
     model, method = run
     schedule = weak_schedule(model)
     slots = token_slots(compress(model, schedule, method=method), tiny_images(model))
@@ -87,7 +94,7 @@ def test_as_many_tokens_as_the_schedule_says(run: tuple[Any, str]) -> None:
             assert there.tolist() == list(range(len(there)))
 
 
-def test_nothing_removed_changes_nothing(run: tuple[Any, str]) -> None:
+def test_nothing_removed_changes_nothing(run: tuple[Any, str | Method]) -> None:
     model, method = run
     images = tiny_images(model)
     before = logits_of(model, images)
@@ -98,7 +105,7 @@ def test_nothing_removed_changes_nothing(run: tuple[Any, str]) -> None:
     torch.testing.assert_close(logits_of(model, images), before)
 
 
-def test_compressed_restored_copied_and_pickled(run: tuple[Any, str]) -> None:
+def test_compressed_restored_copied_and_pickled(run: tuple[Any, str | Method]) -> None:
     model, method = run
     images = tiny_images(model)
     before = logits_of(model, images)
@@ -111,7 +118,7 @@ def test_compressed_restored_copied_and_pickled(run: tuple[Any, str]) -> None:
     torch.testing.assert_close(logits_of(restore(model), images), before)
 
 
-def test_images_of_another_batch_size(run: tuple[Any, str]) -> None:
+def test_images_of_another_batch_size(run: tuple[Any, str | Method]) -> None:
     """An image's result does not depend on the others."""
     model, method = run
     if method == "random":
@@ -121,7 +128,7 @@ def test_images_of_another_batch_size(run: tuple[Any, str]) -> None:
     torch.testing.assert_close(logits_of(model, images[1:2]), logits_of(model, images)[1:2])
 
 
-def test_gradients_reach_the_weights(run: tuple[Any, str]) -> None:
+def test_gradients_reach_the_weights(run: tuple[Any, str | Method]) -> None:
     model, method = run
     compress(model.train(), weak_schedule(model), method=method)
     model(tiny_images(model)).square().sum().backward()
@@ -131,7 +138,7 @@ def test_gradients_reach_the_weights(run: tuple[Any, str]) -> None:
 
 
 @pytest.mark.slow
-def test_compiles_whole(run: tuple[Any, str]) -> None:
+def test_compiles_whole(run: tuple[Any, str | Method]) -> None:
     torch.compiler.reset()
     model, method = run
     compress(model, weak_schedule(model), method=method)
@@ -144,7 +151,7 @@ def test_compiles_whole(run: tuple[Any, str]) -> None:
             torch.testing.assert_close(compiled(images), model(images))
 
 
-def test_exports_with_any_batch_size(run: tuple[Any, str]) -> None:
+def test_exports_with_any_batch_size(run: tuple[Any, str | Method]) -> None:
     model, method = run
     compress(model, weak_schedule(model), method=method)
     batch = torch.export.Dim("batch", min=2, max=64)
@@ -157,10 +164,10 @@ def test_exports_with_any_batch_size(run: tuple[Any, str]) -> None:
             torch.testing.assert_close(exported(images), model(images))
 
 
-@pytest.mark.parametrize("method", ["diffrate", "tome", "evit"])
+@pytest.mark.parametrize("method", ["diffrate", "tome", "evit", "dynamicvit"])
 def test_under_vmap(method: str) -> None:
     model = tiny_vit()
-    compress(model, weak_schedule(model), method=method)
+    compress(model, weak_schedule(model), method=runnable(method, model))
     images = tiny_images(model, 4)
     with torch.no_grad():
         found = torch.func.vmap(model)(images.unflatten(0, (2, 2)))
@@ -205,12 +212,13 @@ def test_evit_fuses_what_it_drops() -> None:
 def test_uniform_schedules_meet_the_target(share: float, method: str) -> None:
     with torch.device("meta"):
         model = timm.create_model("deit_small_patch16_224")
+        method_used = runnable(method, model)
     target = share * flops(model) / 1e9
-    schedule = uniform_schedule(model, target, method=method)
+    schedule = uniform_schedule(model, target, method=method_used)
     assert flops(model, schedule) / 1e9 == pytest.approx(target, rel=0.01)
     assert (schedule.after_pruning is not None) == (method == "diffrate")
     kept = schedule.after_merging
-    method_of(method).check(adapter_for(model), adapter_for(model).kept_numbers(schedule))
+    method_of(method_used).check(adapter_for(model), adapter_for(model).kept_numbers(schedule))
     if share == 1:
         assert set(kept) == {197}
     elif method == "tome":
@@ -245,9 +253,17 @@ def test_as_tome_with_r_16() -> None:
         ),
         (tiny_caformer, [16, 7, 7, 7, 4, 1], "tome", InputValueError, "keeps 2 tokens or more"),
         (tiny_caformer, [16, 8, 8, 8, 4, 4], "evit", InputValueError, "which this MetaFormer lacks"),
+        (tiny_vit, [16, 8, 8, 8], "dynamicvit", InputValueError, "needs predictors that were trained for the model"),
+        (tiny_caformer, [16, 8, 8, 8, 4, 4], "dynamicvit", InputValueError, "a MetaFormer is only merged"),
         (tiny_caformer, [16, 8, 8, 8, 4, 4], "random", InputValueError, "a MetaFormer is only merged"),
         (MODELS["no class token"], [16, 8, 8, 8], "evit", InputValueError, "which this VisionTransformer lacks"),
-        (tiny_vit, [16, 8, 8, 8], "pitome", InputValueError, "one of diffrate, tome, evit, random, got 'pitome'"),
+        (
+            tiny_vit,
+            [16, 8, 8, 8],
+            "pitome",
+            InputValueError,
+            "one of diffrate, tome, evit, dynamicvit, random, got 'pitome'",
+        ),
         (tiny_vit, [16, 8, 8, 8], 3, InputTypeError, "method must be a name or a Method, got int"),
         (tiny_vit, [16, 8, 8, 8], ToMe, InputTypeError, "got the class: use ToMe()"),
     ],

@@ -19,7 +19,7 @@ def test_features_are_kept_by_their_cosine():
     model = plain_model(num_classes=0)
     images = tiny_batches()[0][0]
     records = []
-    settings = SearchSettings(steps=30, lr=0.1, soft_targets=True)
+    settings = SearchSettings(steps=30, lr=0.1, soft_targets=True, start="uniform")
     result = quick(model, [images], settings=settings, report=records.append)
     rates = RateSearch(copy.deepcopy(model))
     rates.set_schedule(uniform_schedule(model, gflops_of(model, 0.6)))
