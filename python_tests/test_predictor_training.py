@@ -114,9 +114,9 @@ def test_one_patch_always_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradients_reach_every_predictor() -> None:
     """From the answers: but for the last block's, whose patches a class token sees no more."""
     model = tiny_vit().requires_grad_(False)
-    predictors = tiny_predictors(model).requires_grad_(True)
-    masking(model, predictors)
     torch.manual_seed(0)
+    predictors = Predictors.untrained(adapter_for(model), range(4))  # which are not yet sure of anything
+    masking(model, predictors)
     model(tiny_images(model)).square().sum().backward()
     for block in (0, 1, 2):
         predictor = predictors.get(block)
@@ -147,7 +147,7 @@ def train(model: Any, batches: Any, share: float = 0.7, **settings: Any) -> Pred
     return train_predictors(model, batches, share * flops(model) / 1e9, PredictorSettings(**settings))
 
 
-@pytest.mark.parametrize("name", ["class token", "mean pool", "max pool"])
+@pytest.mark.parametrize("name", ["class token", "mean pool"])
 def test_trained_predictors_keep_more_of_the_model(name: str) -> None:
     """Than random ones do: by the answers to the images that they learnt from."""
     model = tiny_vit(**MODELS[name])
