@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tiny_search import gflops_of, plain_model, quick, tiny_batches
 
 from diffrate_ext.compression.uniform import uniform_schedule
+from diffrate_ext.rate_search.loop import OFF_TARGET
 from diffrate_ext.rate_search.rates import RateSearch
 from diffrate_ext.rate_search.settings import SearchSettings
 
@@ -23,6 +24,7 @@ def test_features_are_kept_by_their_cosine():
     result = quick(model, [images], settings=settings, report=records.append)
     rates = RateSearch(copy.deepcopy(model))
     rates.set_schedule(uniform_schedule(model, gflops_of(model, 0.6)))
+    rates.project(gflops_of(model, 0.6), OFF_TARGET)
     with torch.no_grad():
         cosine = F.cosine_similarity(rates.train()(images), model.eval()(images)).mean()
     assert records[0].accuracy == pytest.approx(float(cosine), abs=1e-6)
