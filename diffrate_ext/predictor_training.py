@@ -63,7 +63,7 @@ class PredictorSettings:
     """
 
     steps: int = 300
-    lr: float = 1e-3
+    lr: float = 3e-3
     kl_weight: float = 0.5
     feature_weight: float = 0.5
     ratio_weight: float = 2.0

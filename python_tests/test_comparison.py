@@ -143,7 +143,7 @@ def test_targets_out_of_reach() -> None:
     ("options", "message"),
     [
         ({"methods": []}, "methods must name at least one method"),
-        ({"methods": ["dynamic"]}, "method must be one of diffrate, tome, evit, random, got 'dynamic'"),
+        ({"methods": ["dynamic"]}, "method must be one of diffrate, tome, evit, dynamicvit, random, got 'dynamic'"),
         ({"gflops": [], "methods": ["tome"]}, "there is nothing to compare"),
         ({"rounds": 0, "loader": None}, "rounds must be at least 1, got 0"),
         ({"batch_size": 0, "loader": None}, "batch_size must be at least 1, got 0"),
