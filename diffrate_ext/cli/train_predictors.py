@@ -61,7 +61,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from ..compression.flops import flops
     from ..images.sources import open_images, without_labels
     from ..predictor_training import PredictorSettings, train_predictors
-    from ..rate_search.data import search_loader
+    from ..training.data import training_loader
 
     check_embedded_options(arguments)
     ours = arguments.model is None
@@ -82,7 +82,7 @@ def _train(arguments: argparse.Namespace) -> None:
     gflops = SHARE * flops(model) / 1e9 if arguments.gflops is None else arguments.gflops
 
     def loader(start: int) -> Any:
-        return search_loader(
+        return training_loader(
             images,
             model,
             batch_size=arguments.batch_size,

@@ -209,7 +209,7 @@ def test_the_recipe_is_the_papers(labelled, tmp_path, monkeypatch):
         (["--images", "."], "--images needs --model"),
         (["--gflops", "0.2", "--schedule", "x"], "not allowed with"),
         (["--gflops", "9"], "9"),
-        (["--method", "dance"], "method must be one of diffrate, tome, evit, random, got 'dance'"),
+        (["--method", "dance"], "method must be one of diffrate, tome, evit, dynamicvit, random, got 'dance'"),
         (["--schedule", "/no/such/schedule.json"], "/no/such/schedule.json"),
         (["--weights", "/no/such/weights.safetensors"], "no such file of weights"),
         (["--distill", "2"], "distill must lie in [0, 1]"),

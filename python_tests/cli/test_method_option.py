@@ -20,7 +20,7 @@ from diffrate_ext.schedule import Schedule
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("dance", "method must be one of diffrate, tome, evit, random, got 'dance'"),
+        ("dance", "method must be one of diffrate, tome, evit, dynamicvit, random, got 'dance'"),
         ("tome:speed=9", "method 'tome' has the options proportional_attention, got 'speed=9'"),
     ],
 )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffrate_ext import Schedule, compress, compressed_copy, flops, restore, token_slots, uniform_schedule
 from diffrate_ext.errors import InputTypeError, InputValueError
-from diffrate_ext.methods import METHODS, DynamicViT, Method, ToMe, method_of
+from diffrate_ext.methods import METHODS, DynamicViT, Method, Predictors, ToMe, method_of
 from diffrate_ext.models import adapter_for
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -323,9 +323,13 @@ def test_a_schedule_goes_by_its_own_method(run: tuple[Any, str], tmp_path: Path)
     target = 0.8 * flops(model) / 1e9
     if method == "evit":  # which keeps more of so few tokens
         target = 0.95 * flops(model) / 1e9
-    schedule = uniform_schedule(model, target, method=method)
+    chosen = runnable(method, model)
+    if isinstance(chosen, DynamicViT) and isinstance(chosen.predictors, Predictors):
+        chosen.predictors.save(tmp_path / "predictors.safetensors")
+        method = f"dynamicvit:predictors={tmp_path / 'predictors.safetensors'}"
+    schedule = uniform_schedule(model, target, method=chosen)
     assert schedule.method == method
     schedule.save(tmp_path / "schedule.json")
     images = tiny_images(model)
     loaded = compressed_copy(model, Schedule.load(tmp_path / "schedule.json"))
-    assert torch.equal(logits_of(loaded, images), logits_of(compressed_copy(model, schedule, method=method), images))
+    assert torch.equal(logits_of(loaded, images), logits_of(compressed_copy(model, schedule, method=chosen), images))
