@@ -24,6 +24,8 @@ from .target import nearest_tilt
 
 START_WIDTH = 0.05
 """Of the patches: the standard deviation of a distribution to search from."""
+NEVER = -1e4
+"""The logit of a number of patches that neither an update nor a tilt is to bring back."""
 FLOPS_SCALE = 106.0 / 5
 """The square of DeiT-S's 4.6 GFLOPs: on that model the relative FLOPs loss equals the paper's absolute one."""
 
@@ -187,11 +189,16 @@ class RateSearch(nn.Module):
         Each distribution becomes a bell around the number that is wanted, of a width from which a search can move on:
         narrow, so that its gradient speaks of the tokens nearby, but not so narrow that it has none.
 
+        A schedule that merges and never prunes turns pruning off, for a search of merging alone. The FLOPs have the
+        same gradient for both, though pruning saves nothing where the same tokens would be merged: pruning would come
+        back for that alone.
+
         Raises:
             InputValueError: the schedule does not fit the model.
         """
-        numbers, left = [], self._adapter.stages[self._stage_index].tokens
+        numbers, left, prunes, merges = [], self._adapter.stages[self._stage_index].tokens, False, False
         for pruned, merged in self._adapter.kept_numbers(schedule)[self._stage_index]:
+            prunes, merges = prunes or pruned < left, merges or merged < pruned
             first, last = (merged, left - (pruned - merged)) if self.method.merges_first else (pruned, merged)
             numbers.append((first, last))
             left = merged
@@ -210,6 +217,8 @@ class RateSearch(nn.Module):
                 above = (bell.softmax(-1) * candidates).sum(-1) > means
                 low, high = torch.where(above, low, centre), torch.where(above, centre, high)
             logits.copy_(bell - bell.amax(-1, keepdim=True))
+        if merges and not prunes and len(proxies) == 2 and not self.method.merges_first:
+            proxies[0].fill_(NEVER)[:, 0] = 0.0
 
     @torch.no_grad()
     def project(self, gflops: float, tolerance: float = 0.0) -> None:

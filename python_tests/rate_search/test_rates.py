@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -302,3 +303,25 @@ def test_flops_losses(model: nn.Module) -> None:
     assert rates.flops_loss(target, kind="absolute").item() == pytest.approx(5 * missing**2, rel=1e-4)
     for gradient in torch.autograd.grad(rates.flops_loss(target), proxies_of(rates)):
         assert (gradient.abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("half_pruned", [False, True])
+def test_a_schedule_that_only_merges_turns_pruning_off(half_pruned: bool) -> None:
+    """Neither updates nor the way back to the target bring it back; merging moves."""
+    model = build()
+    schedule = uniform_schedule(model, 0.85 * flops(model) / 1e9)
+    entering = (17, *schedule.after_merging[:-1])
+    if not half_pruned:
+        schedule = replace(schedule, after_pruning=entering)
+    rates = RateSearch(model).train()
+    rates.set_schedule(schedule)
+    before = rates.schedule().after_merging
+    optimizer = torch.optim.AdamW([p for p in rates.parameters() if p.requires_grad], lr=0.3, weight_decay=0)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (rates(tiny_images(model)).square().sum() + 1e3 * rates.gflops()).backward()
+        optimizer.step()
+    rates.project(0.8 * flops(model) / 1e9)
+    found = rates.schedule()
+    assert found.after_merging != before
+    assert (found.after_pruning != (17, *found.after_merging[:-1])) == half_pruned
