@@ -14,7 +14,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diffrate_ext import Schedule, SearchSettings, compressed_copy, flops, search, uniform_schedule
+from diffrate_ext import (
+    FinetuneSettings,
+    PredictorSettings,
+    Schedule,
+    SearchSettings,
+    compressed_copy,
+    finetune,
+    flops,
+    search,
+    train_predictors,
+    uniform_schedule,
+)
 from diffrate_ext.errors import InputValueError
 from diffrate_ext.evaluation import split_batch
 
@@ -127,13 +138,6 @@ class Runs:
         }
         self._write(run, facts, arrays)
 
-    def schedule_and_method(self, run: Run) -> tuple[Schedule, Any]:
-        """What a run that was done was compressed by."""
-        outcome = self.outcome(run)
-        assert outcome is not None
-        assert outcome.schedule is not None
-        return outcome.schedule, self._method(run, 0.0, lambda done, total: None)
-
     def _write(self, run: Run, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
         temporary = self.folder / "being written.npz"
         np.savez_compressed(temporary, facts=np.array(json.dumps(facts)), **arrays)
@@ -147,29 +151,60 @@ class Runs:
             return file["outputs"]
 
     def _compressed(self, run: Run, on_step: OnStep) -> tuple[nn.Module, Schedule | None, float | None]:
-        model, subject = self.subject.model, self.subject
         if run.method is None:
-            return model, None, None
+            return self.subject.model, None, None
+        if run.tuning_steps:
+            return self._tuned(run, on_step)
+        schedule, searched = self._schedule(run, on_step)
+        return compressed_copy(self.subject.model, schedule), schedule, searched
+
+    def _schedule(self, run: Run, on_step: OnStep) -> tuple[Schedule, float | None]:
+        """And where a search ended before its rates were shifted to the target."""
+        model, subject, method = self.subject.model, self.subject, run.method
+        assert method is not None
         gflops = run.share * flops(model) / 1e9
-        method, searched = self._method(run, gflops, on_step), None
         if run.schedule == "random":
-            schedule = random_schedule(model, gflops, method=run.method, seed=run.seed)
-        elif run.schedule == "learned":
+            return random_schedule(model, gflops, method=method, seed=run.seed), None
+        if run.schedule == "learned":
             steps = run.search_steps
             found = search(
                 model,
                 subject.search_batches(run.search_images, steps, run.seed),
                 gflops,
-                SearchSettings(steps=steps, soft_targets=True, seed=run.seed, method=run.method),
+                SearchSettings(steps=steps, soft_targets=True, seed=run.seed, method=method),
                 report=lambda record: on_step(record.step + 1, steps),
             )
-            schedule, searched = found.schedule, found.searched_gflops
-        else:
-            schedule = uniform_schedule(model, gflops, method=method)
-        return compressed_copy(model, schedule, method=method), schedule, searched
+            return found.schedule, found.searched_gflops
+        if method == "dynamicvit":
+            method = f"dynamicvit:predictors={self._predictors(run, gflops, on_step)}"
+        return uniform_schedule(model, gflops, method=method), None
 
-    def _method(self, run: Run, gflops: float, on_step: OnStep) -> Any:
-        return run.method
+    def _predictors(self, run: Run, gflops: float, on_step: OnStep) -> Path:
+        """The file of those that were trained for a run."""
+        path, steps = self.folder / f"{run.key}.safetensors", run.predictor_steps
+        batches = self.subject.search_batches(run.search_images, steps, run.seed)
+        settings = PredictorSettings(steps=steps, seed=run.seed)
+        train_predictors(
+            self.subject.model, batches, gflops, settings, report=lambda step, _: on_step(step + 1, steps)
+        ).save(path)
+        return path
+
+    def _tuned(self, run: Run, on_step: OnStep) -> tuple[nn.Module, Schedule | None, float | None]:
+        """The weights fine-tuned under the schedule of the same run without that."""
+        before = replace(run, tuning_steps=0)
+        self.do(before, on_step)
+        outcome = self.outcome(before)
+        if outcome is None or outcome.schedule is None:
+            raise InputValueError(f"the FLOPs of {before.key} cannot be reached")
+        steps, subject = run.tuning_steps, self.subject
+        tuned = finetune(
+            subject.model,
+            outcome.schedule,
+            subject.tuning_batches(steps, run.seed),
+            FinetuneSettings(steps=steps, lr=subject.tuning_lr, seed=run.seed),
+            report=lambda record: on_step(record.step + 1, steps),
+        )
+        return tuned.model.eval(), outcome.schedule, outcome.searched_gflops
 
     @torch.inference_mode()
     def _outputs(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -82,11 +82,15 @@ def once(label: str, method: str, share: float) -> Row:
     return Row(label, (Run(method, share),))
 
 
+def _dynamicvit(form: Form, share: float) -> Run:
+    return Run("dynamicvit", share, predictor_steps=form.predictor_steps, search_images=form.search_images)
+
+
 def table_1(form: Form, share: float) -> Part:
     rows = (
         seeded(form, "random pruning", Run("random", share)),
         once("EViT", "evit", share),
-        seeded(form, "DynamicViT", Run("dynamicvit", share, predictor_steps=form.predictor_steps)),
+        seeded(form, "DynamicViT", _dynamicvit(form, share)),
         once("ToMe", "tome", share),
         learned(form, "ToMe, learned", "tome", share),
         once("DiffRate, uniform", "diffrate", share),

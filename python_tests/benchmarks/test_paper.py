@@ -25,7 +25,7 @@ from picture_files import write
 from PIL import Image
 from tiny_models import tiny_vit
 
-from diffrate_ext import Schedule, compressed_copy, flops, uniform_schedule
+from diffrate_ext import compressed_copy, flops, uniform_schedule
 from diffrate_ext.images.sources import ImageSource
 
 NAMES = ("a.png", "b.jpg")
@@ -242,6 +242,24 @@ def test_the_schedules_of_a_run_come_back(subject: Subject, tmp_path: Path) -> N
     runs, run = Runs(subject, tmp_path), Run("tome", 0.8)
     for one in (Run(), run):
         runs.do(one, never)
-    schedule, method = runs.schedule_and_method(run)
-    assert isinstance(schedule, Schedule)
-    assert (schedule.method, str(method)) == ("tome", "tome")
+    found = runs.outcome(run)
+    assert found is not None
+    assert found.schedule == uniform_schedule(subject.model, 0.8 * flops(subject.model) / 1e9, method="tome")
+
+
+def test_weights_are_tuned_under_the_schedule_of_the_same_run(tmp_path: Path) -> None:
+    subject = Subject("squares", "Squares", lambda: tiny(2), Squares, Squares, Squares, 4, 8, tuning_lr=1.0)
+    runs, run = Runs(subject, tmp_path), Run("dynamicvit", 0.8, predictor_steps=2, search_images=8, tuning_steps=3)
+    weights = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    done: list[tuple[int, int]] = []
+    for one in (Run(), run):
+        runs.do(one, lambda *steps: done.append(steps))
+    assert done == [(1, 2), (2, 2), (1, 3), (2, 3), (3, 3)]
+    before, after = runs.outcome(Run("dynamicvit", 0.8, predictor_steps=2, search_images=8)), runs.outcome(run)
+    assert before is not None
+    assert after is not None
+    assert before.schedule == after.schedule
+    assert before.schedule is not None
+    assert before.schedule.method.startswith("dynamicvit:predictors=")
+    assert not np.array_equal(before.errors, after.errors)
+    assert all(torch.equal(value, weights[name]) for name, value in subject.model.state_dict().items())
