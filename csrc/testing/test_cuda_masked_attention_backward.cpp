@@ -137,8 +137,8 @@ template <class T>
 void test(const Case& c, unsigned seed) {
   Inputs<T> inputs(c, seed);
   inputs.args.difference = seed / 4 % 2 == 1;
-  const std::string name = "type " + std::to_string(int(kType<T>)) + ", " + c.name() +
-                           (inputs.args.difference ? ", as a difference" : "");
+  const std::string name =
+      "type " + std::to_string(int(kType<T>)) + ", " + c.name() + (inputs.args.difference ? ", as a difference" : "");
   Expected<T> expected(inputs);
   auto results = run<T>(inputs.args, kSchedules[seed % 3]);
   expected.check_near(results, name);
