@@ -15,4 +15,4 @@ cp -r "$(site "$built")"/diffrate_ext "$(site "$built")"/diffrate_ext-*.dist-inf
 cp "$built/bin/diffrate" "$new/bin/diffrate" && sed -i "1s|.*|#!$new/bin/python|" "$new/bin/diffrate"
 (cd / && "$new/bin/diffrate" info)
 # not python -m pytest: it would put the checkout, which holds no compiled library, before the installed package
-"$new/bin/pytest" -q -m "not slow" "$@"
+"$new/bin/pytest" -q -m "not slow" --ignore python_tests/benchmarks "$@"
