@@ -64,7 +64,7 @@ def add_method_option(parser: argparse.ArgumentParser) -> None:
         "--method",
         type=method_text,
         metavar="NAME",
-        help="how tokens are removed: diffrate, tome, evit or random, with options after a colon, as in "
+        help="how tokens are removed: diffrate, tome, evit, dynamicvit or random, with options after a colon, as in "
         "tome:proportional_attention=false (default: as a --schedule says; else diffrate)",
     )
 

@@ -46,7 +46,7 @@ def add_compare_command(commands: Any) -> None:
         "--methods",
         nargs="+",
         metavar="NAME",
-        help="diffrate, tome, evit, random (default: all that can run the model)",
+        help="names with options, as for --method (default: all that can run the model)",
     )
     parser.add_argument(
         "--schedule", type=Path, nargs="+", metavar="FILE", help="schedules as a search writes them, by DiffRate"
