@@ -35,6 +35,7 @@ from .numeric import wide_dtype
 from .schedule import Schedule
 from .seeding import seeded
 from .training.batches import Loader, fitting_labels, step_batches
+from .training.settings_checks import check_amounts, check_whole_numbers
 
 WEIGHTS_LR = 0.01
 """The model's learning rate beside that of the predictors, which start from nothing."""
@@ -71,14 +72,8 @@ class PredictorSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        for name in ("lr", "kl_weight", "feature_weight", "ratio_weight"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise InputValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        check_whole_numbers(self, steps=1, seed=0)
+        check_amounts(self, "lr", "kl_weight", "feature_weight", "ratio_weight")
 
 
 def train_predictors(

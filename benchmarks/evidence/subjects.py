@@ -17,7 +17,7 @@ from torch import Tensor
 from diffrate_ext import embedded
 from diffrate_ext.evaluation import Batch
 from diffrate_ext.images.loading import evaluation_loader
-from diffrate_ext.images.sources import ImageSource, match_classes, open_images, without_labels
+from diffrate_ext.images.sources import ArrayImages, ImageSource, match_classes, open_images, without_labels
 from diffrate_ext.model_loading import load_timm_model
 from diffrate_ext.training.data import training_loader
 
@@ -99,29 +99,13 @@ class Chosen(ImageSource):
         return self._source.name(self._indices[i])
 
 
-class FashionMNIST(ImageSource):
-    """One split of the whole data set, "train" or "t10k"."""
-
-    def __init__(self, folder: Path, split: str) -> None:
-        images, labels = read_split(folder, split)
-        self.where, self.classes = f"Fashion-MNIST, {split}", list(embedded.CLASSES)
-        self._images, self._labels = images[:, 0].numpy(), labels.tolist()
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def read(self, i: int) -> tuple[Image.Image, int | None]:
-        return Image.fromarray(self._images[i]), self._labels[i]
-
-    def name(self, i: int) -> str:
-        return f"{self.where}, number {i}"
-
-
 def fashion_mnist(folder: Path, test_images: int) -> Subject:
     """The embedded model, judged by pictures it never saw; without the data set by those that come with the package."""
 
     def split(name: str, embedded_purpose: Any) -> ImageSource:
-        return FashionMNIST(folder, name) if folder.is_dir() else open_images(None, purpose=embedded_purpose)
+        if not folder.is_dir():
+            return open_images(None, purpose=embedded_purpose)
+        return ArrayImages(f"Fashion-MNIST, {name}", embedded.CLASSES, *read_split(folder, name))
 
     return Subject(
         "fashion_mnist",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Any
@@ -24,6 +23,7 @@ from ..schedule import Schedule
 from ..seeding import seeded
 from ..training.batches import Loader, fitting_labels, model_fingerprint, step_batches
 from ..training.files import Fact
+from ..training.interruption import saved_however_it_ends
 from ..training.processes import Processes
 from .drop_path import drop_paths
 from .history import FinetuneFolder, FinetuneHistory, FinetuneRecord
@@ -198,28 +198,20 @@ class _Finetuning:
     def steps(self, loader: Loader, checkpoint_every: int, report: Callable[[FinetuneRecord], None] | None) -> None:
         """All steps that are left."""
         settings, rank = self.settings, self.processes.rank
-        try:
+
+        def stopped() -> str:
+            return f"fine-tuning stopped after step {self.step} of {settings.steps}"
+
+        def saved_to() -> object:
+            return None if self.folder is None or self.saved is None else self.folder.checkpoint
+
+        with saved_however_it_ends(self._save, stopped, saved_to):
             for batch in step_batches(loader, self.step, settings.steps, seed=settings.seed, rank=rank):
                 record = self._train(batch)
                 if self.step % checkpoint_every == 0:
                     self._save()
                 if report is not None and self.processes.first:
                     report(record)
-            self._save()
-        except KeyboardInterrupt:
-            self._save()
-            after = (
-                "nothing was written"
-                if self.folder is None or self.saved is None
-                else f"its state is in {self.folder.checkpoint}: continue with --resume (resume=True)"
-            )
-            raise KeyboardInterrupt(
-                f"fine-tuning stopped after step {self.step} of {settings.steps}; {after}"
-            ) from None
-        except BaseException:
-            with suppress(OSError):  # the disk may be what failed
-                self._save()
-            raise
 
     def finish(self, schedule: Schedule, **found: Quality | None) -> None:
         """Write what the run leaves beside its checkpoint."""

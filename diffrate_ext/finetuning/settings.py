@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from ..errors import InputValueError
 from ..training.files import Fact
+from ..training.settings_checks import check_amounts, check_whole_numbers
 
 LR_BATCH = 512
 """Images in a step that the learning rates are meant for."""
@@ -53,16 +54,8 @@ class FinetuneSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("warmup_steps", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if name == "warmup_steps" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        for name in ("lr", "min_lr", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise InputValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        check_whole_numbers(self, steps=1, warmup_steps=0, seed=0)
+        check_amounts(self, "lr", "min_lr", "weight_decay")
         for name in ("drop_path", "smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputValueError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}")

@@ -8,13 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from ..errors import InputValueError
 from .pictures import EXTENSIONS, find_pictures, read_picture
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Purpose = Literal["search", "evaluation"]
 
@@ -138,17 +141,11 @@ class _Relabelled(ImageSource):
         return self._source.name(i)
 
 
-class EmbeddedImages(ImageSource):
-    """The labelled images that come with the package, 28 x 28 pixels, "L"."""
+class ArrayImages(ImageSource):
+    """Labelled grey images in memory: (n, 1, height, width) uint8, labels (n,)."""
 
-    def __init__(self, split: str) -> None:
-        from ..embedded import CLASSES, load_images
-
-        if split not in ("search", "test"):
-            raise InputValueError(f"the embedded images have the splits 'search' and 'test', got {split!r}")
-        images, labels = load_images("search" if split == "search" else "test")
-        self.where = f"the embedded {split} images"
-        self.classes = list(CLASSES)
+    def __init__(self, where: str, classes: Sequence[str], images: Tensor, labels: Tensor) -> None:
+        self.where, self.classes = where, list(classes)
         self._images, self._labels = images[:, 0].numpy(), labels.tolist()
 
     def __len__(self) -> int:
@@ -159,6 +156,18 @@ class EmbeddedImages(ImageSource):
 
     def name(self, i: int) -> str:
         return f"{self.where}, number {i}"
+
+
+class EmbeddedImages(ArrayImages):
+    """The labelled images that come with the package, 28 x 28 pixels, "L"."""
+
+    def __init__(self, split: str) -> None:
+        from ..embedded import CLASSES, load_images
+
+        if split not in ("search", "test"):
+            raise InputValueError(f"the embedded images have the splits 'search' and 'test', got {split!r}")
+        images = load_images("search" if split == "search" else "test")
+        super().__init__(f"the embedded {split} images", CLASSES, *images)
 
 
 class PictureFolder(ImageSource):

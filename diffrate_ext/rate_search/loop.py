@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -29,6 +28,7 @@ from ..schedule import Schedule
 from ..seeding import seeded
 from ..training.batches import Loader, fitting_labels, model_fingerprint, step_batches
 from ..training.files import Fact, replacing
+from ..training.interruption import saved_however_it_ends
 from ..training.processes import Processes
 from .checkpoints import SearchFolder, SearchState
 from .graph import Replayed, check_recordable, record_cuda_graph
@@ -219,8 +219,12 @@ class _Search:
         compute: Compute = self._compute
         if self.settings.cuda_graph:  # not of self, which it refers to: its memory is to be free after the last step
             compute = Replayed(self._compute, partial(record_cuda_graph, self.device))
-        try:
-            settings = self.settings
+        settings = self.settings
+
+        def stopped() -> str:
+            return f"search stopped after step {self.snapshot.step} of {settings.steps}"
+
+        with saved_however_it_ends(self._save, stopped, lambda: self._saved_to):
             batches = step_batches(loader, self.step, settings.steps, seed=settings.seed, rank=self.processes.rank)
             if self.step == 0 and settings.start == "best":
                 first = list(islice(batches, START_BATCHES))
@@ -236,21 +240,6 @@ class _Search:
                     self._save()
                 if report is not None and self.processes.first:
                     report(record)
-            self._save()
-        except KeyboardInterrupt:
-            self._save()
-            after = (
-                "nothing was written"
-                if self._saved_to is None
-                else f"its state is in {self._saved_to}: continue with --resume (resume=True)"
-            )
-            raise KeyboardInterrupt(
-                f"search stopped after step {self.snapshot.step} of {self.settings.steps}; {after}"
-            ) from None
-        except BaseException:
-            with suppress(OSError):  # the disk may be what failed
-                self._save()
-            raise
         return self.rates.schedule()
 
     def finish(self) -> Schedule:

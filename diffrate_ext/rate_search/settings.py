@@ -9,6 +9,7 @@ from typing import Literal
 from ..errors import InputValueError
 from ..methods import Method, method_of
 from ..training.files import Fact
+from ..training.settings_checks import check_amounts, check_whole_numbers
 
 LR_SUM = 20.0
 """What the learning rates of all steps add up to by default: as in the paper, whatever the number of steps."""
@@ -71,14 +72,8 @@ class SearchSettings:
     method: str | Method = "diffrate"
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("warmup_steps", 0), ("granularity", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        for name in ("lr", "min_lr", "weight_decay", "flops_weight"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise InputValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        check_whole_numbers(self, steps=1, warmup_steps=0, granularity=1, seed=0)
+        check_amounts(self, "lr", "min_lr", "weight_decay", "flops_weight")
         if self.flops_loss not in ("none", "relative", "absolute"):
             raise InputValueError(f"flops_loss must be 'none', 'relative' or 'absolute', got {self.flops_loss!r}")
         if self.flops_loss == "none" and (self.flops_weight is not None or self.warmup_steps):
