@@ -11,6 +11,7 @@
 // same order. So ties go to the lower position.
 #include "common/bipartition.h"
 #include "cuda/best_match.cuh"
+#include "cuda/pieces.cuh"
 #include "cuda/ranking.cuh"
 #include "cuda/tiles.cuh"
 
@@ -45,24 +46,6 @@ __device__ __host__ int row_stride(int depth) {
   if constexpr (kTensorCores<T>) return depth % kBanks == 0 ? depth + kBanks / 2 : depth;
   return (depth + kBanks - 1) / kBanks * kBanks + Chunk<T>::kCount;
 }
-
-// Device memory, handed out like shared memory.
-class Far {
- public:
-  __host__ __device__ explicit Far(unsigned char* base) : base_(base) {}
-
-  template <class T>
-  __host__ __device__ T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 15) & ~int64_t{15};
-    return piece;
-  }
-  __host__ __device__ int64_t bytes() const { return used_; }
-
- private:
-  unsigned char* base_;
-  int64_t used_ = 0;
-};
 
 // What a block keeps of its image.
 template <class T>
@@ -107,11 +90,11 @@ struct MatchBlock {
         depth(padded_depth<T>(args.head_dim)),
         stride(row_stride<T>(depth)),
         memory(far == nullptr ? MatchMemory<T>(Shared(shared_memory()), split, stride)
-                              : MatchMemory<T>(Far(far + image * far_bytes()), split, stride)),
+                              : MatchMemory<T>(Pieces(far + image * far_bytes()), split, stride)),
         sources(static_cast<int>(split.sources)),
         destinations(static_cast<int>(split.destinations)) {}
 
-  __device__ int64_t far_bytes() const { return MatchMemory<T>(Far(nullptr), split, stride).bytes; }
+  __device__ int64_t far_bytes() const { return MatchMemory<T>(Pieces(nullptr), split, stride).bytes; }
 
   // --- load
 
@@ -316,7 +299,7 @@ const char* bipartite_match(const BipartiteMatchArgs& a, const Scratch& scratch,
     unsigned char* far = nullptr;
     if (shared > shared_limit()) {
       shared = 0;
-      far = static_cast<unsigned char*>(scratch.take(a.images * MatchMemory<T>(Far(nullptr), split, stride).bytes));
+      far = static_cast<unsigned char*>(scratch.take(a.images * MatchMemory<T>(Pieces(nullptr), split, stride).bytes));
     }
     return launch(aligned ? bipartite_match_kernel<T, true> : bipartite_match_kernel<T, false>, a.images, kThreads,
                   shared, static_cast<Stream>(stream), a, far);

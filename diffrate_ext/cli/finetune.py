@@ -19,14 +19,16 @@ from .common import (
     device_named,
     model_named,
     not_negative,
-    positive,
     schedules_in,
     warnings_on,
 )
 from .training import (
     SMOOTHING,
+    add_batch_options,
     add_data_options,
     add_image_folder_options,
+    add_output_options,
+    add_run_options,
     choose,
     data_fingerprint,
     loading_named,
@@ -77,22 +79,10 @@ def add_finetune_command(commands: Any) -> None:
         metavar="FOLDER",
         help="images to evaluate on, before and after (default: the validation part of --images, if it has one)",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("diffrate_finetune"),
-        metavar="FOLDER",
-        help="for weights, schedule, history and checkpoint (default: diffrate_finetune)",
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
+    add_output_options(parser, "diffrate_finetune", "weights, schedule, history", "run")
 
     training = parser.add_argument_group("training")
-    training.add_argument(
-        "--steps", type=positive, metavar="N", help=f"batches (default: {STEPS}; embedded: {OUR_STEPS})"
-    )
-    training.add_argument(
-        "--batch-size", type=positive, default=64, metavar="N", help="images in a batch of each process (default: 64)"
-    )
+    add_batch_options(training, STEPS, OUR_STEPS)
     training.add_argument(
         "--lr",
         type=amount,
@@ -123,9 +113,7 @@ def add_finetune_command(commands: Any) -> None:
         help="mixed precision, bfloat16 (default: on CUDA)",
     )
     add_data_options(parser, f"share of the labels for all classes (default: {SMOOTHING})")
-    run = parser.add_argument_group("run")
-    run.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
-    run.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of all random choices (default: 0)")
+    add_run_options(parser)
     parser.set_defaults(command=_finetune)
 
 

@@ -23,8 +23,11 @@ from .common import (
 )
 from .training import (
     SMOOTHING,
+    add_batch_options,
     add_data_options,
     add_image_folder_options,
+    add_output_options,
+    add_run_options,
     choose,
     data_fingerprint,
     loading_named,
@@ -61,22 +64,10 @@ def add_search_command(commands: Any) -> None:
         metavar="G",
         help=f"the target, or several for one search each (default: {100 * SEARCH_SHARE:.0f}%% of the model's)",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("diffrate_search"),
-        metavar="FOLDER",
-        help="for schedule, history, plot and checkpoint (default: diffrate_search)",
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the search in the output folder")
+    add_output_options(parser, "diffrate_search", "schedule, history, plot", "search")
 
     training = parser.add_argument_group("training")
-    training.add_argument(
-        "--steps", type=positive, metavar="N", help=f"batches (default: {STEPS}; embedded: {SEARCH_STEPS})"
-    )
-    training.add_argument(
-        "--batch-size", type=positive, default=64, metavar="N", help="images in a batch of each process (default: 64)"
-    )
+    add_batch_options(training, STEPS, SEARCH_STEPS)
     training.add_argument(
         "--lr", type=amount, help="first learning rate (default: such that those of all steps add up to 20, capped)"
     )
@@ -137,9 +128,7 @@ def add_search_command(commands: Any) -> None:
 
     add_data_options(parser, f"(default: {SMOOTHING}; embedded or soft targets: 0)")
 
-    run = parser.add_argument_group("run")
-    run.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
-    run.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of all random choices (default: 0)")
+    run = add_run_options(parser)
     run.add_argument("--tensorboard", action="store_true", help="log to FOLDER/tensorboard")
     parser.set_defaults(command=_search)
 

@@ -1,4 +1,4 @@
-"""What the commands that train share: their images, and how these are shown."""
+"""Options of the commands that train: their steps, their images, and how these are shown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import amount, default_workers, not_negative
+from .common import amount, default_workers, not_negative, positive
 
 if TYPE_CHECKING:
     from ..images.sources import ImageSource
@@ -24,6 +24,36 @@ def add_image_folder_options(parser: argparse.ArgumentParser, unlabelled: str) -
         help=f"class sub-folders of pictures, a saved Hugging Face dataset, or, with {unlabelled}, any pictures",
     )
     parser.add_argument("--split", metavar="NAME", help="the part of the images (default: train, or the only one)")
+
+
+def add_output_options(parser: argparse.ArgumentParser, folder: str, holds: str, run: str) -> None:
+    """``--output`` and ``--resume``; ``holds`` is what the folder is for, ``run`` what can be continued."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(folder),
+        metavar="FOLDER",
+        help=f"for {holds} and checkpoint (default: {folder})",
+    )
+    parser.add_argument("--resume", action="store_true", help=f"continue the {run} in the output folder")
+
+
+def add_batch_options(training: argparse._ArgumentGroup, steps: int, of_ours: int) -> None:
+    """``--steps``, by default so many, and ``--batch-size``."""
+    training.add_argument(
+        "--steps", type=positive, metavar="N", help=f"batches (default: {steps}; embedded: {of_ours})"
+    )
+    training.add_argument(
+        "--batch-size", type=positive, default=64, metavar="N", help="images in a batch of each process (default: 64)"
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """``--device`` and ``--seed``, in a group that is returned."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+    run.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of all random choices (default: 0)")
+    return run
 
 
 def add_data_options(parser: argparse.ArgumentParser, smoothing: str) -> None:
