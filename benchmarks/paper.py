@@ -103,7 +103,7 @@ def subjects(arguments: argparse.Namespace) -> list[tuple[Subject, Form]]:
     cache, large = arguments.cache, CPU_LARGE if arguments.form == "cpu" else form
     count = arguments.test_images
     made = {
-        "fashion_mnist": (fashion_mnist(arguments.fashion_mnist, count or (200 if quick else 5_000)), form),
+        "fashion_mnist": (fashion_mnist(arguments.fashion_mnist, count or (200 if quick else 2_500)), form),
         "dinov2_photographs": (dinov2_photographs(cache, 1 if quick else 12), large),
         "dinov2_probe": (dinov2_probe(cache, count or (20 if quick else 300)), large),
     }
