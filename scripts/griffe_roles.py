@@ -1,4 +1,4 @@
-"""Cross-references of the docstrings, written as ``:func:`compress```, in the API reference: links where it has the object.
+"""Links in the API reference for the docstrings' cross-references, which are written as ``:func:`compress```.
 
 An extension of Griffe, which reads the sources for mkdocstrings.
 """

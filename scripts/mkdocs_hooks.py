@@ -1,4 +1,4 @@
-"""What `mkdocs build` does beside Markdown: links out of ``docs/``, and docstrings' cross-references."""
+"""Links from a page out of ``docs/``, which MkDocs does not know."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LINK_OUT = re.compile(r"\[([^\]]*)\]\(\.\./([^)#]+)(#[^)]*)?\)")
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """Lead ``[text](../file)``, which works on GitHub, to the file in the repository, or name it where that has no URL.
+    """Lead ``[text](../file)``, which works on GitHub, to the repository; where that has no URL, name the file.
 
     Raises:
         FileNotFoundError: the repository has no such file.
@@ -21,6 +21,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
         text, path, anchor = match[1], match[2], match[3] or ""
         if not (ROOT / path).exists():
             raise FileNotFoundError(f"{page.file.src_path} links to ../{path}, which does not exist")
-        return f"[{text}]({config.repo_url}/blob/main/{path}{anchor})" if config.repo_url else f"{text} (`{path}`)"
+        if config.repo_url:
+            return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})"
+        return f"`{path}`" if text.strip("`/") == path else f"{text} (`{path}`)"
 
     return _LINK_OUT.sub(resolved, markdown)

@@ -15,7 +15,6 @@ import torch
 from markdown_pages import PAGES, ROOT, blocks, name_of
 from picture_files import class_folders
 
-from diffrate_ext import FinetuneSettings, SearchSettings, comparison, timing
 from diffrate_ext.cli.common import UsageError
 from diffrate_ext.cli.main import build_parser
 
@@ -24,34 +23,21 @@ WITH_BASH = [page for page in PAGES if blocks(page.read_text(encoding="utf-8"), 
 
 
 @pytest.fixture
-def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_runs: None) -> dict[str, Any]:
     """What a page's first block finds: a model, batches of pictures, and ``pictures/`` where it runs.
 
-    Nothing is downloaded: pretrained models have random weights. Trainings end after two steps, timings after a round.
+    Nothing is downloaded: pretrained models have random weights.
     """
     monkeypatch.chdir(tmp_path)
     for split in ("train", "val"):
         class_folders(tmp_path / "pictures" / split, ["cat", "dog"], each=1)
 
-    create, interleaved, random_images = timm.create_model, timing.interleaved, timing.random_images
+    create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
-    for settings in (SearchSettings, FinetuneSettings):
-        monkeypatch.setattr(settings, "__post_init__", _in_two_steps(settings.__post_init__))
-    monkeypatch.setattr(timing, "interleaved", lambda calls, rounds, **_: interleaved(calls, 1, warmup=0))
-    for module in (timing, comparison):
-        monkeypatch.setattr(module, "random_images", lambda model, batch_size: random_images(model, 2))
 
     model = create("deit_small_patch16_224").eval()
     batches = [(torch.randn(2, 3, 224, 224), torch.randint(0, 1000, (2,)))]
     return {"model": model, "images": batches[0][0], "loader": batches, "validation": batches}
-
-
-def _in_two_steps(check: Any) -> Any:
-    def shortened(settings: Any) -> None:
-        object.__setattr__(settings, "steps", 2)
-        check(settings)
-
-    return shortened
 
 
 def run_page(text: str, name: str, namespace: dict[str, Any]) -> int:
@@ -94,7 +80,7 @@ def commands_in(script: str) -> list[list[str]]:
 
 
 def check_command(words: list[str], where: str) -> None:
-    """Of ``diffrate``, the real parser takes the arguments; of others, files of this repository that they name exist."""
+    """The real parser takes what follows ``diffrate``; files of this repository that a command names exist."""
     arguments = None
     if words[0] == "diffrate":
         arguments = words[1:]
