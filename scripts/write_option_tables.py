@@ -1,7 +1,7 @@
 """Writes the tables of options in docs/command_line.md: ``python scripts/write_option_tables.py``.
 
-They come from the parser and stand between ``<!-- options of NAME -->`` and ``<!-- end of options -->``; all else on the
-page is written by hand. ``python_tests/docs/test_reference_pages.py`` fails when a table is out of date.
+They come from the parser and stand between ``<!-- options of NAME -->`` and ``<!-- end of options -->``; all else is
+written by hand. ``python_tests/docs/test_reference_pages.py`` fails when a table is out of date.
 """
 
 from __future__ import annotations

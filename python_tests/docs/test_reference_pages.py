@@ -86,8 +86,8 @@ def test_links_out_of_the_documentation() -> None:
 
     link = "see [how](../CONTRIBUTING.md#test) and [examples/](../examples), [here](page.md)"
     assert resolved(link, "https://host/us/") == (
-        "see [how](https://host/us/blob/main/CONTRIBUTING.md#test) and [examples/](https://host/us/blob/main/examples), "
-        "[here](page.md)"
+        "see [how](https://host/us/blob/main/CONTRIBUTING.md#test) and "
+        "[examples/](https://host/us/blob/main/examples), [here](page.md)"
     )
     assert resolved(link, None) == "see how (`CONTRIBUTING.md`) and `examples`, [here](page.md)"
     with pytest.raises(FileNotFoundError, match=r"page\.md links to \.\./no\.md"):
