@@ -52,7 +52,6 @@ def run_page(text: str, name: str, namespace: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
-@pytest.mark.filterwarnings("ignore:the published schedule")  # a tag names the weights, which are random here
 def test_python_blocks_run(page: Path, namespace: dict[str, Any]) -> None:
     run_page(page.read_text(encoding="utf-8"), name_of(page), namespace)
 
