@@ -189,7 +189,7 @@ CPU = Form(
     search_steps=100,
     search_images=1000,
     predictor_steps=100,
-    tuning_steps=200,
+    tuning_steps=100,
     lengths=(10, 30, 100),
     numbers_of_images=(8, 64, 1000),
     random_schedules=10,
@@ -206,6 +206,7 @@ CPU_LARGE = replace(
     random_schedules=6,
 )
 """For models that take seconds where the embedded one takes a tenth."""
+CPU_PROBE = replace(CPU_LARGE, seeds=1)
 GPU = Form(
     shares=(0.8, 0.65, 0.5, 0.4),
     share=0.5,
