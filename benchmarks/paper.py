@@ -36,7 +36,7 @@ from evidence.subjects import (
     fashion_mnist,
     folder_of_pictures,
 )
-from evidence.tables import CPU, CPU_LARGE, CPU_PROBE, GPU, QUICK, Form, Row, parts
+from evidence.tables import CPU, CPU_LARGE, GPU, QUICK, Form, Row, parts
 from machine import commit, describe
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -100,13 +100,12 @@ def subjects(arguments: argparse.Namespace) -> list[tuple[Subject, Form]]:
             )
             for name in arguments.model
         ]
-    cache = arguments.cache
-    large, probed = (CPU_LARGE, CPU_PROBE) if arguments.form == "cpu" else (form, form)
+    cache, large = arguments.cache, CPU_LARGE if arguments.form == "cpu" else form
     count = arguments.test_images
     made = {
         "fashion_mnist": (fashion_mnist(arguments.fashion_mnist, count or (200 if quick else 2_500)), form),
         "dinov2_photographs": (dinov2_photographs(cache, 1 if quick else 12), large),
-        "dinov2_probe": (dinov2_probe(cache, count or (20 if quick else 300)), probed),
+        "dinov2_probe": (dinov2_probe(cache, count or (20 if quick else 300)), large),
     }
     return [made[name] for name in arguments.subjects or (SUBJECTS[:1] if quick else SUBJECTS)]
 

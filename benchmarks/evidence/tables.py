@@ -186,27 +186,28 @@ CPU = Form(
     shares=(0.65, 0.5, 0.4),
     share=0.5,
     seeds=2,
-    search_steps=100,
+    search_steps=60,
     search_images=1000,
-    predictor_steps=100,
+    predictor_steps=60,
     tuning_steps=100,
-    lengths=(10, 30, 100),
+    lengths=(10, 30, 60),
     numbers_of_images=(8, 64, 1000),
     random_schedules=10,
     rounds=5,
 )
 CPU_LARGE = replace(
     CPU,
-    search_steps=30,
-    search_images=400,
-    predictor_steps=30,
+    shares=(0.65, 0.5),
+    seeds=1,
+    search_steps=20,
+    search_images=160,
+    predictor_steps=20,
     tuning_steps=0,
-    lengths=(10, 30),
-    numbers_of_images=(8, 400),
+    lengths=(5, 20),
+    numbers_of_images=(8, 160),
     random_schedules=6,
 )
 """For models that take seconds where the embedded one takes a tenth."""
-CPU_PROBE = replace(CPU_LARGE, seeds=1)
 GPU = Form(
     shares=(0.8, 0.65, 0.5, 0.4),
     share=0.5,
