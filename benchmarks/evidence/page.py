@@ -54,8 +54,8 @@ def _subject(subject: Subject, form: Form, outcomes: Outcomes, speed_ups: Mappin
     yield ""
     yield (
         f"Learned: rates searched for {form.search_steps} steps of {subject.batch_size} pictures, out of "
-        f"{form.search_images}, from the uniform schedule, with the uncompressed model's answers as targets. "
-        f"DynamicViT: predictors trained for {form.predictor_steps} steps. Random, learned and trained rows: "
+        f"{form.search_images}, from the best of four simple schedules, with the uncompressed model's answers as "
+        f"targets. DynamicViT: predictors trained for {form.predictor_steps} steps. Random, learned and trained rows: "
         f"{form.seeds} seeds."
     )
     yield from _claims(form, outcomes)
@@ -72,7 +72,7 @@ def _claims(form: Form, outcomes: Outcomes) -> Iterator[str]:
     judged = list(judge(form, outcomes))
     if not judged:
         return
-    yield from ["", "| what the paper says | where | difference of the errors | here |", "| --- | --- | --- | --- |"]
+    yield from ["", "| claim | where | difference of the errors | here |", "| --- | --- | --- | --- |"]
     for one in judged:
         at = one.interval
         difference = f"{at.mean:+.4f} ({at.low:+.4f} to {at.high:+.4f})"

@@ -28,10 +28,14 @@ from diffrate_ext import (
 )
 from diffrate_ext.errors import InputValueError
 from diffrate_ext.evaluation import split_batch
+from diffrate_ext.methods import method_of
+from diffrate_ext.rate_search.start import simple_schedules
 
 from .random_schedules import random_schedule
 from .subjects import Subject
 
+SIMPLE = ("uniform", "same number, all merged", "same share, half pruned", "same share, all merged")
+"""DiffRate's schedules that a search chooses its start from, in its order. Uniform: same number, half pruned."""
 OnStep = Callable[[int, int], None]
 """Called after each step of a training with the steps that are done and their number."""
 
@@ -44,7 +48,7 @@ class Run:
     share: float = 1.0
     """Of the uncompressed model's FLOPs."""
     schedule: str = "uniform"
-    """"uniform", "random" or "learned"."""
+    """"uniform", "random", "learned" or another of SIMPLE."""
     search_steps: int = 0
     search_images: int = 0
     predictor_steps: int = 0
@@ -175,6 +179,8 @@ class Runs:
                 report=lambda record: on_step(record.step + 1, steps),
             )
             return found.schedule, found.searched_gflops
+        if run.schedule in SIMPLE[1:]:
+            return list(simple_schedules(model, gflops, method_of(method)))[SIMPLE.index(run.schedule)], None
         if method == "dynamicvit":
             method = f"dynamicvit:predictors={self._predictors(run, gflops, on_step)}"
         return uniform_schedule(model, gflops, method=method), None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .runs import Run
+from .runs import SIMPLE, Run
 
 OPERATIONS = {
     "prune": "diffrate:operations=prune",
@@ -138,6 +138,13 @@ def table_4(form: Form) -> Iterator[Part]:
     yield Part("(d) Length of the search", (once("uniform, 0 steps", "diffrate", share), *by_steps), "uniform, 0 steps")
 
 
+def simple_and_learned(form: Form, share: float) -> Part:
+    """A search starts at one of the simple schedules: what does it find beyond that?"""
+    simple = [Row(kind, (Run("diffrate", share, kind),)) for kind in SIMPLE]
+    rows = (*simple, learned(form, "learned", "diffrate", share))
+    return Part(f"{share:.0%} of the FLOPs", rows, "learned")
+
+
 def figure_5(form: Form) -> Part:
     rows = []
     for label in ("prune", "merge", "prune, then merge"):
@@ -153,11 +160,13 @@ def parts(form: Form) -> dict[str, list[Part]]:
     found = {
         "Table 1": [table_1(form, share) for share in form.shares],
         "Table 4": list(table_4(form)),
+        "Simple and learned schedules": [simple_and_learned(form, share) for share in form.shares],
         "Figure 5": [figure_5(form)],
     }
     if form.tuning_steps:
         found["Table 2"] = [table_2(form)]
-    return dict(sorted(found.items(), key=lambda item: (item[0] != "Table 1", item[0] != "Table 2", item[0])))
+    order = ["Table 1", "Table 2", "Simple and learned schedules", "Table 4", "Figure 5"]
+    return {name: found[name] for name in order if name in found}
 
 
 QUICK = Form(
@@ -177,23 +186,25 @@ CPU = Form(
     shares=(0.65, 0.5, 0.4),
     share=0.5,
     seeds=2,
-    search_steps=100,
+    search_steps=60,
     search_images=1000,
-    predictor_steps=100,
-    tuning_steps=200,
-    lengths=(10, 30, 100),
+    predictor_steps=60,
+    tuning_steps=100,
+    lengths=(10, 30, 60),
     numbers_of_images=(8, 64, 1000),
     random_schedules=10,
     rounds=5,
 )
 CPU_LARGE = replace(
     CPU,
-    search_steps=30,
-    search_images=400,
-    predictor_steps=30,
+    shares=(0.65, 0.5),
+    seeds=1,
+    search_steps=20,
+    search_images=160,
+    predictor_steps=20,
     tuning_steps=0,
-    lengths=(10, 30),
-    numbers_of_images=(8, 400),
+    lengths=(5, 20),
+    numbers_of_images=(8, 160),
     random_schedules=6,
 )
 """For models that take seconds where the embedded one takes a tenth."""

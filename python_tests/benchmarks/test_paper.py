@@ -9,17 +9,20 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import evidence.runs as paper_runs
 import numpy as np
 import paper
 import pytest
 import torch
-from evidence.claims import CLAIMS, judge
+from evidence.claims import CLAIMS, Judged, better_than_random, judge
 from evidence.dinov2 import LEARNED_FROM, SHOWN, Crops
+from evidence.page import report
 from evidence.random_schedules import random_schedule
-from evidence.runs import Outcome, Run, Runs
-from evidence.statistics import paired, summarize
+from evidence.runs import SIMPLE, Outcome, Run, Runs
+from evidence.statistics import Interval, paired, summarize
 from evidence.subjects import Chosen, Subject, train_probe
 from evidence.tables import CPU, QUICK, Row, parts
+from machine import describe
 from numpy.typing import NDArray
 from picture_files import write
 from PIL import Image
@@ -187,17 +190,76 @@ def test_differences_are_of_the_same_images() -> None:
 
 
 def test_claims_are_held_against_the_rows_that_they_name() -> None:
-    wins = {"DiffRate, learned": 1.0, "DiffRate, learned, fine-tuned": 0.5}
+    wins = {
+        "DiffRate, learned": 1.0,
+        "DiffRate, learned, fine-tuned": 0.5,
+        "learned": 1.0,
+        "same share, all merged": 1.5,
+    }
 
     def outcomes(row: Row) -> list[Outcome]:
         return [] if row.label == "EViT" else [outcome([wins.get(row.label, 2.0)] * 3)]
 
     judged = list(judge(QUICK, outcomes))
-    assert {one.claim for one in judged} == {claim for claim in CLAIMS if claim.worse != "EViT"}
+    assert {one.claim for one in judged} == {claim for claim in CLAIMS if claim.worse != ("EViT",)}
     for one in judged:
-        better, worse = wins.get(one.claim.better, 2.0), wins.get(one.claim.worse, 2.0)
+        better, worse = wins.get(one.claim.better, 2.0), min(wins.get(label, 2.0) for label in one.claim.worse)
         assert one.interval.mean == pytest.approx(better - worse)
         assert one.verdict == ("holds" if better < worse else "cannot be told")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(-2, -1, "holds"), (-2, 1, "cannot be told"), (1, 2, "does not hold: the other way round")],
+)
+def test_a_verdict_needs_the_whole_interval(low: float, high: float, verdict: str) -> None:
+    part = parts(QUICK)["Table 1"][0]
+    assert Judged(CLAIMS[0], part, Interval((low + high) / 2, low, high)).verdict == verdict
+
+
+def test_how_many_random_schedules_are_beaten() -> None:
+    def outcomes(row: Row) -> list[Outcome]:
+        return [outcome([1.0]), outcome([4.0]), outcome([5.0])] if "random" in row.label else [outcome([3.0])]
+
+    assert better_than_random(QUICK, outcomes, "merge") == (2, 3)
+    assert better_than_random(QUICK, lambda row: [], "merge") is None
+
+
+def test_simple_schedules_differ(subject: Subject, tmp_path: Path) -> None:
+    runs = Runs(subject, tmp_path)
+    runs.do(Run(), never)
+    found = []
+    for kind in SIMPLE:
+        runs.do(Run("diffrate", 0.7, kind), never)
+        done = runs.outcome(Run("diffrate", 0.7, kind))
+        assert done is not None
+        found.append(done.schedule)
+    assert all(one != other for i, one in enumerate(found) for other in found[:i])
+
+
+def test_each_seed_learns_its_own_schedule(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds, learn = [], paper_runs.search
+
+    def remember(*arguments: Any, **others: Any) -> Any:
+        seeds.append(arguments[3].seed)
+        return learn(*arguments, **others)
+
+    monkeypatch.setattr(paper_runs, "search", remember)
+    runs = Runs(subject, tmp_path)
+    for run in (Run(), *(Run("diffrate", 0.7, "learned", 1, 8, seed=seed) for seed in (0, 3))):
+        runs.do(run, lambda done, total: None)
+    assert seeds == [0, 3]
+
+
+def test_spreads_on_the_page(subject: Subject) -> None:
+    hits: list[NDArray[np.float64]] = [np.array([1.0, 1.0]), np.array([1.0, 0.0])]
+
+    def outcomes(row: Row) -> list[Outcome]:
+        both = [outcome([1, 3], hits=one, agrees=one) for one in hits]
+        return both[:1] if row.label == "" else both
+
+    page = report({subject: (QUICK, outcomes, {})}, describe(torch.device("cpu")), "command")
+    assert "| EViT | 75.00% ± 35.36 | 75.00% | 2.0000 ± 0.0000 |" in page
 
 
 @pytest.mark.slow
