@@ -191,8 +191,8 @@ CPU = Form(
     predictor_steps=60,
     tuning_steps=100,
     lengths=(10, 30, 60),
-    numbers_of_images=(8, 64, 1000),
-    random_schedules=10,
+    numbers_of_images=(8, 1000),
+    random_schedules=6,
     rounds=5,
 )
 CPU_LARGE = replace(
@@ -205,7 +205,6 @@ CPU_LARGE = replace(
     tuning_steps=0,
     lengths=(5, 20),
     numbers_of_images=(8, 160),
-    random_schedules=6,
 )
 """For models that take seconds where the embedded one takes a tenth."""
 GPU = Form(
