@@ -56,11 +56,11 @@ def group_ids(slots: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def largest_groups(ids: NDArray[np.int64], count: int = len(HIGHLIGHTS)) -> list[int]:
     """Numbers of the groups with the most patches after any of the blocks in ``ids`` (blocks, n), the largest first."""
-    most: dict[int, int] = {}
-    for after in ids:
-        for number, size in zip(*np.unique(after[after > SINGLE], return_counts=True), strict=True):
-            most[int(number)] = max(int(size), most.get(int(number), 0))
-    return sorted(most, key=lambda number: (-most[number], number))[:count]
+    sizes: dict[int, int] = {}
+    for after in ids:  # a group never shrinks: its last size is its largest
+        numbers, counts = np.unique(after[after > SINGLE], return_counts=True)
+        sizes |= dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+    return sorted(sizes, key=lambda number: (-sizes[number], number))[:count]
 
 
 def group_colour(number: int) -> Rgb:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import embedded
+from .errors import InputValueError
 from .models import adapter_for
 from .modes import evaluating
 
@@ -41,6 +42,9 @@ def predictions(
         compressed: the same model, compressed.
         images: (B, C, H, W), normalised as the models expect them.
         class_names: by index. Default: those of :func:`class_names_of`.
+
+    Raises:
+        InputValueError: another number of names than of classes.
     """
     with torch.no_grad(), evaluating(model, compressed):
         before, after = model(images).float(), compressed(images).float()
@@ -49,6 +53,8 @@ def predictions(
         of_images = [Prediction(None, f"{cosine:.3f}", changed=False) for cosine in cosines]
         return Predictions("features kept\n(cosine)", of_images)
     names = class_names_of(model) if class_names is None else class_names
+    if names is not None and len(names) != before.shape[1]:
+        raise InputValueError(f"got {len(names)} names of classes for {before.shape[1]} classes")
     changed = (before.argmax(1) != after.argmax(1)).tolist()
     texts = zip(_top_classes(before, names), _top_classes(after, names), changed, strict=True)
     return Predictions("predicted\nclass", [Prediction(*text) for text in texts])

@@ -96,7 +96,8 @@ def visualize(
 
     Raises:
         InputValueError: no images, images of another size than the model's, blocks that the model does not have,
-            another number of titles than of images or of names than of schedules, or a schedule for another model.
+            another number of titles than of images, of names than of schedules or of class names than of classes, or
+            a schedule for another model.
         InputTypeError, InputValueError: as :func:`diffrate_ext.compress`, for a model or schedule that does not fit.
     """
     from matplotlib.figure import Figure

@@ -157,6 +157,7 @@ def test_n_kept():
         ({"blocks": []}, "from 1 to 12"),
         ({"titles": ["one"]}, "1 titles for 2 images"),
         ({"names": ["one", "two"]}, "2 names for 1 schedules"),
+        ({"class_names": ["boot"]}, "1 names of classes for 10 classes"),
         ({"paint": "grey"}, "paint must be one of mean, hue, got 'grey'"),
     ],
 )
