@@ -18,9 +18,13 @@ from .compression.flops import flops
 from .compression.uniform import SHARES, uniform_schedule
 from .errors import InputValueError
 from .evaluation import Evaluation, evaluate
+from .painting import Paint
 from .schedule import Schedule
 from .timing import Benchmark, Comparison
-from .visualization import visualize
+from .visualization import schedule_name, visualize
+
+DRAWN_SHARE = 2 / 3
+"""Of the uncompressed model's FLOPs: enough is removed to see how, and enough is left to see what."""
 
 
 @dataclass(frozen=True)
@@ -180,28 +184,39 @@ def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result
     return table
 
 
-def draw(workload: Workload, schedules: Sequence[NamedSchedule], output: Path, *, n_images: int = 4) -> None:
-    """Write a picture of the strongest of the schedules on a few images, all different in title where possible.
+def draw(
+    workload: Workload,
+    schedules: Sequence[NamedSchedule],
+    output: Path,
+    *,
+    n_images: int = 4,
+    blocks: Sequence[int] | None = None,
+    paint: Paint = "mean",
+) -> None:
+    """Write a picture of a moderate schedule on a few images, all different in title where possible.
 
-    Of schedules that are equally strong, within 1 %, the last one.
+    Of several schedules it draws the one with the FLOPs nearest to ``DRAWN_SHARE``; of those that are as near, within
+    1 % of the model's FLOPs, the last.
     """
-    costs = [flops(workload.model, named.schedule) / 1e9 for named in schedules]
-    *_, strongest = (named.schedule for named, cost in zip(schedules, costs, strict=True) if cost <= 1.01 * min(costs))
+    uncompressed = flops(workload.model)
+    away = [abs(flops(workload.model, named.schedule) / uncompressed - DRAWN_SHARE) for named in schedules]
+    *_, drawn = (named for named, distance in zip(schedules, away, strict=True) if distance <= min(away) + 0.01)
     first_of_title = {title: i for i, title in reversed(list(enumerate(workload.titles)))}
     chosen = sorted(first_of_title.values())
     chosen = (chosen + [i for i in range(len(workload.titles)) if i not in chosen])[:n_images]
     own = next(workload.model.parameters())
+    in_order = [drawn, *(named for named in schedules if named is not drawn)]
     figure = visualize(
         workload.model,
         workload.images[chosen].to(own.device, own.dtype),
-        strongest,
-        others=[named.schedule for named in schedules if named.schedule is not strongest],
+        drawn.schedule,
+        others=[named.schedule for named in in_order[1:]],
+        names=[schedule_name(workload.model, named.schedule, named.name) for named in in_order],
+        blocks=blocks,
         titles=[workload.titles[i] for i in chosen],
+        paint=paint,
+        title=workload.name,
         any_model=True,  # whoever chose the schedules has checked that
-    )
-    cost, uncompressed = (flops(workload.model, schedule) / 1e9 for schedule in (strongest, None))
-    figure.suptitle(
-        f"Tokens of {workload.name} at {cost:.3g} of {uncompressed:.3g} GFLOPs", fontsize=13, fontweight="bold"
     )
     figure.savefig(output, dpi=110)
 

@@ -20,6 +20,7 @@ from .errors import InputValueError
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
+NAME = "vit_embedded_fashion_mnist"
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, pixels in [0, 1]
 
@@ -37,7 +38,7 @@ def build_model() -> VisionTransformer:
         img_size=28, patch_size=2, in_chans=1, num_classes=len(CLASSES), embed_dim=96, depth=12, num_heads=3
     )
     config: Any = {
-        "architecture": "vit_embedded_fashion_mnist",
+        "architecture": NAME,
         "input_size": (1, 28, 28),
         "mean": (MEAN,),
         "std": (STD,),

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-import colorsys
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from .compression.compress import check_made_for, token_slots
 from .compression.copies import compressed_copy
 from .compression.flops import flops
+from .compression.uniform import is_uniform
 from .errors import InputValueError
 from .images.data_config import data_config
 from .models import adapter_for
-from .plotting import CURVES, INK, OWN
+from .painting import (
+    HIGHLIGHTS,
+    PRUNED,
+    PRUNED_COLOUR,
+    SINGLE,
+    STROKE,
+    Paint,
+    enlarge,
+    group_colour,
+    group_ids,
+    largest_groups,
+    paint_tokens,
+)
+from .plotting import CURVES, INK
+from .predictions import Predictions, predictions
+from .token_charts import plot_counts, plot_fates
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,17 +44,9 @@ if TYPE_CHECKING:
 
     from .schedule import Schedule
 
-PRUNED, SINGLE = -1, 0
-"""Marks in :func:`group_ids` for patches that are gone, and for patches that are a token of their own."""
-
-PRUNED_COLOUR = np.array([0.0, 0.0, 0.0])
-STROKE = np.array([0.36, 0.37, 0.40])  # the hatching on pruned patches, which tells them from black ones
-MERGED_COLOUR = "#e3d9c6"  # in the plot and in the key
-CELL = 24  # pixels per patch
-OUTLINE = 2  # pixels, of merged tokens
-
-Paint = Literal["mean", "hue"]
-"""How merged tokens are shown: in the mean colour of their pixels, or in a hue of their own over the image."""
+CHANGED = CURVES[0]
+"""The colour of a prediction that compression changed."""
+CHARTS_WIDTH, WORDS_WIDTH = 5.2, 1.45  # inches
 
 
 def visualize(
@@ -48,28 +55,40 @@ def visualize(
     schedule: Schedule,
     *,
     others: Sequence[Schedule] = (),
+    names: Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
     titles: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
     paint: Paint = "mean",
+    charts: bool = True,
+    title: str | None = None,
     any_model: bool = False,
 ) -> Figure:
     """Draw what happens to the tokens of some images under a schedule.
 
     One row for each image: the image, then the image after several blocks, as in the paper (figure 6). Patches that
     look as in the image are tokens of their own; outlined patches of one flat colour were merged into one token; black
-    hatched patches are pruned. Beside them, over all blocks: the number of tokens under each schedule, and how many of
-    the patches of these images are tokens of their own, merged, or pruned.
+    hatched patches are pruned. A merged token's patches need not touch: those of the largest tokens of each image have
+    outlines of one bright colour. At the end of the row stands what the model says of the image before and after
+    compression: its class, or without classes the cosine of its features.
+
+    Beside them, over all blocks: the number of tokens under each schedule, and how many of the patches of these images
+    are tokens of their own, merged, or pruned.
 
     Args:
         model: a model that :func:`diffrate_ext.compress` supports. It is left as it is.
         images: (B, C, H, W), normalised as the model expects them.
         schedule: the schedule to draw.
         others: further schedules, for the plot only.
+        names: what to call the schedule and the others. Default: "uniform" where it is its method's simple rule.
         blocks: after which blocks to draw, counted from 1 (of a hierarchical model: the attention blocks of the first
             stage that has them). Default: four, evenly spread, without the last, where little is left to see.
         titles: one text for each image.
+        class_names: by index. Default: those of ImageNet for timm's models that have its classes, else numbers.
         paint: "mean": a merged token has the mean colour of its pixels, so that the image stays recognisable. "hue": it
-            is tinted in a hue of its own, which it keeps through the blocks, so that its parts can be found.
+            is tinted in a hue of its own, which it keeps through the blocks.
+        charts: False leaves them out.
+        title: what to call the model. Default: timm's name of it.
         any_model: draw a schedule although it says that it was made for another model.
 
     Returns:
@@ -77,20 +96,25 @@ def visualize(
 
     Raises:
         InputValueError: no images, images of another size than the model's, blocks that the model does not have,
-            another number of titles than of images, or a schedule for another model.
+            another number of titles than of images, of names than of schedules or of class names than of classes, or
+            a schedule for another model.
         InputTypeError, InputValueError: as :func:`diffrate_ext.compress`, for a model or schedule that does not fit.
     """
     from matplotlib.figure import Figure
 
+    schedules = [schedule, *others]
     if images.ndim != 4 or len(images) == 0:
         raise InputValueError(f"images must have shape (B, C, H, W) with B >= 1, got {tuple(images.shape)}")
     if titles is not None and len(titles) != len(images):
         raise InputValueError(f"got {len(titles)} titles for {len(images)} images")
+    if names is not None and len(names) != len(schedules):
+        raise InputValueError(f"got {len(names)} names for {len(schedules)} schedules")
     if paint not in get_args(Paint):
         raise InputValueError(f"paint must be one of {', '.join(get_args(Paint))}, got {paint!r}")
     if not any_model:
         check_made_for(model, schedule)
-    slots = [block.cpu() for block in token_slots(compressed_copy(model, schedule), images)]
+    compressed = compressed_copy(model, schedule)
+    slots = [block.cpu() for block in token_slots(compressed, images)]
     adapter = adapter_for(model)
     stage, prefix = adapter.stages[0], adapter.rules.prefix
     depth, n_tokens = len(stage.blocks), stage.tokens
@@ -103,34 +127,52 @@ def visualize(
         blocks = sorted({math.ceil(depth * part / 5) for part in range(1, 5)})
     elif not blocks or not all(1 <= block <= depth for block in blocks):
         raise InputValueError(f"blocks must be numbers from 1 to {depth}, got {list(blocks)}")
-
-    pictures = displayable(model, images)
+    if names is None:
+        names = [schedule_name(model, one, "schedule") for one in schedules]
+    # (images, blocks, patches)
+    ids = np.stack(
+        [group_ids(torch.stack([s[row, prefix:] for s in slots[:depth]]).numpy()) for row in range(len(images))]
+    )
 
     rows, columns = len(images), 1 + len(blocks)
     side = 2.2 if rows <= 2 else 1.72  # inches, of one image
+    left_width = side * columns + WORDS_WIDTH
+    height = side * rows + 1.6
     figure = Figure(
-        figsize=(side * columns + 5.2, max(side * rows + 1.4, 6.0)), layout="constrained", facecolor="white"
+        figsize=(left_width + CHARTS_WIDTH, max(height, 6.0)) if charts else (left_width, height),
+        layout="constrained",
+        facecolor="white",
     )
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(side * columns, 5.2))[0]
+    figure.suptitle(_heading(model, schedule, names[0], title), fontsize=13, fontweight="bold", color=INK)
+    if charts:
+        left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(left_width, CHARTS_WIDTH))[0]
+        upper, lower = right.subplots(2, 1, height_ratios=(1.25, 1))
+        plot_counts(upper, right, model, list(zip(names, schedules, strict=True)))
+        plot_fates(lower, ids)
+    else:
+        left = figure.subfigures()
     axes = left.subplots(rows, columns, squeeze=False)
-    # (images, blocks, patches)
-    ids = np.stack([group_ids(torch.stack([s[row, prefix:] for s in slots[:depth]]).numpy()) for row in range(rows)])
-    for row, picture in enumerate(pictures):
+    for row, picture in enumerate(displayable(model, images)):
         whole = enlarge(picture, stage.grid)
         _show(axes[row, 0], whole)
-        for column, block in enumerate(blocks, start=1):
-            _show(axes[row, column], paint_tokens(whole, ids[row, block - 1].reshape(stage.grid), paint))
+        drawn = ids[row, [block - 1 for block in blocks]]
+        for axis, after in zip(axes[row, 1:], drawn, strict=True):
+            _show(axis, paint_tokens(whole, after.reshape(stage.grid), paint, largest_groups(drawn)))
         if titles is not None:
             axes[row, 0].set_ylabel(titles[row], fontsize=9, color=INK)
     axes[0, 0].set_title(f"input\n{n_tokens} tokens", fontsize=10, color=INK)
-    for column, block in enumerate(blocks, start=1):
-        kept = n_kept(slots[block - 1][0])
-        axes[0, column].set_title(f"after block {block}\n{kept} tokens", fontsize=10, color=INK)
-    _draw_key(left, paint)
-    upper, lower = right.subplots(2, 1, height_ratios=(1.25, 1))
-    _plot_counts(upper, right, model, [schedule, *(s for s in others if s is not schedule)])
-    _plot_fates(lower, ids)
+    for axis, block in zip(axes[0, 1:], blocks, strict=True):
+        axis.set_title(f"after block {block}\n{n_kept(slots[block - 1][0])} tokens", fontsize=10, color=INK)
+    _write_predictions(axes[:, -1], predictions(model, compressed, images, class_names))
+    _draw_key(left, paint, ids[:, [block - 1 for block in blocks]])
     return figure
+
+
+def schedule_name(model: nn.Module, schedule: Schedule, otherwise: str) -> str:
+    """What to call a schedule in a picture: "uniform" if it is, with its method where that is not DiffRate."""
+    if not is_uniform(model, schedule):
+        return otherwise
+    return "uniform" if schedule.method == "diffrate" else f"{schedule.method}, uniform"
 
 
 def n_kept(slots: Tensor) -> int:
@@ -138,106 +180,19 @@ def n_kept(slots: Tensor) -> int:
     return len(slots[slots >= 0].unique())
 
 
-def group_ids(slots: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Which patches to paint alike, after each block.
-
-    Args:
-        slots: (blocks, n) slot of each patch after each block: equal slots were merged, -1 is pruned.
-
-    Returns:
-        (blocks, n): PRUNED, SINGLE, or the number (from 1) of the group of patches that are one token. A group keeps
-        its number as it grows; when groups merge, the number of the largest (of equal ones the lowest) stays.
-    """
-    ids = np.full(slots.shape, SINGLE, dtype=np.int64)
-    ids[slots < 0] = PRUNED
-    numbers = 0
-    before = np.full(slots.shape[1], SINGLE, dtype=np.int64)
-    for after, here in zip(slots, ids, strict=True):
-        alive, counts = np.unique(after[after >= 0], return_counts=True)
-        for slot in alive[counts > 1]:
-            members = after == slot
-            earlier, sizes = np.unique(before[members & (before > SINGLE)], return_counts=True)
-            if len(earlier):
-                here[members] = earlier[sizes.argmax()]
-            else:
-                numbers += 1
-                here[members] = numbers
-        before = here
-    return ids
-
-
-def group_colour(number: int) -> tuple[float, float, float]:
-    """RGB of a group: hues a golden angle apart, so that groups numbered close together look different."""
-    hue = (0.08 + number * 0.618033988749895) % 1
-    return colorsys.hsv_to_rgb(hue, (0.85, 0.6, 1.0)[number % 3], (1.0, 0.95, 0.8)[number % 3])
-
-
-def paint_tokens(picture: NDArray[np.float64], ids: NDArray[np.int64], paint: Paint = "mean") -> NDArray[np.float64]:
-    """Paint groups and pruned patches over a picture.
-
-    Args:
-        picture: (rows * CELL, columns * CELL, 3) in [0, 1].
-        ids: (rows, columns) as :func:`group_ids` numbers them.
-        paint: as for :func:`visualize`.
-
-    Returns:
-        the painted picture: pruned patches black and hatched, groups in their colour and outlined where they border on
-        anything else, single tokens untouched.
-    """
-    painted = picture.copy()
-    of_pixel = ids.repeat(CELL, 0).repeat(CELL, 1)
-    y, x = np.indices(of_pixel.shape)
-
-    pruned = of_pixel == PRUNED
-    painted[pruned] = PRUNED_COLOUR
-    painted[pruned & ((x + y) % (CELL // 2) < 1)] = STROKE
-
-    outline = (of_pixel > SINGLE) & _near_border(ids)
-    for number in np.unique(ids[ids > SINGLE]):
-        token = of_pixel == number
-        if paint == "hue":
-            colour = np.array(group_colour(number))
-            painted[token] = 0.4 * painted[token] + 0.6 * colour
-            line = colour
-        else:
-            colour = painted[token].mean(0)
-            painted[token] = colour
-            line = colour + (0.35 if colour.mean() < 0.55 else -0.35)  # to be seen on dark tokens and on bright ones
-        painted[token & outline] = line.clip(0, 1)
-    return painted
-
-
-def _near_border(ids: NDArray[np.int64], width: int = OUTLINE) -> NDArray[np.bool_]:
-    """Pixels within ``width`` of a patch with another id, or of the edge of the picture."""
-    padded = np.pad(ids, 1, constant_values=PRUNED - 1)
-    rows, columns = ids.shape
-    near = np.zeros((rows * CELL, columns * CELL), dtype=bool)
-    strip = {-1: np.arange(CELL) < width, 0: np.ones(CELL, dtype=bool), 1: np.arange(CELL) >= CELL - width}
-    for down in (-1, 0, 1):
-        for across in (-1, 0, 1):
-            neighbour = padded[1 + down : 1 + down + rows, 1 + across : 1 + across + columns]
-            near |= np.kron(neighbour != ids, np.outer(strip[down], strip[across])).astype(bool)
-    return near
-
-
 def displayable(model: nn.Module, images: Tensor) -> NDArray[np.float64]:
-    """Normalised images (B, C, H, W) as RGB (B, H, W, 3) in [0, 1]."""
+    """Normalised images (B, C, H, W) as RGB (B, H, W, 3) in [0, 1].
+
+    Those of one channel that are mostly black, such as Fashion-MNIST's, come as dark grey on white: black is pruned.
+    """
     config = data_config(model)
     mean, std = (torch.tensor(config[name], dtype=torch.float64).reshape(-1, 1, 1) for name in ("mean", "std"))
     pixels = (images.detach().cpu().double() * std + mean).clamp(0, 1)
+    if pixels.shape[1] == 1 and pixels.mean() < 0.5:
+        pixels = 1 - 0.7 * pixels
     if pixels.shape[1] != 3:
         pixels = pixels.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     return pixels.permute(0, 2, 3, 1).numpy()
-
-
-def enlarge(picture: NDArray[np.float64], grid: tuple[int, int]) -> NDArray[np.float64]:
-    """Resize to CELL pixels per patch; small pictures keep their square pixels."""
-    height, width = grid[0] * CELL, grid[1] * CELL
-    small = picture.shape[0] * 2 <= height
-    resized = Image.fromarray((picture * 255).round().astype(np.uint8)).resize(
-        (width, height), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-    )
-    return np.asarray(resized, dtype=np.float64) / 255
 
 
 def check_output(path: str | Path) -> Path:
@@ -267,89 +222,63 @@ def _show(axes: Axes, picture: NDArray[np.float64]) -> None:
     axes.imshow(picture, interpolation="antialiased")
     axes.set_xticks([])
     axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    for spine in axes.spines.values():  # where the image ends that is white at its edge
+        spine.set(color="#cccccc", linewidth=0.6)
 
 
-def _draw_key(figure: Any, paint: Paint) -> None:
+def _heading(model: nn.Module, schedule: Schedule, name: str, title: str | None) -> str:
+    cost, uncompressed = flops(model, schedule) / 1e9, flops(model) / 1e9
+    called = title or adapter_for(model).name or type(model).__name__
+    method = "DiffRate, " if schedule.method == "diffrate" else ""  # others are part of the name
+    return f"{called}, {method}{name} schedule: {cost:.3g} of {uncompressed:.3g} GFLOPs ({cost / uncompressed:.0%})"
+
+
+def _write_predictions(axes: Sequence[Axes], said: Predictions) -> None:
+    """To the right of the last picture of each row."""
+    heading: dict[str, Any] = {"fontsize": 10, "color": INK, "transform": axes[0].transAxes}
+    axes[0].text(1.05, 1.03, said.heading, va="bottom", **heading)
+    for axis, prediction in zip(axes, said.of_images, strict=True):
+        place: dict[str, Any] = {"fontsize": 9.5, "transform": axis.transAxes}
+        if prediction.before is not None:
+            before = f"before:\n{textwrap.fill(prediction.before, 18)}"
+            axis.text(1.05, 0.54, before, va="bottom", color=INK, **place)
+        after = textwrap.fill(prediction.after, 18)
+        if prediction.before is not None:
+            after = f"after:\n{after}"
+        weight, colour = ("bold", CHANGED) if prediction.changed else ("normal", INK)
+        axis.text(1.05, 0.46, after, va="top", color=colour, weight=weight, **place)
+
+
+def _draw_key(figure: Any, paint: Paint, ids: NDArray[np.int64]) -> None:
+    """What the marks mean, of those that are there."""
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    merged = {
-        "mean": Patch(facecolor=MERGED_COLOUR, edgecolor=INK, label="merged into one token: its mean colour, outlined"),
-        "hue": Patch(facecolor=(*group_colour(1), 0.6), edgecolor=group_colour(1), label="merged: one hue, one token"),
-    }
+    handles: list[Any] = []
+    labels = []
+    if (ids == SINGLE).any():
+        handles.append(Line2D([], [], linestyle="none"))
+        labels.append("as in the input: a token of its own")
+    if (ids > SINGLE).any() and paint == "mean":
+        handles.append(Patch(facecolor="none", edgecolor="#8a8a8a"))
+        labels.append("one flat colour, outlined: merged into one token")
+        handles.append(tuple(Patch(facecolor="none", edgecolor=colour, linewidth=2) for colour in HIGHLIGHTS))
+        labels.append("the largest tokens of an image: one colour for each")
+    elif (ids > SINGLE).any():
+        colours = [group_colour(number) for number in (1, 2, 3)]
+        handles.append(tuple(Patch(facecolor=(*colour, 0.6), edgecolor=colour) for colour in colours))
+        labels.append("merged: one hue, one token")
+    if (ids == PRUNED).any():
+        handles.append(Patch(facecolor=tuple(PRUNED_COLOUR), edgecolor=tuple(STROKE), linewidth=0, hatch="/////"))
+        labels.append("pruned")
     figure.legend(
-        handles=[
-            merged[paint],
-            Patch(facecolor=tuple(PRUNED_COLOUR), edgecolor=tuple(STROKE), linewidth=0, hatch="/////", label="pruned"),
-        ],
-        title="as in the image: a token of its own",
-        title_fontsize=9.5,
+        handles,
+        labels,
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0.3)},
         loc="outside lower center",
         ncols=2,
         frameon=False,
         fontsize=9.5,
         labelcolor=INK,
     )
-
-
-def _plot_counts(axes: Axes, figure: Any, model: nn.Module, schedules: Sequence[Schedule]) -> None:
-    adapter = adapter_for(model)
-    uncompressed = flops(model)
-    entering = adapter.stages[0].tokens
-    full = [entering, *(stage.tokens for stage in adapter.stages for _ in stage.blocks)]
-    axes.plot(
-        full,
-        color="#8a8a8a",
-        linestyle=(0, (4, 3)),
-        linewidth=1.4,
-        label=f"uncompressed, {uncompressed / 1e9:.3g} GFLOPs",
-    )
-    for number, schedule in enumerate(sorted(schedules, key=lambda s: -flops(model, s))):
-        kept = [entering, *(merged for numbers in adapter.kept_numbers(schedule) for _, merged in numbers)]
-        cost = flops(model, schedule)
-        shown = schedule is schedules[0]
-        axes.plot(
-            kept,
-            color=CURVES[number % len(CURVES)],
-            marker="o",
-            markersize=3.6,
-            linewidth=2.6 if shown else 1.5,
-            label=f"{cost / 1e9:.3g} GFLOPs ({cost / uncompressed:.0%}){', shown' if shown else ''}",
-        )
-    axes.set_title("tokens after each block", fontsize=11, color=INK)
-    axes.set_ylim(0, 1.06 * max(full))
-    _style(axes, len(full) - 1)
-    # not inside the axes: there is no corner that no schedule passes through
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False, labelcolor=INK)
-
-
-def _plot_fates(axes: Axes, ids: NDArray[np.int64]) -> None:
-    patches = ids.shape[2]
-    shares = np.stack([(ids == SINGLE).mean((0, 2)), (ids > SINGLE).mean((0, 2)), (ids == PRUNED).mean((0, 2))])
-    shares = np.concatenate([[[1.0], [0.0], [0.0]], shares], axis=1)  # the input
-    areas = axes.stackplot(
-        range(shares.shape[1]),
-        100 * shares,
-        colors=(OWN, MERGED_COLOUR, tuple(PRUNED_COLOUR)),
-        labels=("tokens of their own", "merged", "pruned"),
-        edgecolor="white",
-    )
-    areas[2].set(hatch="///", edgecolor=tuple(STROKE), linewidth=0)
-    axes.legend(loc="lower left", fontsize=9, labelcolor=INK)
-    axes.set_title(f"where the {patches} patches are, % (mean of these images)", fontsize=11, color=INK)
-    axes.set_xlabel("block (0: input)", fontsize=9.5, color=INK)
-    axes.set_ylim(0, 100)
-    _style(axes, shares.shape[1] - 1)
-
-
-def _style(axes: Axes, depth: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlim(0, depth)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(labelsize=9, colors=INK)
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

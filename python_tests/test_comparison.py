@@ -174,20 +174,26 @@ def test_the_plot_shows_every_row(rows: list[Compared]) -> None:
     figure = draw_comparison(rows, "tiny ViT")
     agreement, _, cosine, speed = figure.axes
     assert figure.get_suptitle() == "tiny ViT, 3 images"
-    assert agreement.get_ylabel() == "agreement with uncompressed"  # there are no labels
+    assert agreement.get_ylabel() == "agreement (same class as uncompressed)"  # there are no labels
     for axis, cost in ((cosine, lambda row: row.gflops), (speed, lambda row: row.speed.speed_up)):
         lines = {line.get_label(): line for line in axis.get_lines()}
         for method in ("diffrate", "tome"):
             points = sorted((cost(row), row.cosine) for row in rows if row.method == method)
-            assert lines[method].get_xydata().tolist() == [list(point) for point in points]
+            assert lines[f"{method}, uniform"].get_xydata().tolist() == [list(point) for point in points]
     assert cosine.xaxis_inverted()
-    assert [text.get_text() for text in agreement.get_legend().get_texts()] == ["uncompressed", "diffrate", "tome"]
+    assert len({line.get_marker() for line in cosine.get_lines() if "uniform" in str(line.get_label())}) == 2
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["uncompressed", "diffrate, uniform", "tome, uniform"]
+    assert agreement.yaxis.get_major_formatter()(0.925) == "92.5%"
+    assert agreement.yaxis.get_major_formatter()(0.9) == "90%"
+    assert "%" not in cosine.yaxis.get_major_formatter()(0.925)
+    assert speed.xaxis.get_major_formatter()(1.25) == "1.25x"
 
 
 def test_the_plot_shows_accuracy_where_there_are_labels(rows: list[Compared]) -> None:
     labelled = [replace(row, evaluation=replace(row.evaluation, top1=0.5, loss=1.0)) for row in rows]
     assert [axis.get_ylabel() for axis in draw_comparison(labelled, "tiny ViT").axes[::2]] == [
-        "top-1",
+        "top-1 accuracy",
         "cosine to uncompressed features",
     ]
 
@@ -196,7 +202,7 @@ def test_schedules_are_drawn_apart_from_their_method(rows: list[Compared]) -> No
     learned = replace(rows[1], label="learned", uniform=False)
     axis = draw_comparison([*rows, learned], "tiny ViT").axes[2]
     points = {line.get_label(): len(line.get_xydata()) for line in axis.get_lines()}
-    assert (points["diffrate"], points["learned"]) == (2, 1)
+    assert (points["diffrate, uniform"], points["learned"]) == (2, 1)
 
 
 def test_nothing_to_draw(rows: list[Compared]) -> None:

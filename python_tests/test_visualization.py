@@ -1,4 +1,4 @@
-"""visualize: from slots to colours, and from colours to pixels."""
+"""visualize: the figure."""
 
 from __future__ import annotations
 
@@ -8,24 +8,14 @@ import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from tiny_models import tiny_vit
 
 from diffrate_ext import embedded
-from diffrate_ext.compression.compress import compress, token_slots
 from diffrate_ext.compression.flops import flops
 from diffrate_ext.compression.uniform import uniform_schedule
-from diffrate_ext.visualization import (
-    CELL,
-    PRUNED,
-    SINGLE,
-    check_output,
-    displayable,
-    enlarge,
-    group_colour,
-    group_ids,
-    n_kept,
-    paint_tokens,
-    visualize,
-)
+from diffrate_ext.painting import CELL
+from diffrate_ext.predictions import Prediction, Predictions
+from diffrate_ext.visualization import CHANGED, check_output, displayable, n_kept, visualize
 
 
 @pytest.fixture(scope="module")
@@ -39,129 +29,27 @@ def images():
     return embedded.normalize(embedded.load_images("test")[0][:2])
 
 
-def ids_of(*slots: list[int]) -> list[list[int]]:
-    return group_ids(np.array(slots)).tolist()
+def test_displayable_undoes_the_normalisation():
+    model = tiny_vit()
+    model.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "input_size": (3, 16, 16)}
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    shown = displayable(model, (pixels - mean) / std)
+    assert np.allclose(shown, pixels.permute(0, 2, 3, 1).numpy(), atol=1e-6)
 
 
-def test_equal_slots_make_a_group_and_others_do_not():
-    assert ids_of([3, 5, 3, -1, 9]) == [[1, SINGLE, 1, PRUNED, SINGLE]]
+def test_black_is_pruned_only_in_dark_pictures_of_one_channel(model, images):
+    raw = embedded.load_images("test")[0][:2, 0, :, :, None].numpy() / 255
+    assert np.allclose(displayable(model, images), 1 - 0.7 * raw, atol=1e-6)
+    bright = displayable(model, embedded.normalize(255 - embedded.load_images("test")[0][:2]))
+    assert np.allclose(bright, 1 - raw, atol=1e-6)
 
 
-def test_several_groups_get_different_numbers():
-    assert ids_of([2, 2, 1, 1, 4]) == [[2, 2, 1, 1, SINGLE]]
-
-
-def test_a_group_keeps_its_number_when_slots_are_renumbered_and_when_it_grows():
-    assert ids_of([1, 1, 2, 3], [7, 7, 4, 9], [2, 2, 2, 1]) == [
-        [1, 1, SINGLE, SINGLE],
-        [1, 1, SINGLE, SINGLE],
-        [1, 1, 1, SINGLE],
-    ]
-
-
-def test_when_groups_merge_the_number_of_the_larger_stays():
-    assert ids_of([1, 1, 2, 2, 2], [1, 1, 1, 1, 1]) == [[1, 1, 2, 2, 2], [2, 2, 2, 2, 2]]
-    assert ids_of([1, 1, 2, 2], [5, 5, 5, 5]) == [[1, 1, 2, 2], [1, 1, 1, 1]]
-
-
-def test_a_pruned_group_frees_nothing_for_later_groups():
-    assert ids_of([1, 1, 2, 3], [-1, -1, 2, 2]) == [[1, 1, SINGLE, SINGLE], [PRUNED, PRUNED, 2, 2]]
-
-
-def test_ids_of_a_real_compression_say_the_same_as_its_slots(images):
-    torch.manual_seed(0)
-    compressed = embedded.build_model().eval()
-    compress(compressed, uniform_schedule(compressed, 0.2))
-    slots = torch.stack(token_slots(compressed, images))[:, 1, 1:].numpy()
-    for after, ids in zip(slots, group_ids(slots), strict=True):
-        assert ((after == -1) == (ids == PRUNED)).all()
-        for slot in np.unique(after[after >= 0]):
-            members = after == slot
-            alone = members.sum() == 1
-            assert len(set(ids[members])) == 1
-            assert (ids[members][0] == SINGLE) == alone
-            if not alone:
-                assert not (ids[~members] == ids[members][0]).any()
-
-
-def test_neighbouring_group_colours_differ():
-    colours = np.array([group_colour(number) for number in range(1, 40)])
-    assert ((colours >= 0) & (colours <= 1)).all()
-    distance = np.linalg.norm(colours[:, None] - colours[None], axis=-1) + 9 * np.eye(len(colours))
-    assert distance.min() > 0.02
-    assert np.diagonal(distance, 1).min() > 0.5
-
-
-def test_a_merged_token_has_the_mean_colour_of_its_pixels():
-    picture = np.zeros((2 * CELL, 2 * CELL, 3))
-    picture[:, CELL:] = (0.2, 0.4, 0.6)
-    picture[CELL:, :CELL] = 1.0
-    middle, before = CELL // 2, picture.copy()
-    painted = paint_tokens(picture, np.array([[1, 1], [2, SINGLE]]))
-    assert np.allclose(painted[middle, [middle, CELL + middle]], (0.1, 0.2, 0.3))
-    assert np.allclose(painted[middle, CELL], (0.1, 0.2, 0.3))  # no line within a token
-    assert np.allclose(painted[0, middle], (0.45, 0.55, 0.65))  # a bright line around a dark one
-    assert np.allclose(painted[CELL + middle, middle], 1.0)
-    assert np.allclose(painted[CELL + middle, 0], 0.65)  # a dark one around a bright one
-    assert (painted[CELL:, CELL:] == before[CELL:, CELL:]).all()
-    assert (picture == before).all()
-
-
-def test_hues_touch_single_tokens_never_and_everything_else_always():
-    picture = np.full((2 * CELL, 2 * CELL, 3), 0.25)
-    painted = paint_tokens(picture, np.array([[SINGLE, PRUNED], [1, 2]]), "hue")
-    single, pruned = painted[:CELL, :CELL], painted[:CELL, CELL:]
-    first, second = painted[CELL:, :CELL], painted[CELL:, CELL:]
-    assert (single == 0.25).all()
-    assert pruned.max() < 0.5
-    assert len(np.unique(pruned.reshape(-1, 3), axis=0)) == 2  # black, and the hatching
-    middle = CELL // 2
-    for patch, number in ((first, 1), (second, 2)):
-        colour = np.array(group_colour(number))
-        assert np.allclose(patch[middle, middle], 0.4 * 0.25 + 0.6 * colour)
-        for y, x in ((0, middle), (CELL - 1, middle), (middle, 0), (middle, CELL - 1)):
-            assert np.allclose(patch[y, x], colour)
-    assert (picture == 0.25).all()
-
-
-def test_no_outline_inside_a_group():
-    ids = np.full((3, 3), 1)
-    ids[0, 0] = SINGLE
-    painted = paint_tokens(np.zeros((3 * CELL, 3 * CELL, 3)), ids, "hue")
-    colour = np.array(group_colour(1))
-    inside, middle = 0.6 * colour, CELL + CELL // 2
-    assert np.allclose(painted[2 * CELL, middle], inside)
-    assert np.allclose(painted[middle, 2 * CELL - 1], inside)
-    # the corner that the single patch cuts out of the group is outlined around its tip
-    assert np.allclose(painted[CELL, CELL], colour)
-    assert np.allclose(painted[0, middle], colour)
-
-
-def test_only_single_and_pruned_patches_paint_too():
-    picture = np.ones((CELL, 2 * CELL, 3))
-    assert (paint_tokens(picture, np.array([[SINGLE, SINGLE]])) == 1).all()
-    assert (paint_tokens(picture, np.array([[PRUNED, PRUNED]])) < 0.5).all()
-
-
-def test_displayable_undoes_the_normalisation(model, images):
-    raw = embedded.load_images("test")[0][:2]
-    shown = displayable(model, images)
-    assert shown.shape == (2, 28, 28, 3)
-    assert np.allclose(shown, raw[:, 0, :, :, None].numpy() / 255, atol=1e-6)
-
-
-def test_enlarge_keeps_square_pixels_of_small_pictures():
-    picture = np.random.default_rng(0).random((2, 2, 3)).round(1)
-    large = enlarge(picture, (1, 1))
-    assert large.shape == (CELL, CELL, 3)
-    half = CELL // 2
-    assert np.abs(large[:half, half:] - picture[0, 1]).max() <= 0.5 / 255
-    assert enlarge(np.zeros((224, 224, 3)), (14, 14)).shape == (14 * CELL, 14 * CELL, 3)
-
-
-def test_the_figure_names_blocks_tokens_and_costs(model, images):
+def test_the_figure_names_blocks_tokens_schedules_and_costs(model, images):
     weak, strong = uniform_schedule(model, 0.3), uniform_schedule(model, 0.2)
-    figure = visualize(model, images, strong, others=[weak, strong], blocks=[2, 12], titles=["boot", "shirt"])
+    learned = replace(strong, after_merging=[197, *[n - 1 for n in strong.after_merging[1:]]])
+    figure = visualize(model, images, strong, others=[weak, learned, strong], blocks=[2, 12], titles=["boot", "shirt"])
+    assert figure.get_suptitle() == "vit_embedded_fashion_mnist, DiffRate, uniform schedule: 0.2 of 0.351 GFLOPs (57%)"
     left, right = figure.subfigs
     assert [axes.get_title().split("\n")[0] for axes in left.axes[:3]] == ["input", "after block 2", "after block 12"]
     kept = [merged for _, merged in strong.kept_numbers(197)]
@@ -173,9 +61,79 @@ def test_the_figure_names_blocks_tokens_and_costs(model, images):
     assert [left.axes[0].get_ylabel(), left.axes[3].get_ylabel()] == ["boot", "shirt"]
     counts = right.axes[0]
     lines = {line.get_label(): list(line.get_ydata()) for line in counts.lines}
-    assert len(lines) == 3
-    assert lines["0.2 GFLOPs (57%), shown"] == [197, *kept]
+    assert list(lines) == [
+        "uncompressed, 0.351 GFLOPs",
+        "uniform: 0.3 GFLOPs (85%)",
+        "uniform: 0.2 GFLOPs (57%), shown",
+        "uniform: 0.2 GFLOPs (57%) (2)",
+        "schedule: 0.198 GFLOPs (57%)",
+    ]
+    assert lines["uniform: 0.2 GFLOPs (57%), shown"] == [197, *kept]
     assert next(iter(lines.values())) == [197] * 13
+
+
+def test_names_of_the_model_and_the_schedules(model, images):
+    schedules = [uniform_schedule(model, 0.2, method="tome"), uniform_schedule(model, 0.3)]
+    figure = visualize(model, images, schedules[0], title="boots", blocks=[1])
+    assert figure.get_suptitle().startswith("boots, tome, uniform schedule: ")
+    figure = visualize(model, images, schedules[1], others=schedules[:1], names=["learned", "mine"], blocks=[1])
+    assert ", DiffRate, learned schedule: 0.3 of " in figure.get_suptitle()
+    labels = [line.get_label() for line in figure.subfigs[1].axes[0].lines]
+    assert [label.partition(":")[0] for label in labels[1:]] == ["learned", "mine"]
+
+
+def test_predictions_stand_beside_the_pictures(model, images, monkeypatch):
+    said = Predictions(
+        "heading", [Prediction("ant, 9%", "bee, 8%", changed=True), Prediction(None, "0.9", changed=False)]
+    )
+    monkeypatch.setattr("diffrate_ext.visualization.predictions", lambda *_: said)
+    figure = visualize(model, images, uniform_schedule(model, 0.2), blocks=[12])
+    first, second = (list(figure.subfigs[0].axes[index].texts) for index in (1, 3))
+    assert [text.get_text() for text in first] == ["heading", "before:\nant, 9%", "after:\nbee, 8%"]
+    assert [text.get_color() == CHANGED for text in first] == [False, False, True]
+    assert [text.get_text() for text in second] == ["0.9"]
+    assert second[0].get_color() != CHANGED
+
+
+@pytest.mark.parametrize(
+    ("method", "paint", "expected"),
+    [
+        ("diffrate", "mean", ["as in the input", "one flat colour", "the largest tokens", "pruned"]),
+        ("tome", "mean", ["as in the input", "one flat colour", "the largest tokens"]),
+        ("tome", "hue", ["as in the input", "merged: one hue"]),
+        ("random", "mean", ["as in the input", "pruned"]),
+    ],
+)
+def test_the_legends_show_only_what_is_there(model, images, method, paint, expected):
+    figure = visualize(model, images, uniform_schedule(model, 0.2, method=method), blocks=[6], paint=paint)
+    left, right = figure.subfigs
+    texts = [text.get_text() for text in left.legends[0].get_texts()]
+    assert len(texts) == len(expected)
+    assert all(text.startswith(start) for text, start in zip(texts, expected, strict=True))
+    fates = [text.get_text() for text in right.axes[1].get_legend().get_texts()]
+    merged, pruned = any("token" in text and "input" not in text for text in texts), "pruned" in texts
+    assert fates == ["a token of its own", *["merged with others"] * merged, *["pruned"] * pruned]
+
+
+def test_the_areas_of_the_chart_fill_it(model, images):
+    figure = visualize(model, images, uniform_schedule(model, 0.2), blocks=[6])
+    areas = figure.subfigs[1].axes[1].collections
+    assert len(areas) == 3
+    top = areas[-1].get_paths()[0].vertices[:, 1].max()
+    assert top == pytest.approx(100)
+
+
+def test_without_charts(model, images):
+    figure = visualize(model, images, uniform_schedule(model, 0.2), blocks=[6], charts=False)
+    assert len(figure.axes) == 4
+    assert figure.get_suptitle()
+
+
+def test_the_largest_tokens_are_highlighted(model, images):
+    figure = visualize(model, images, uniform_schedule(model, 0.2), blocks=[6, 9])
+    painted = [axes.images[0].get_array().reshape(-1, 3) for axes in figure.subfigs[0].axes[1:3]]
+    colour = np.array([0, 0xD0, 0xFF]) / 255
+    assert all((np.abs(pixels - colour).max(-1) < 1e-6).any() for pixels in painted)
 
 
 def test_images_differ_before_and_after(model, images):
@@ -198,6 +156,8 @@ def test_n_kept():
         ({"blocks": [13]}, "from 1 to 12"),
         ({"blocks": []}, "from 1 to 12"),
         ({"titles": ["one"]}, "1 titles for 2 images"),
+        ({"names": ["one", "two"]}, "2 names for 1 schedules"),
+        ({"class_names": ["boot"]}, "1 names of classes for 10 classes"),
         ({"paint": "grey"}, "paint must be one of mean, hue, got 'grey'"),
     ],
 )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from diffrate_ext.plotting import CURVES, INK
+from diffrate_ext.predictions import class_names_of
 from diffrate_ext.visualization import visualize
 
 from .runs import Outcome, Run
@@ -56,4 +57,11 @@ def draw_figure_6(subject: Subject, form: Form, outcomes: Callable[[Row], list[O
         if sum(map(len, images)) >= pictures:
             break
     assert learned.schedule is not None
-    return visualize(subject.model, torch.cat(images)[:pictures], learned.schedule)
+    return visualize(
+        subject.model,
+        torch.cat(images)[:pictures],
+        learned.schedule,
+        names=["learned"],
+        class_names=class_names_of(subject.model) or subject.judged_by().classes,
+        title=subject.title,
+    )

@@ -32,6 +32,7 @@ from .evaluate import add_evaluate_command
 from .finetune import add_finetune_command
 from .search import add_search_command
 from .train_predictors import add_train_predictors_command
+from .visualize import add_visualize_command
 from .workload import PICTURES_BY_DEFAULT, add_picture_options, workload_named
 
 
@@ -120,22 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--json", action="store_true", help="print JSON instead of a table")
     benchmark.set_defaults(command=_benchmark)
 
-    visualize = commands.add_parser(
-        "visualize",
-        help="a picture of what happens to the tokens",
-        description="Draws which tokens are pruned and which are merged into which, by the strongest of the schedules.",
-    )
-    add_model_options(visualize)
-    add_picture_options(visualize, "default: 4")
-    add_schedule_options(visualize)
-    visualize.add_argument(
-        "--output",
-        type=Path,
-        default=Path("diffrate_tokens.png"),
-        metavar="FILE",
-        help="the picture (default: diffrate_tokens.png)",
-    )
-    visualize.set_defaults(command=_visualize)
+    add_visualize_command(commands)
 
     info = commands.add_parser("info", help="what was built, and what it runs on")
     info.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -245,18 +231,6 @@ def _benchmark(arguments: argparse.Namespace) -> None:
             f"{speed.realised_gain:.2f}",
         )
     results.print(table)
-
-
-def _visualize(arguments: argparse.Namespace) -> None:
-    from ..demo import draw
-    from ..visualization import check_output
-
-    output = check_output(arguments.output)
-    results, remarks = consoles()
-    n_images = arguments.n_images or 4
-    workload = workload_named(arguments, n_images, 40, remarks)
-    draw(workload, schedules_named(arguments, workload.model), output, n_images=n_images)
-    results.print(f"Picture: {output}", soft_wrap=True, markup=False)
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -48,4 +48,5 @@ def workload_named(
     if len(chosen) < len(found):
         remarks.print(f"{len(chosen)} of {len(found)} pictures, evenly spread (--n-images takes more or fewer)")
     titles = [path.name if len(path.name) <= 20 else f"{path.name[:19]}…" for path in loaded.paths]
-    return Workload(arguments.model, model, loaded.images, titles)
+    name = f"{arguments.model} (random weights)" if arguments.no_pretrained else arguments.model
+    return Workload(name, model, loaded.images, titles)

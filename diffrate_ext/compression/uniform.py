@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..errors import InputValueError
+from ..errors import InputError, InputValueError
 from ..methods import Method, method_of
 from ..models import adapter_for
 from ..schedule import Schedule
+from .flops import flops
 
 SHARES = (0.80, 0.65, 0.50)
 """Of the uncompressed model's FLOPs: the targets when nobody names others."""
@@ -73,3 +74,14 @@ def uniform_schedule(model: nn.Module, gflops: float, *, method: str | Method = 
         stages=[len(stage.blocks) for stage in stages] if len(stages) > 1 else None,
         method=str(method),
     )
+
+
+def is_uniform(model: nn.Module, schedule: Schedule) -> bool:
+    """Whether a schedule is what its method's rule gives for as many FLOPs."""
+    adapter = adapter_for(model)
+    kept = adapter.kept_numbers(schedule)
+    try:
+        rule = uniform_schedule(model, flops(model, schedule) / 1e9, method=schedule.method)
+    except InputError:  # a method that cannot be named, or FLOPs that the rule does not reach
+        return False
+    return adapter.kept_numbers(rule) == kept

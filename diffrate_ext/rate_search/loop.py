@@ -30,6 +30,7 @@ from ..training.batches import Loader, fitting_labels, model_fingerprint, step_b
 from ..training.files import Fact, replacing
 from ..training.interruption import saved_however_it_ends
 from ..training.processes import Processes
+from ..training.progress import Measure
 from .checkpoints import SearchFolder, SearchState
 from .graph import Replayed, check_recordable, record_cuda_graph
 from .history import SearchHistory, StepRecord, kept_after
@@ -185,6 +186,10 @@ class _Search:
                 "the model has no classes (num_classes=0), so labels say nothing about it: search with soft targets "
                 "(soft_targets=True), which keep its features"
             )
+        # what the accuracy of the records is; labels in the batches change it
+        self.measure: Measure = (
+            "cosine" if not self.has_classes else "agreement" if settings.soft_targets else "accuracy"
+        )
         self.answer: Tensor | None = None  # of the uncompressed model to one image: the shape of labels that fit
 
     def start(self, fingerprint: Mapping[str, Fact], resume: bool) -> None:
@@ -258,7 +263,7 @@ class _Search:
         from .plot import draw_search
 
         gflops = flops(self.rates.model, schedule) / 1e9
-        figure = draw_search(self.history, schedule, gflops, "accuracy" if self.has_classes else "cosine")
+        figure = draw_search(self.history, schedule, gflops, self.measure)
         with replacing(self.folder.plot) as temporary:
             figure.savefig(temporary, dpi=110, format="png")
         self.folder.save_schedule(schedule)  # the last file: where it is, the search is finished
@@ -312,6 +317,7 @@ class _Search:
         images = images.to(self.device, self.dtype, non_blocking=True)
         if labels is None or not self.has_classes:
             return images, None
+        self.measure = "accuracy"
         if self.answer is None:
             self.answer = self._teacher(images[:1])
         return images, fitting_labels(labels, self.answer.expand(len(images), -1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,25 +17,24 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
     from ..schedule import Schedule
+    from ..training.progress import Measure
     from .history import SearchHistory
 
 LOSS, ACCURACY, SEARCHED = CURVES[3], CURVES[2], CURVES[0]
 KEPT, MERGED, PRUNED = "#33608f", "#e0952b", "#d9d6d0"
 
 
-def draw_search(
-    history: SearchHistory, schedule: Schedule, gflops: float, measure: Literal["accuracy", "cosine"] = "accuracy"
-) -> Figure:
+def draw_search(history: SearchHistory, schedule: Schedule, gflops: float, measure: Measure = "accuracy") -> Figure:
     """Draw how a search went, and the schedule that came out.
 
     Above, over the steps: the tokens that leave each block, and how many each block prunes and merges. Below: the final
-    schedule, the FLOPs on their way to the target, loss and accuracy on the batches with their running means.
+    schedule, the FLOPs beside the target, loss and accuracy on the batches with their running means.
 
     Args:
         history: at least one record of the search.
         schedule: what it found.
         gflops: what the model takes under this schedule.
-        measure: "cosine" where the search was for features.
+        measure: what the accuracy of the records is.
 
     Returns:
         a matplotlib figure, made without pyplot: nothing global changes.
@@ -44,6 +43,7 @@ def draw_search(
         InputValueError: the history is empty.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     if not history.records:
         raise InputValueError("the search has no records to draw")
@@ -52,7 +52,9 @@ def draw_search(
 
     figure = Figure(figsize=(15, 8.2), layout="constrained", facecolor="white")
     figure.suptitle(
-        f"Search for {history.target_gflops:.4g} of {history.uncompressed_gflops:.4g} GFLOPs",
+        f"Search for a schedule of {history.target_gflops:.4g} GFLOPs "
+        f"({history.target_gflops / history.uncompressed_gflops:.0%} of the uncompressed "
+        f"{history.uncompressed_gflops:.4g})",
         fontsize=14,
         fontweight="bold",
         color=INK,
@@ -60,9 +62,10 @@ def draw_search(
     axes = figure.subplots(2, 3)
     _plot_left(axes[0, 0], figure, steps, left)
     most = max(int(pruned.max()), int(merged.max()), 1)
-    _plot_removed(axes[0, 1], steps, pruned, most, "pruned by each block")
-    image = _plot_removed(axes[0, 2], steps, merged, most, "merged by each block")
-    figure.colorbar(image, ax=axes[0, 2], label="tokens", pad=0.02)
+    _plot_removed(axes[0, 1], steps, pruned, most, "pruned")
+    image = _plot_removed(axes[0, 2], steps, merged, most, "merged")
+    bar = figure.colorbar(image, ax=axes[0, 1:], label="tokens that the block removes (white: none)", pad=0.02)
+    bar.locator = MaxNLocator(integer=True)
     _plot_schedule(axes[1, 0], schedule, history.tokens)
     _plot_gflops(axes[1, 1], steps, history, gflops)
     _plot_loss(axes[1, 2], steps, history, measure)
@@ -107,18 +110,26 @@ def _plot_left(axis: Axes, figure: Figure, steps: NDArray[np.int64], left: NDArr
     bar.ax.invert_yaxis()
 
 
-def _plot_removed(axis: Axes, steps: NDArray[np.int64], removed: NDArray[np.int64], most: int, title: str) -> AxesImage:
+def _plot_removed(axis: Axes, steps: NDArray[np.int64], removed: NDArray[np.int64], most: int, how: str) -> AxesImage:
+    """A row for each block, a column for each step: the darker, the more tokens the block removes."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
     blocks = removed.shape[1]
+    shades = colormaps["magma_r"](np.linspace(0, 1, 256))
+    shades[0] = 1  # white, so that none is told from few
     image = axis.imshow(
         removed.T,
         aspect="auto",
         interpolation="nearest",
-        cmap="magma_r",
+        cmap=ListedColormap(shades),
         vmin=0,
         vmax=most,
         extent=(0.5, steps[-1] + 0.5, blocks + 0.5, 0.5),
     )
-    axis.set_title(title, fontsize=11)
+    if not removed.any():
+        axis.text(0.5, 0.5, f"no tokens are {how}", transform=axis.transAxes, ha="center", color=INK)
+    axis.set_title(f"tokens {how} by each block", fontsize=11)
     axis.set_xlabel("step")
     axis.set_ylabel("block")
     axis.set_yticks(_some_blocks(blocks))
@@ -131,9 +142,12 @@ def _plot_schedule(axis: Axes, schedule: Schedule, tokens: Sequence[int]) -> Non
     enter = _entering(merge, np.array(tokens))
     prune = enter if schedule.after_pruning is None else np.array(schedule.after_pruning)
     axis.bar(blocks, merge, color=KEPT, label="kept")
-    axis.bar(blocks, prune - merge, bottom=merge, color=MERGED, label="merged")
-    if schedule.after_pruning is not None:
-        axis.bar(blocks, enter - prune, bottom=prune, color=PRUNED, label="pruned")
+    for removed, bottom, colour, label in (
+        (prune - merge, merge, MERGED, "merged"),
+        (enter - prune, prune, PRUNED, "pruned"),
+    ):
+        if removed.any():
+            axis.bar(blocks, removed, bottom=bottom, color=colour, label=label)
     axis.set_title("the schedule found", fontsize=11)
     axis.set_xlabel("block")
     axis.set_ylabel("tokens")
@@ -144,28 +158,34 @@ def _plot_schedule(axis: Axes, schedule: Schedule, tokens: Sequence[int]) -> Non
 
 
 def _plot_gflops(axis: Axes, steps: NDArray[np.int64], history: SearchHistory, gflops: float) -> None:
-    axis.axhline(history.target_gflops, color=OWN, linestyle="--", linewidth=1.2, label="target")
-    axis.plot(steps, [r.gflops for r in history.records], color=SEARCHED, linewidth=1.6, label="search")
-    axis.plot(steps[-1], gflops, "o", color=INK, markersize=6, label="schedule found", clip_on=False)
-    axis.set_title(f"GFLOPs (uncompressed {history.uncompressed_gflops:.4g})", fontsize=11)
+    target, searched = history.target_gflops, [record.gflops for record in history.records]
+    axis.axhline(target, color=OWN, linestyle="--", linewidth=1.2, label=f"target: {target:.4g}")
+    axis.plot(steps, searched, color=SEARCHED, linewidth=1.6, label="search")
+    axis.plot(steps[-1], gflops, "o", color=INK, markersize=6, label=f"schedule found: {gflops:.4g}", clip_on=False)
+    axis.set_title("GFLOPs beside the target", fontsize=11)
     axis.set_xlabel("step")
-    axis.legend(frameon=False, fontsize=9)
-    axis.margins(y=0.15)
+    axis.set_ylabel("GFLOPs")
+    # at least so much: what whole tokens leave off the target is to look as small as it is
+    low, high = (f(0.95 * target, 1.05 * target, gflops, *searched) for f in (min, max))
+    axis.set_ylim(low - 0.1 * (high - low), high + 0.25 * (high - low))
+    axis.ticklabel_format(axis="y", useOffset=False)
+    axis.legend(frameon=False, fontsize=9, loc="upper right")
     _plain(axis)
 
 
-def _plot_loss(axis: Axes, steps: NDArray[np.int64], history: SearchHistory, measure: str) -> None:
+def _plot_loss(axis: Axes, steps: NDArray[np.int64], history: SearchHistory, measure: Measure) -> None:
     curves = [(axis, [record.loss for record in history.records], LOSS)]
     axis.set_xlabel("step")
     if measure == "cosine":
-        axis.set_title("on the batches: loss", fontsize=11)
-        axis.set_ylabel("1 - cosine of the features", color=LOSS)
+        axis.set_title("on the batches: loss (bold: running mean)", fontsize=11)
+        axis.set_ylabel("1 - cosine to the uncompressed features", color=LOSS)
     else:
-        axis.set_title("on the batches: loss and accuracy", fontsize=11)
-        axis.set_ylabel("cross entropy", color=LOSS)
+        axis.set_title(f"on the batches: loss and {measure} (bold: running mean)", fontsize=11)
+        axis.set_ylabel("loss (cross entropy)", color=LOSS)
         beside = axis.twinx()
-        beside.set_ylabel("accuracy", color=ACCURACY)
-        beside.set_ylim(0, 1)
+        beside.set_ylabel(
+            "agreement (same class as uncompressed)" if measure == "agreement" else "accuracy", color=ACCURACY
+        )
         beside.yaxis.set_major_formatter("{x:.0%}")
         beside.tick_params(labelsize=8, colors=INK)
         curves.append((beside, [record.accuracy for record in history.records], ACCURACY))
@@ -173,8 +193,7 @@ def _plot_loss(axis: Axes, steps: NDArray[np.int64], history: SearchHistory, mea
         axis_.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
         axis_.plot(steps, _running_mean(np.array(values)), color=colour, linewidth=1.8)
         axis_.spines["top"].set_visible(False)
-        axis_.margins(x=0.015)
-    axis.set_ylim(0, None)
+        axis_.margins(x=0.015, y=0.1)
 
 
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from diffrate_ext.compression.flops import flops
-from diffrate_ext.compression.uniform import uniform_schedule
+from diffrate_ext.compression.uniform import is_uniform, uniform_schedule
+from diffrate_ext.schedule import Schedule
 
 
 @pytest.mark.parametrize("share", [0.5, 0.65, 0.9, 1.0])
@@ -47,3 +49,22 @@ def test_uniform_refuses_what_cannot_be_reached(gflops: float) -> None:
     model = VisionTransformer(img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=5)
     with pytest.raises(ValueError, match=r"GFLOPs cannot be reached: the model takes .* uncompressed"):
         uniform_schedule(model, gflops)
+
+
+@pytest.mark.parametrize("method", ["diffrate", "diffrate:operations=merge", "tome", "evit", "random"])
+def test_a_uniform_schedule_is_told_from_others(method: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("deit_small_patch16_224")
+    for gflops in (2.6, 3.0, 3.7):
+        schedule = uniform_schedule(model, gflops, method=method)
+        assert is_uniform(model, schedule)
+        kept = list(schedule.after_merging)
+        kept[6] = (kept[6] + kept[7]) // 2 - 1
+        assert not is_uniform(model, replace(schedule, after_merging=kept))
+    assert not is_uniform(model, Schedule.published("deit_small_patch16_224", 2.9))
+
+
+def test_fewer_tokens_than_the_rule_may_leave_are_not_uniform() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("deit_tiny_patch16_224")
+    assert not is_uniform(model, Schedule([197, *[2] * 11], [197, *[2] * 11]))

@@ -109,24 +109,60 @@ def drawn(figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
+def panel(figure, title: str):
+    return next(axis for axis in figure.axes if axis.get_title() == title)
+
+
 @pytest.mark.parametrize("prune", [True, False])
 def test_picture(prune):
     found = history(30, prune=prune)
     schedule = Schedule([65, 53, 43] if prune else None, [65, 48, 38])
     figure = draw_search(found, schedule, 2.01)
-    titles = [axis.get_title() for axis in figure.axes]
-    for title in ("tokens after each block", "pruned by each block", "merged by each block", "the schedule found"):
-        assert title in titles
+    assert figure.get_suptitle() == "Search for a schedule of 2 GFLOPs (50% of the uncompressed 4)"
     assert len(np.unique(drawn(figure).reshape(-1, 3), axis=0)) > 100
+    assert panel(figure, "tokens after each block").lines[2].get_ydata()[-1] == 38
 
-    pruned, merged = (
-        next(axis for axis in figure.axes if axis.get_title() == f"{kind} by each block")
-        for kind in ("pruned", "merged")
-    )
+    pruned, merged = (panel(figure, f"tokens {how} by each block") for how in ("pruned", "merged"))
     last_pruned, last_merged = (axis.images[0].get_array()[:, -1].tolist() for axis in (pruned, merged))
     # 65 tokens enter the second block; at step 29 it keeps 53 after pruning and 48 after merging, the third 43 and 38
     assert last_pruned == ([0, 12, 5] if prune else [0, 0, 0])
     assert last_merged == ([0, 5, 5] if prune else [0, 17, 10])
+    assert [text.get_text() for text in pruned.texts] == ([] if prune else ["no tokens are pruned"])
+    assert not merged.texts
+    legend = panel(figure, "the schedule found").get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["kept", "merged", *["pruned"] * prune]
+
+
+def test_no_tokens_are_white_in_the_heat_maps_and_few_are_not():
+    figure = draw_search(history(30), Schedule([65, 53, 43], [65, 48, 38]), 2.0)
+    image = panel(figure, "tokens pruned by each block").images[0]
+    none, one, most = image.to_rgba(np.array([[0.0, 1.0, image.get_clim()[1]]]), bytes=True)[0]
+    assert none.tolist() == [255] * 4
+    assert one[:3].min() < 250 > most[:3].max() + 100
+    (bar,) = (axis for axis in figure.axes if "white: none" in axis.get_ylabel())
+    assert "tokens" in bar.get_ylabel()
+
+
+def test_the_target_is_met_in_the_picture():
+    found = history(30)
+    found = replace(found, records=tuple(replace(one, gflops=2.0 + 0.001 * (one.step % 2)) for one in found.records))
+    axis = panel(draw_search(found, Schedule([65, 53, 43], [65, 48, 38]), 2.002), "GFLOPs beside the target")
+    low, high = axis.get_ylim()
+    assert low < 1.9 < 2.1 < high  # a thousandth off the target looks like one
+    labels = {line.get_label(): line for line in axis.lines}
+    assert list(labels["target: 2"].get_ydata()) == [2.0, 2.0]
+    assert list(labels["schedule found: 2.002"].get_ydata()) == [2.002]
+    far = panel(draw_search(history(30), Schedule([65, 53, 43], [65, 48, 38]), 2.0), "GFLOPs beside the target")
+    assert far.get_ylim()[1] > 3  # where the search was
+
+
+def test_the_loss_fills_its_axis():
+    axis = panel(
+        draw_search(history(30), Schedule([65], [65]), 3.0), "on the batches: loss and accuracy (bold: running mean)"
+    )
+    low, high = axis.get_ylim()
+    assert 1.6 < low < 1.71
+    assert 2 < high < 2.1
 
 
 def test_pictures_differ_with_the_history():
@@ -145,7 +181,7 @@ def test_a_family_with_stages():
     only = replace(record(0, prune=False), after_merging=(64, 40, 16, 16))
     found = SearchHistory(2.0, 4.0, 1, (64, 64, 16, 16), (only,))
     figure = draw_search(found, Schedule(None, [64, 40, 16, 16], prefix=0), 3.0)
-    merged = next(axis for axis in figure.axes if axis.get_title() == "merged by each block")
+    merged = panel(figure, "tokens merged by each block")
     assert merged.images[0].get_array()[:, 0].tolist() == [0, 24, 0, 0]
 
 
@@ -154,10 +190,16 @@ def test_nothing_to_draw():
         draw_search(history(0), Schedule([65], [65]), 1.0)
 
 
-def test_a_search_for_features_has_no_accuracy():
-    titles = {
-        measure: [axis.get_title() for axis in draw_search(history(9), Schedule([65], [65]), 3.0, measure).axes]
-        for measure in ("accuracy", "cosine")
-    }
-    assert "on the batches: loss and accuracy" in titles["accuracy"]
-    assert "on the batches: loss" in titles["cosine"]
+@pytest.mark.parametrize(
+    ("measure", "title", "labels"),
+    [
+        ("accuracy", "loss and accuracy", ["loss (cross entropy)", "accuracy"]),
+        ("agreement", "loss and agreement", ["loss (cross entropy)", "agreement (same class as uncompressed)"]),
+        ("cosine", "loss", ["1 - cosine to the uncompressed features"]),
+    ],
+)
+def test_the_picture_says_what_was_measured(measure, title, labels):
+    figure = draw_search(history(9), Schedule([65], [65]), 3.0, measure)
+    assert panel(figure, f"on the batches: {title} (bold: running mean)").get_ylabel() == labels[0]
+    shown = [axis.get_ylabel() for axis in figure.axes]
+    assert [label for label in shown if "accuracy" in label or "agreement" in label] == labels[1:]
