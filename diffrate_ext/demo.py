@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from . import embedded
+from .compression.choice import NamedSchedule, named_uniform
 from .compression.copies import compressed_copy
 from .compression.flops import flops
 from .compression.uniform import SHARES, uniform_schedule
@@ -43,14 +44,6 @@ class Workload:
         return [[i, t] for i, t in zip(self.images.split(size), self.labels.split(size), strict=True)]
 
 
-@dataclass(frozen=True)
-class NamedSchedule:
-    """A schedule and what to call it in a table."""
-
-    name: str
-    schedule: Schedule
-
-
 def embedded_workload(n_images: int | None = None, weights: Path | None = None) -> Workload:
     """The embedded model on the first ``n_images`` (default: all 2,000) of the embedded test images.
 
@@ -70,11 +63,7 @@ def embedded_workload(n_images: int | None = None, weights: Path | None = None) 
 
 def uniform_schedules(model: nn.Module, method: str = "diffrate") -> list[NamedSchedule]:
     """A method's simple rule at the default targets."""
-    uncompressed = flops(model) / 1e9
-    return [
-        NamedSchedule(f"{share:.0%} FLOPs", uniform_schedule(model, share * uncompressed, method=method))
-        for share in SHARES
-    ]
+    return [named_uniform(model, f"{share:.0%}", method) for share in SHARES]
 
 
 def learned_schedule(workload: Workload, steps: int, console: Console) -> list[NamedSchedule]:

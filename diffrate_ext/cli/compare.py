@@ -9,15 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import (
-    UsageError,
-    add_any_model_option,
-    add_model_options,
-    add_timing_options,
-    consoles,
-    device_named,
-    schedules_in,
-)
+from .common import add_any_model_option, add_model_options, add_timing_options, consoles, device_named, schedules_in
+from .parsing import UsageError, add_command, gflops_target
 from .workload import PICTURES_BY_DEFAULT, add_picture_options, workload_named
 
 if TYPE_CHECKING:
@@ -27,20 +20,27 @@ if TYPE_CHECKING:
 
 
 def add_compare_command(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "compare",
         help="methods of token compression side by side on a model and your pictures",
         description="Compresses a model by each method to the same FLOPs and says how much of its results stays and "
         "how much faster it becomes. Without --model: the embedded model on embedded test images, with labels.",
+        examples=[
+            "diffrate compare",
+            "diffrate compare --model deit_small_patch16_224 --images photos/ --gflops 60%",
+            "diffrate compare --methods diffrate tome --gflops 70% 50%",
+        ],
     )
     add_model_options(parser)
     add_picture_options(parser, f"default: all 2,000 embedded ones; {PICTURES_BY_DEFAULT} of yours, evenly spread")
     parser.add_argument(
         "--gflops",
-        type=float,
+        type=gflops_target,
         nargs="+",
         metavar="G",
-        help="targets (default: 80, 65 and 50 %% of the model's; none beside --schedule)",
+        help="targets, in GFLOPs or as shares of the model's such as 60%% (default: 80%%, 65%% and 50%%; none beside "
+        "--schedule)",
     )
     parser.add_argument(
         "--methods",
@@ -75,7 +75,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     output = check_output(arguments.output)
     results, remarks = consoles()
     workload = workload_named(arguments, PICTURES_BY_DEFAULT, None, remarks)
-    workload.model.to(device_named(arguments.device))
+    workload.model.to(device_named(arguments))
     paths = arguments.schedule or []
     schedules = {
         named.name: named.schedule for named in schedules_in(paths, workload.model, any_model=arguments.any_model)

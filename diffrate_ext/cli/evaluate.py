@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputValueError
 from .common import (
-    UsageError,
+    add_machine_options,
     add_model_options,
     add_schedule_options,
     check_embedded_options,
@@ -18,11 +18,10 @@ from .common import (
     default_workers,
     device_named,
     model_named,
-    not_negative,
-    positive,
     schedules_named,
     warnings_on,
 )
+from .parsing import UsageError, add_command, not_negative, positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,12 +35,18 @@ SPEED_ROUNDS = 8
 
 def add_evaluate_command(commands: Any) -> None:
     """Add ``evaluate`` to the commands of a parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "evaluate",
         help="accuracy, loss, GFLOPs and speed of schedules on labelled images",
         description="Compares a model under one or several schedules with the uncompressed one. Without arguments: the "
         "embedded model on the embedded test images, by a simple rule. A model whose schedules the authors published "
         "is measured under those by default.",
+        examples=[
+            "diffrate evaluate",
+            "diffrate evaluate --schedule found/schedule.json --gflops 60% --n-images 500",
+            "diffrate evaluate --model deit_small_patch16_224 --images imagenet/",
+        ],
     )
     add_model_options(parser)
     parser.add_argument(
@@ -61,7 +66,7 @@ def add_evaluate_command(commands: Any) -> None:
         metavar="N",
         help="processes that read images (default: up to 4; embedded: 0)",
     )
-    parser.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+    add_machine_options(parser)
     parser.add_argument("--amp", action="store_true", help="mixed precision (bfloat16)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(command=_evaluate)
@@ -80,7 +85,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.model is not None and arguments.images is None:
         raise UsageError("--model needs --images FOLDER to evaluate on")
     results, remarks = consoles()
-    device = device_named(arguments.device)
+    device = device_named(arguments)
     images, model = _images_and_model(arguments, remarks)
     model.to(device)
     schedules = schedules_named(arguments, model)

@@ -9,18 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..embedded import SEARCH_SHARE, SEARCH_STEPS
-from .common import (
-    UsageError,
-    add_model_options,
-    amount,
-    check_embedded_options,
-    consoles,
-    device_named,
-    model_named,
-    not_negative,
-    positive,
-    warnings_on,
-)
+from .common import add_model_options, check_embedded_options, consoles, device_named, model_named, warnings_on
+from .parsing import UsageError, add_command, amount, gflops_target, not_negative, positive
 from .training import (
     SMOOTHING,
     add_batch_options,
@@ -48,21 +38,28 @@ STEPS = 1000
 
 def add_search_command(commands: Any) -> None:
     """Add ``search`` to the commands of a parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "search",
         help="learn a schedule for a model from images",
         description="Learns how many tokens each block of a model may prune and merge at a given cost. Without "
         "arguments: for the embedded model, on the embedded training images. Several processes or machines: "
         "torchrun --nproc_per_node N -m diffrate_ext search ...",
+        examples=[
+            "diffrate search",
+            "diffrate search --model deit_small_patch16_224 --images imagenet/ --gflops 60%",
+            "diffrate search --model deit_small_patch16_224 --images imagenet/ --gflops 60% --steps 2000 --resume",
+        ],
     )
     add_model_options(parser)
     add_image_folder_options(parser, "--soft-targets")
     parser.add_argument(
         "--gflops",
-        type=amount,
+        type=gflops_target,
         nargs="+",
         metavar="G",
-        help=f"the target, or several for one search each (default: {100 * SEARCH_SHARE:.0f}%% of the model's)",
+        help="the target, or several for one search each, in GFLOPs or as shares of the model's such as 60%% "
+        f"(default: {100 * SEARCH_SHARE:.0f}%%)",
     )
     add_output_options(parser, "diffrate_search", "schedule, history, plot", "search")
 
@@ -149,7 +146,7 @@ def _search(arguments: argparse.Namespace) -> None:
     from ..training.processes import Processes, joined
 
     check_embedded_options(arguments)
-    with joined(device_named(arguments.device)) as device:
+    with joined(device_named(arguments)) as device:
         processes = Processes.current()
         results, remarks = consoles(quiet=not processes.first)
         with warnings_on(remarks):
@@ -228,11 +225,12 @@ def _check_tensorboard(arguments: argparse.Namespace) -> None:
 
 def _targets(arguments: argparse.Namespace, job: _Job) -> dict[float, Path]:
     """The folder of each target; all are checked before the first search starts."""
-    from ..compression.flops import flops
+    from ..compression.targets import gflops_of
     from ..rate_search.checkpoints import SearchFolder
     from ..rate_search.loop import check_target
 
-    gflops = arguments.gflops or [round(SEARCH_SHARE * flops(job.model) / 1e9, 4)]
+    wanted = arguments.gflops or [f"{SEARCH_SHARE:.0%}"]
+    gflops = [round(gflops_of(job.model, one), 4) if isinstance(one, str) else one for one in wanted]
     if len(set(gflops)) < len(gflops):
         raise UsageError(f"--gflops names a target twice: {' '.join(f'{g:g}' for g in gflops)}")
     several = len(gflops) > 1

@@ -8,35 +8,38 @@ from pathlib import Path
 from typing import Any
 
 from .common import (
-    UsageError,
+    add_machine_options,
     add_model_options,
-    amount,
     check_embedded_options,
     consoles,
     default_workers,
     device_named,
     model_named,
-    not_negative,
-    positive,
     warnings_on,
 )
+from .parsing import UsageError, add_command, amount, gflops_target, not_negative, positive
 
 SHARE = 0.5  # of the uncompressed model's FLOPs
 
 
 def add_train_predictors_command(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "train-predictors",
         help="train what DynamicViT goes by when it drops a model's tokens",
         description="Trains DynamicViT's predictors by what the uncompressed model says of the images; labels are not "
         "needed, and the model stays as it is. Without --model: for the embedded one, on embedded training images.",
+        examples=[
+            "diffrate train-predictors",
+            "diffrate train-predictors --model deit_small_patch16_224 --images photos/ --gflops 60%",
+        ],
     )
     add_model_options(parser)
     parser.add_argument(
         "--images", type=Path, metavar="FOLDER", help="pictures, in sub-folders or not, or a saved Hugging Face dataset"
     )
     parser.add_argument(
-        "--gflops", type=amount, metavar="G", help=f"the target (default: {100 * SHARE:.0f}%% of the model's)"
+        "--gflops", type=gflops_target, metavar="G", help=f"the target (default: {100 * SHARE:.0f}%% of the model's)"
     )
     parser.add_argument(
         "--output",
@@ -48,7 +51,7 @@ def add_train_predictors_command(commands: Any) -> None:
     parser.add_argument("--steps", type=positive, default=300, metavar="N", help="batches (default: 300)")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images in a batch (default: 64)")
     parser.add_argument("--lr", type=amount, help="first learning rate (default: as PredictorSettings has it)")
-    parser.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+    add_machine_options(parser)
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of all random choices (default: 0)")
     parser.set_defaults(command=_train)
 
@@ -58,7 +61,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from rich.progress import Progress
 
     from .. import embedded
-    from ..compression.flops import flops
+    from ..compression.targets import gflops_of
     from ..images.sources import open_images, without_labels
     from ..predictor_training import PredictorSettings, train_predictors
     from ..training.data import training_loader
@@ -78,8 +81,8 @@ def _train(arguments: argparse.Namespace) -> None:
     images = without_labels(open_images(arguments.images))
     torch.manual_seed(arguments.seed)  # of random weights
     model: Any = embedded.load_model() if ours else model_named(arguments)
-    model.to(device_named(arguments.device))
-    gflops = SHARE * flops(model) / 1e9 if arguments.gflops is None else arguments.gflops
+    model.to(device_named(arguments))
+    gflops = gflops_of(model, f"{SHARE:.0%}" if arguments.gflops is None else arguments.gflops)
 
     def loader(start: int) -> Any:
         return training_loader(

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..compression.copies import compressed_copy, uncompressed_copy
 from ..compression.flops import flops
 from ..compression.patching import remove_plans
+from ..compression.targets import gflops_of
 from ..compression.uniform import uniform_schedule
 from ..errors import DivergedError, InputValueError
 from ..evaluation import Batch, Evaluation, evaluate_all, split_batch
@@ -71,7 +72,7 @@ class SearchResult:
 def search(
     model: nn.Module,
     loader: Loader,
-    target_gflops: float,
+    target_gflops: float | str,
     settings: SearchSettings | None = None,
     *,
     validation: Iterable[Batch] | None = None,
@@ -97,7 +98,8 @@ def search(
             size, labels (B,) of an integer dtype or probabilities (B, classes). Any iterable; it is iterated again and
             again. Or a function that takes a step and returns the batches from that step on, so that a resumed search
             skips none by iterating.
-        target_gflops: multiply-accumulates of one image, in units of 1e9.
+        target_gflops: multiply-accumulates of one image, in units of 1e9; or a share of the uncompressed model's, such
+            as ``"60%"``.
         settings: how to search; by default ``SearchSettings()``.
         validation: batches to evaluate the schedule on, as :func:`diffrate_ext.evaluate` takes them.
         output: a folder for ``schedule.json``, ``history.json``, ``search.png`` and ``checkpoint.pt``, each of which is
@@ -122,11 +124,12 @@ def search(
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise InputValueError(f"checkpoint_every must be a whole number of at least 1, got {checkpoint_every!r}")
     settings = settings or SearchSettings()
+    target_gflops = gflops_of(model, target_gflops)
     check_target(model, target_gflops, settings.granularity, method=settings.method)
     plain = uncompressed_copy(model)  # shares the weights; its modules are those that change
     rates = RateSearch(plain, settings.granularity, mask_gradient=settings.mask_gradient, method=settings.method)
     try:
-        run = _Search(rates, float(target_gflops), settings, None if output is None else SearchFolder(output))
+        run = _Search(rates, target_gflops, settings, None if output is None else SearchFolder(output))
         run.start({**(fingerprint or {}), **model_fingerprint(plain)}, resume)
         searched = run.steps(loader, checkpoint_every, report)
         schedule = run.finish()

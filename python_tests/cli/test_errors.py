@@ -25,7 +25,7 @@ from diffrate_ext.schedule import Schedule
         (["demo", *TEST_VIT, "--images", "/no/such/folder"], "/no/such/folder"),
         (["demo", *TEST_VIT, "--weights", "x", "--images", "."], "not allowed with"),
         (["demo", "--gflops", "9"], "9"),
-        (["demo", "--gflops", "0.2", "--schedule", "x"], "not allowed with"),
+        (["demo", "--gflops", "many"], "such as 60%, got 'many'"),
         (["demo", "--schedule", "/no/such/schedule.json"], "/no/such/schedule.json"),
         (["demo", "--output", "/no/such/folder/x.png"], "/no/such/folder"),
         (["demo", "--output", "x.docx"], "x.docx"),

@@ -22,7 +22,7 @@ def test_evaluate(labelled, capsys):
     assert main([*argv, "--gflops", "0.03", "0.02"]) == 0
     captured = capsys.readouterr()
     table = rows(captured.out)
-    assert list(table) == ["uncompressed", "0.03 GFLOPs", "0.02 GFLOPs"]
+    assert list(table) == ["uncompressed", "uniform 0.03 GFLOPs", "uniform 0.02 GFLOPs"]
     assert [float(row[0]) for row in table.values()] == pytest.approx([0.03768, 0.03, 0.02], rel=0.02)
     for _, top1, loss, agreement, speed, speed_up in table.values():
         assert all(re.fullmatch(r"\d+\.\d\d%", share) for share in (top1, agreement))
