@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -19,6 +18,7 @@ from .compression.flops import flops
 from .compression.uniform import SHARES, uniform_schedule
 from .errors import InputValueError
 from .evaluation import Evaluation, evaluate
+from .machine import place
 from .schedule import Schedule
 from .timing import Benchmark, Comparison
 from .visualization import visualize
@@ -72,7 +72,7 @@ def learned_schedule(workload: Workload, steps: int, console: Console) -> list[N
     from .rate_search.report import progress_report
 
     gflops = round(embedded.SEARCH_SHARE * flops(workload.model) / 1e9, 4)
-    with progress_report(console, "learning rates", steps, gflops, measure="agreement") as report:
+    with progress_report(console, "search", steps, gflops, measure="agreement") as report:
         found = search_embedded(gflops, steps=steps, report=report)
     share = f"{embedded.SEARCH_SHARE:.0%}"
     return [
@@ -136,11 +136,11 @@ def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result
     """The measurements as a table: one row for the uncompressed model, one for each schedule."""
     first = result.speed[0]
     device = next(workload.model.parameters()).device
-    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
     table = Table(
         title=f"{workload.name}, {result.uncompressed.n:,} images",
         caption=f"agreement: same class as uncompressed; speed: medians of {first.rounds} interleaved rounds, "
-        f"batches of {first.batch_size}, {where}",
+        f"± half the distance between quartiles, batches of {first.batch_size}, {place(str(device))}",
+        pad_edge=False,  # for terminals of 80 columns
     )
     table.add_column("", no_wrap=True)
     for heading in ("GFLOPs", "loss", "top-1", "agree-\nment", "images\n/s", "speed\nup", "FLOPs\nratio"):
@@ -163,7 +163,7 @@ def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result
             percent(evaluation.top1),
             percent(evaluation.agreement),
             f"{speed.images_per_second:.4g}",
-            f"{speed.speed_up:.2f}x",
+            with_spread(speed),
             f"{speed.flops_ratio:.2f}x",
         )
     return table
@@ -197,6 +197,11 @@ def draw(workload: Workload, schedules: Sequence[NamedSchedule], output: Path, *
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def with_spread(speed: Benchmark) -> str:
+    """A speed-up, for a table."""
+    return f"{speed.speed_up:.2f}x ±{speed.speed_up_spread:.2f}"
 
 
 def percent(share: float | None) -> str:

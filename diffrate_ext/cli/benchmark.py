@@ -12,7 +12,7 @@ from .common import (
     add_timing_options,
     consoles,
     device_named,
-    place_named,
+    say_if_busy,
     schedules_named,
 )
 from .parsing import add_command
@@ -60,6 +60,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     model.to(device_named(arguments), getattr(torch, arguments.dtype)).eval()
     schedules = schedules_named(arguments, model)
     comparison = Comparison(model, [named.schedule for named in schedules], random_images(model, arguments.batch_size))
+    say_if_busy(remarks)
     with Progress(console=remarks) as progress:
         task = progress.add_task("timing, interleaved", total=arguments.rounds)
         for done in comparison.run(arguments.rounds):
@@ -101,8 +102,10 @@ def _table(
 ) -> Table:
     from rich.table import Table
 
+    from ..machine import place
+
     table = Table(
-        title=f"{name}, batches of {arguments.batch_size}, {arguments.dtype}, {place_named(arguments)}",
+        title=f"{name}, batches of {arguments.batch_size}, {arguments.dtype}, {place(arguments.device)}",
         caption=f"medians of {arguments.rounds} interleaved rounds; gain: speed-up / FLOPs ratio",
     )
     table.add_column("", no_wrap=True)

@@ -121,6 +121,15 @@ def warnings_on(console: Console) -> Iterator[None]:
         yield
 
 
+def say_if_busy(console: Console) -> None:
+    """For commands that measure speed, before they start to work."""
+    from ..machine import busy_machine
+
+    remark = busy_machine()
+    if remark is not None:
+        console.print(remark, style="yellow", soft_wrap=True, markup=False)
+
+
 def default_workers() -> int:
     """Processes that read the user's pictures."""
     return min(4, os.cpu_count() or 1)
@@ -154,13 +163,6 @@ def device_named(arguments: argparse.Namespace) -> torch.device:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     return device
-
-
-def place_named(arguments: argparse.Namespace) -> str:
-    """Where a command ran, for the caption of a table."""
-    import torch
-
-    return f"{torch.get_num_threads()} CPU threads" if arguments.device == "cpu" else arguments.device
 
 
 def check_embedded_options(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import add_any_model_option, add_model_options, add_timing_options, consoles, device_named, schedules_in
+from .common import (
+    add_any_model_option,
+    add_model_options,
+    add_timing_options,
+    consoles,
+    device_named,
+    say_if_busy,
+    schedules_in,
+)
 from .parsing import UsageError, add_command, gflops_target
 from .workload import PICTURES_BY_DEFAULT, add_picture_options, workload_named
 
@@ -94,6 +102,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
         def show(what: str, done: int) -> None:
             if not progress.live.is_started:  # not before: an error of the arguments comes alone
+                say_if_busy(remarks)
                 while_running.enter_context(progress)
             progress.update(tasks[what], completed=done)
 
@@ -142,17 +151,17 @@ def _record(row: Compared) -> dict[str, Any]:
 
 
 def _table(rows: list[Compared], name: str, arguments: argparse.Namespace) -> Table:
-    import torch
     from rich.table import Table
 
     from ..demo import percent
+    from ..machine import place
 
     first, *others = rows
-    where = f"{torch.get_num_threads()} CPU threads" if arguments.device == "cpu" else arguments.device
     table = Table(
         title=f"{name}, {first.evaluation.n:,} images",
         caption="agreement: same class as uncompressed; cosine: of the pooled features and the uncompressed model's; "
-        f"speed: medians of {arguments.rounds} interleaved rounds, batches of {arguments.batch_size}, {where}",
+        f"speed: medians of {arguments.rounds} interleaved rounds, batches of {arguments.batch_size}, "
+        f"{place(arguments.device)}",
     )
     table.add_column("", no_wrap=True)
     for heading in ("GFLOPs", "top-1", "agreement", "cosine", "images/s", "speed-up"):

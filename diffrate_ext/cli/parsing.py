@@ -27,7 +27,7 @@ class CommandParser(OneLineParser):
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1, cutoff=0.8)
             hint = f"; did you mean {near[0]}?" if near else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return namespace, unknown
