@@ -141,7 +141,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         "amp": arguments.amp,
         "threads": torch.get_num_threads(),
         "batch_size": len(first[0]),
-        "rounds": arguments.rounds,
+        "rounds": speed[0].rounds,
     }
     if arguments.json:
         print(json.dumps({**setting, "results": content}, indent=2))

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from ..images.loading import ImageLoader
     from ..images.sources import ImageSource
     from ..schedule import Schedule
-    from ..training.progress import Measure
+    from ..training.records import Measure
 
 STEPS, LR = 1000, 2e-5
 OUR_STEPS, OUR_LR, OUR_SHARE = 50, 8e-4, 0.5

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..embedded import SEARCH_SHARE, SEARCH_STEPS
 from .common import add_model_options, check_embedded_options, consoles, device_named, model_named, warnings_on
+from .held_out import add_held_out_option, compare_with_uniform, hold_out
 from .parsing import UsageError, add_command, amount, gflops_target, not_negative, positive
 from .training import (
     SMOOTHING,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from ..rate_search.loop import SearchResult
     from ..rate_search.settings import SearchSettings
     from ..training.processes import Processes
-    from ..training.progress import Measure
+    from ..training.records import Measure
 
 STEPS = 1000
 
@@ -61,6 +62,7 @@ def add_search_command(commands: Any) -> None:
         help="the target, or several for one search each, in GFLOPs or as shares of the model's such as 60%% "
         f"(default: {100 * SEARCH_SHARE:.0f}%%)",
     )
+    add_held_out_option(parser)
     add_output_options(parser, "diffrate_search", "schedule, history, plot", "search")
 
     training = parser.add_argument_group("training")
@@ -136,6 +138,7 @@ class _Job:
 
     model: Any
     images: ImageSource
+    held_out: ImageSource | None
     settings: SearchSettings
     processes: Processes
     loading: dict[str, Any]
@@ -153,8 +156,11 @@ def _search(arguments: argparse.Namespace) -> None:
             job = _job(arguments, device, processes, remarks)
             targets = _targets(arguments, job)
             found = [_search_one(arguments, job, gflops, folder) for gflops, folder in targets.items()]
-        for result, folder in zip(found, targets.values(), strict=True):
-            results.print(_summary(result, folder, job.settings), soft_wrap=True, markup=False)
+            for result, folder in zip(found, targets.values(), strict=True):
+                results.print(_summary(result, folder, job.settings), soft_wrap=True, markup=False)
+            if job.held_out is not None and processes.first:
+                for line in _comparison(arguments, job, found):
+                    results.print(line, soft_wrap=True, markup=False)
 
 
 def _job(arguments: argparse.Namespace, device: torch.device, processes: Processes, remarks: Console) -> _Job:
@@ -190,7 +196,8 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
     loading = loading_named(
         arguments, 0.0 if settings.soft_targets else choose(arguments, "label_smoothing", SMOOTHING, 0.0)
     )
-    return _Job(model.to(device), images, settings, processes, loading, remarks)
+    images, held_out = hold_out(arguments, images, model, remarks)
+    return _Job(model.to(device), images, held_out, settings, processes, loading, remarks)
 
 
 def _settings(arguments: argparse.Namespace, device: torch.device) -> SearchSettings:
@@ -276,6 +283,15 @@ def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder:
             report=all_reports(reports),
             fingerprint=data_fingerprint(job.images, job.loading, processes),
         )
+
+
+def _comparison(arguments: argparse.Namespace, job: _Job, found: list[SearchResult]) -> list[str]:
+    from ..images.loading import evaluation_loader
+
+    assert job.held_out is not None
+    workers = job.loading["workers"]
+    loader = evaluation_loader(job.held_out, job.model, batch_size=arguments.batch_size, workers=workers)
+    return compare_with_uniform(job.model, found, loader, job.held_out.where, job.remarks)
 
 
 def _summary(result: SearchResult, folder: Path, settings: SearchSettings) -> str:

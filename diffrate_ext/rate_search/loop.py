@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from os import PathLike
@@ -31,6 +31,7 @@ from ..training.batches import Loader, fitting_labels, model_fingerprint, step_b
 from ..training.files import Fact, replacing
 from ..training.interruption import saved_however_it_ends
 from ..training.processes import Processes
+from ..training.records import Measure
 from .checkpoints import SearchFolder, SearchState
 from .graph import Replayed, check_recordable, record_cuda_graph
 from .history import SearchHistory, StepRecord, kept_after
@@ -105,6 +106,8 @@ def search(
         output: a folder for ``schedule.json``, ``history.json``, ``search.png`` and ``checkpoint.pt``, each of which is
             whole at any time. None: nothing is written.
         resume: continue the search in ``output``, if there is one, to the same result as if it had not been stopped.
+            One that was finished goes on if the settings ask for more steps, from where its rates are; its schedule
+            stays until the first new checkpoint.
         checkpoint_every: steps between checkpoints. One is written, too, when the search ends by an error or Ctrl-C.
         report: called after every step.
         fingerprint: what a resumed search must have in common with the one before, beside settings and model: the data.
@@ -199,7 +202,7 @@ class _Search:
                 for name, logits in self.logits.items():
                     logits.copy_(state.logits[name])
             self.optimizer.load_state_dict(state.optimizer)
-            self.history = state.history
+            self.history = state.history.extended_to(self.settings.steps)
             self.step = self.steps_before = state.step
             self.saved = state.step
         self.snapshot = self._state()
@@ -234,6 +237,8 @@ class _Search:
                 self._choose_start(first)
                 batches = chain(first, batches)
             for batch in batches:
+                if not self.history.records:
+                    self.history = replace(self.history, measure=self._measure_of(batch))
                 record = self._train(batch, compute)
                 if self.history.wants(self.step):
                     self.history = self.history.with_record(record)
@@ -368,6 +373,12 @@ class _Search:
         with torch.no_grad(), self.rates.uncompressed() as plain:
             found = plain(images).float()
             return found.softmax(1) if self.has_classes else found
+
+    def _measure_of(self, batch: Batch) -> Measure:
+        """What can be said of how much is right."""
+        if not self.has_classes:
+            return "cosine"
+        return "agreement" if split_batch(batch)[1] is None else "accuracy"
 
     def _diverged(self, loss: float, cost: float) -> str:
         message = (

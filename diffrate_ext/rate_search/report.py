@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..training.progress import Measure, RunningMeans, in_words, progress_of_steps
+from ..training.progress import RunningMeans, in_words, progress_of_steps
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..training.records import Measure
     from .history import StepRecord
 
 Report = Callable[["StepRecord"], None]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-Measure = Literal["accuracy", "agreement", "cosine"]
-"""What the accuracy of the records is: with soft targets agreement with the uncompressed model, of features cosine."""
+    from .records import Measure
 
 SMOOTHING = 0.9
 """Share of the earlier steps in the loss and the accuracy that are shown: those of single batches jump."""

@@ -92,7 +92,7 @@ def test_search_on_the_users_pictures(labelled, tmp_path, capsys):
     assert "accuracy" in captured.err
     assert len(Schedule.load(folder / "schedule.json")) == 6
     # random weights and a seed: the same again
-    again = search(tmp_path / "again", *argv[9:])
+    again = search(tmp_path / "again", *argv[11:])
     assert main(again) == 0
     assert (tmp_path / "again" / "history.json").read_text() == (folder / "history.json").read_text()
 
@@ -233,4 +233,4 @@ def test_a_model_without_classes_keeps_its_features(pictures, request, tmp_path,
     assert "cosine" in captured.err
     assert "agreement" not in captured.err
     assert (tmp_path / "found" / "search.png").exists()
-    assert "has no classes" in fails([*search(tmp_path / "again", *argv[9:]), "--no-soft-targets"], capsys)
+    assert "has no classes" in fails([*search(tmp_path / "again", *argv[11:]), "--no-soft-targets"], capsys)
