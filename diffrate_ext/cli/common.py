@@ -187,7 +187,7 @@ def schedules_named(arguments: argparse.Namespace, model: nn.Module) -> list[Nam
 
     method = arguments.method or "diffrate"
     given = schedules_in(arguments.schedule or [], model, any_model=arguments.any_model)
-    named = [_with_method(one, arguments.method or one.schedule.method) for one in given]
+    named = [with_method(one, arguments.method or one.schedule.method) for one in given]
     named += [named_uniform(model, gflops, method) for gflops in arguments.gflops or []]
     if named:
         return named
@@ -207,7 +207,8 @@ def schedules_in(paths: Sequence[Path], model: nn.Module, *, any_model: bool) ->
     return named
 
 
-def _with_method(named: NamedSchedule, method: str) -> NamedSchedule:
+def with_method(named: NamedSchedule, method: str) -> NamedSchedule:
+    """A schedule as another method's, which is part of its name unless it is DiffRate."""
     name = named.name if method == "diffrate" else f"{method} {named.name}"
     return replace(named, name=name, schedule=replace(named.schedule, method=method))
 

@@ -19,6 +19,7 @@ from .evaluate import add_evaluate_command
 from .finetune import add_finetune_command
 from .info import add_info_command, version
 from .parsing import CommandParser, OneLineParser, UsageError
+from .predict import add_predict_command
 from .schedules import add_schedules_command
 from .search import add_search_command
 from .train_predictors import add_train_predictors_command
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diffrate_ext {version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     add_demo_command(commands)
+    add_predict_command(commands)
     add_schedules_command(commands)
     add_search_command(commands)
     add_finetune_command(commands)

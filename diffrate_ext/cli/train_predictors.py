@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +57,13 @@ def add_train_predictors_command(commands: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     import torch
-    from rich.progress import Progress
 
     from .. import embedded
     from ..compression.targets import gflops_of
     from ..images.sources import open_images, without_labels
     from ..predictor_training import PredictorSettings, train_predictors
     from ..training.data import training_loader
+    from ..training.progress import RunningMeans, progress_of_steps
 
     check_embedded_options(arguments)
     ours = arguments.model is None
@@ -99,14 +98,11 @@ def _train(arguments: argparse.Namespace) -> None:
             workers=0 if ours else default_workers(),
         )
 
-    progress = Progress(console=remarks)
-    task = progress.add_task("training", total=settings.steps)
-    with warnings_on(remarks), ExitStack() as while_running:
+    means = RunningMeans(1)
+    with warnings_on(remarks), progress_of_steps(remarks, "predictors", settings.steps) as show:
 
         def report(step: int, loss: float) -> None:
-            if not progress.live.is_started:  # not before: an error of the arguments comes alone
-                while_running.enter_context(progress)
-            progress.update(task, completed=step + 1, description=f"training, loss {loss:.4f}")
+            show(step, [f"loss {means(loss)[0]:.4f}"])
 
         predictors = train_predictors(model, loader, gflops, settings, report=report)
     predictors.save(arguments.output)

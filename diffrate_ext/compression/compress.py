@@ -122,5 +122,5 @@ def check_made_for(model: nn.Module, schedule: Schedule) -> None:
     if not same_model(schedule.model, name):
         raise InputValueError(
             f"the schedule was made for {schedule.model}, and the model is {name}: what it removes may matter here "
-            "(any_model=True, or --any-model, uses it all the same)"
+            "(use it all the same with --any-model (any_model=True))"
         )

@@ -35,7 +35,17 @@ def test_none(capsys: Any) -> None:
     assert "No schedules were published for vit_tiny_patch16_384" in captured.err
 
 
-COMMANDS = ["demo", "evaluate", "compare", "search", "finetune", "train-predictors", "benchmark", "visualize"]
+COMMANDS = [
+    "demo",
+    "evaluate",
+    "compare",
+    "search",
+    "finetune",
+    "train-predictors",
+    "benchmark",
+    "visualize",
+    "predict",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -70,7 +70,7 @@ def test_search_for_several_targets(tmp_path, capsys, monkeypatch):
         assert main(argv) == 130
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("diffrate: search stopped after step 1 of 2")
-    assert "--resume" in error
+    assert error.endswith("continue with --resume")
     first = (folder / "0.25G" / "checkpoint.pt").stat().st_mtime_ns
 
     assert main([*argv, "--resume"]) == 0
