@@ -19,7 +19,7 @@ from .common import (
 from .parsing import add_command, positive
 from .workload import PICTURES_BY_DEFAULT, add_picture_options, workload_named
 
-QUICK_STEPS, QUICK_IMAGES = 20, 200
+QUICK_STEPS, QUICK_IMAGES = 15, 200
 
 
 def add_demo_command(commands: Any) -> None:
@@ -27,9 +27,9 @@ def add_demo_command(commands: Any) -> None:
         commands,
         "demo",
         help="accuracy and speed of a model with and without compression, and a picture",
-        description="Without arguments: learns rates for the embedded Vision Transformer on embedded Fashion-MNIST "
-        "training images, and compares them with uniform ones on test images. With --model and --images: any supported "
-        "timm model on your pictures.",
+        description="Without arguments: learns how many tokens each layer of the embedded Vision Transformer keeps, "
+        "on embedded Fashion-MNIST training images, and compares that with a uniform schedule on test images. With "
+        "--model and --images: any supported timm model on your pictures, under published or uniform schedules.",
         examples=[
             "diffrate demo --quick",
             "diffrate demo",
@@ -37,7 +37,9 @@ def add_demo_command(commands: Any) -> None:
         ],
     )
     demo.add_argument(
-        "--quick", action="store_true", help=f"half a minute: {QUICK_STEPS} steps of learning, {QUICK_IMAGES} images"
+        "--quick",
+        action="store_true",
+        help=f"about half a minute: {QUICK_STEPS} steps of learning, {QUICK_IMAGES} images",
     )
     add_model_options(demo)
     add_picture_options(demo, f"default: all 2,000 embedded ones; {PICTURES_BY_DEFAULT} of yours, evenly spread")

@@ -44,8 +44,8 @@ def add_evaluate_command(commands: Any) -> None:
         "evaluate",
         help="accuracy, loss, GFLOPs and speed of schedules on labelled images",
         description="Compares a model under one or several schedules with the uncompressed one. Without arguments: the "
-        "embedded model on the embedded test images, by a simple rule. A model whose schedules the authors published "
-        "is measured under those by default.",
+        "embedded model on the embedded test images, under uniform schedules. A model whose schedules the authors "
+        "published is measured under those by default.",
         examples=[
             "diffrate evaluate",
             "diffrate evaluate --schedule found/schedule.json --gflops 60% --n-images 500",

@@ -44,7 +44,8 @@ def add_search_command(commands: Any) -> None:
         "search",
         help="learn a schedule for a model from images",
         description="Learns how many tokens each block of a model may prune and merge at a given cost. Without "
-        "arguments: for the embedded model, on the embedded training images. Several processes or machines: "
+        "arguments: for the embedded model, on the embedded training images. A search that was stopped goes on with "
+        "--resume; so does a finished one, with more --steps. Several processes or machines: "
         "torchrun --nproc_per_node N -m diffrate_ext search ...",
         examples=[
             "diffrate search",

@@ -40,7 +40,7 @@ def test_demo_on_the_embedded_model(tmp_path, capsys):
     assert flops(embedded.build_model(), learned) / 1e9 == pytest.approx(0.6 * 0.3509, rel=0.01)
 
 
-@pytest.mark.parametrize(("options", "steps", "images"), [([], 20, 200), (["--search-steps", "7"], 7, 200)])
+@pytest.mark.parametrize(("options", "steps", "images"), [([], 15, 200), (["--search-steps", "7"], 7, 200)])
 def test_a_quick_demo(options, steps, images, tmp_path, monkeypatch):
     seen = []
 
