@@ -87,39 +87,32 @@ def compare_with_uniform(
     from ..compression.uniform import uniform_schedule
     from ..judging import judge
 
-    pairs = []
+    models = []
     for result in results:
-        learned = compressed_copy(model, result.schedule)
-        try:
-            uniform = uniform_schedule(model, result.target_gflops, method=result.schedule.method)
-        except InputValueError:  # a search reaches further down
-            pairs.append([learned])
-        else:
-            pairs.append([learned, compressed_copy(model, uniform)])
+        uniform = uniform_schedule(model, result.target_gflops, method=result.schedule.method)
+        models += [compressed_copy(model, schedule) for schedule in (result.schedule, uniform)]
     with Progress(console=remarks) as progress:
         batches = progress.track(loader, total=len(loader), description="comparing with uniform")
-        judged = iter(judge(model, [one for pair in pairs for one in pair], batches))
-    return [
-        _said(result.target_gflops, [next(judged) for _ in pair], where)
-        for result, pair in zip(results, pairs, strict=True)
-    ]
+        judged = judge(model, models, batches)
+    pairs = zip(results, judged[::2], judged[1::2], strict=True)
+    return [_said(result.target_gflops, learned, uniform, where) for result, learned, uniform in pairs]
 
 
-def _said(gflops: float, pair: Sequence[Judgement], where: str) -> str:
+def _said(gflops: float, learned: Judgement, uniform: Judgement, where: str) -> str:
     from ..paired import paired_interval
 
-    error = "1 - cosine" if pair[0].agreement is None else "loss"
-    lines = [f"{gflops:g} GFLOPs on {len(pair[0].errors):,} images that were not learned from ({where}):"]
-    lines += [f"  {name}: {_numbers(one, error)}" for name, one in zip(("learned", "uniform"), pair, strict=False)]
-    if len(pair) == 1:
-        return "\n".join([*lines, "  no uniform schedule goes down so far"])
-    difference = paired_interval(pair[0].errors, pair[1].errors)
+    error = "1 - cosine" if learned.agreement is None else "loss"
+    difference = paired_interval(learned.errors, uniform.errors)
     verdict = {"lower": "learned is better", "higher": "UNIFORM IS BETTER"}.get(difference.verdict, difference.verdict)
-    lines.append(
-        f"  learned - uniform: {error} {difference.mean:+.4f} "
-        f"(95 % interval {difference.low:+.4f} to {difference.high:+.4f}): {verdict}"
+    return "\n".join(
+        [
+            f"{gflops:g} GFLOPs on {len(learned.errors):,} images that were not learned from ({where}):",
+            f"  learned: {_numbers(learned, error)}",
+            f"  uniform: {_numbers(uniform, error)}",
+            f"  learned - uniform: {error} {difference.mean:+.4f} "
+            f"(95 % interval {difference.low:+.4f} to {difference.high:+.4f}): {verdict}",
+        ]
     )
-    return "\n".join(lines)
 
 
 def _numbers(one: Judgement, error: str) -> str:
