@@ -23,6 +23,7 @@ from .errors import DivergedError, InputError, InputTypeError, InputValueError  
 
 if TYPE_CHECKING:
     from .comparison import Compared, compare
+    from .compression.choice import NamedSchedule, schedule_for
     from .compression.compress import compress, restore, token_slots
     from .compression.copies import compressed_copy, uncompressed_copy
     from .compression.flops import flops
@@ -55,6 +56,7 @@ __all__ = [
     "InputError",
     "InputTypeError",
     "InputValueError",
+    "NamedSchedule",
     "PredictorSettings",
     "PublishedSchedule",
     "Quality",
@@ -75,6 +77,7 @@ __all__ = [
     "ops",
     "reference",
     "restore",
+    "schedule_for",
     "search",
     "token_slots",
     "train_predictors",
@@ -92,6 +95,7 @@ _LAZY = {
     "FinetuneRecord": "finetuning.history",
     "FinetuneResult": "finetuning.loop",
     "FinetuneSettings": "finetuning.settings",
+    "NamedSchedule": "compression.choice",
     "PredictorSettings": "predictor_training",
     "PublishedSchedule": "schedule",
     "Quality": "finetuning.quality",
@@ -109,6 +113,7 @@ _LAZY = {
     "finetune": "finetuning.loop",
     "flops": "compression.flops",
     "restore": "compression.compress",
+    "schedule_for": "compression.choice",
     "search": "rate_search.loop",
     "token_slots": "compression.compress",
     "train_predictors": "predictor_training",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .compression.compress import check_made_for
 from .compression.flops import flops
+from .compression.targets import gflops_of
 from .compression.uniform import SHARES, uniform_schedule
 from .errors import InputValueError
 from .evaluation import Batch, Evaluation, evaluate_all, split_batch
@@ -47,7 +48,7 @@ class Compared:
 def compare(
     model: nn.Module,
     loader: Iterable[Batch],
-    gflops: Sequence[float] | None = None,
+    gflops: Sequence[float | str] | None = None,
     methods: Sequence[str | Method] | None = None,
     *,
     schedules: Mapping[str, Schedule] | None = None,
@@ -64,8 +65,9 @@ def compare(
     Args:
         model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, with or without a head.
         loader: batches of images, or (images, labels), as :func:`evaluate` takes them; read once.
-        gflops: targets, in units of 1e9 multiply-accumulates of one image, each met by the method's usual schedule.
-            None: 80, 65 and 50 % of the model's, or none where ``schedules`` are given.
+        gflops: targets, in units of 1e9 multiply-accumulates of one image or as a share of the model's (``"60%"``),
+            each met by the method's usual schedule. None: 80, 65 and 50 % of the model's, or none where ``schedules``
+            are given.
         methods: as for :func:`compress`. None: all that can run the model and need no training first.
         schedules: others to measure, by name, such as learned ones; under DiffRate.
         any_model: measure one of them although it says that it was made for another model.
@@ -133,7 +135,7 @@ class _Setting(NamedTuple):
 
 def _settings(
     model: nn.Module,
-    gflops: Sequence[float] | None,
+    gflops: Sequence[float | str] | None,
     methods: Sequence[str | Method] | None,
     schedules: Mapping[str, Schedule],
 ) -> list[_Setting]:
@@ -142,9 +144,10 @@ def _settings(
     uncompressed = flops(model) / 1e9
     if gflops is None:
         gflops = [] if schedules else [share * uncompressed for share in SHARES]
+    targets = [gflops_of(model, target) for target in gflops]
     found: list[_Setting] = []
     for method in _runnable(model) if methods is None else [method_of(method) for method in methods]:
-        for target in gflops:
+        for target in targets:
             try:
                 schedule = uniform_schedule(model, target, method=method)
             except InputValueError:

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 from . import embedded
+from .compression.choice import NamedSchedule, named_uniform
 from .compression.copies import compressed_copy
 from .compression.flops import flops
 from .compression.uniform import SHARES, uniform_schedule
 from .errors import InputValueError
 from .evaluation import Evaluation, evaluate
+from .machine import place
 from .painting import Paint
 from .schedule import Schedule
 from .timing import Benchmark, Comparison
@@ -47,14 +48,6 @@ class Workload:
         return [[i, t] for i, t in zip(self.images.split(size), self.labels.split(size), strict=True)]
 
 
-@dataclass(frozen=True)
-class NamedSchedule:
-    """A schedule and what to call it in a table."""
-
-    name: str
-    schedule: Schedule
-
-
 def embedded_workload(n_images: int | None = None, weights: Path | None = None) -> Workload:
     """The embedded model on the first ``n_images`` (default: all 2,000) of the embedded test images.
 
@@ -74,11 +67,7 @@ def embedded_workload(n_images: int | None = None, weights: Path | None = None) 
 
 def uniform_schedules(model: nn.Module, method: str = "diffrate") -> list[NamedSchedule]:
     """A method's simple rule at the default targets."""
-    uncompressed = flops(model) / 1e9
-    return [
-        NamedSchedule(f"{share:.0%} FLOPs", uniform_schedule(model, share * uncompressed, method=method))
-        for share in SHARES
-    ]
+    return [named_uniform(model, f"{share:.0%}", method) for share in SHARES]
 
 
 def learned_schedule(workload: Workload, steps: int, console: Console) -> list[NamedSchedule]:
@@ -87,7 +76,7 @@ def learned_schedule(workload: Workload, steps: int, console: Console) -> list[N
     from .rate_search.report import progress_report
 
     gflops = round(embedded.SEARCH_SHARE * flops(workload.model) / 1e9, 4)
-    with progress_report(console, "learning rates", steps, gflops, measure="agreement") as report:
+    with progress_report(console, "search", steps, gflops, measure="agreement") as report:
         found = search_embedded(gflops, steps=steps, report=report)
     share = f"{embedded.SEARCH_SHARE:.0%}"
     return [
@@ -151,11 +140,11 @@ def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result
     """The measurements as a table: one row for the uncompressed model, one for each schedule."""
     first = result.speed[0]
     device = next(workload.model.parameters()).device
-    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
     table = Table(
         title=f"{workload.name}, {result.uncompressed.n:,} images",
         caption=f"agreement: same class as uncompressed; speed: medians of {first.rounds} interleaved rounds, "
-        f"batches of {first.batch_size}, {where}",
+        f"± half the distance between quartiles, batches of {first.batch_size}, {place(str(device))}",
+        pad_edge=False,  # for terminals of 80 columns
     )
     table.add_column("", no_wrap=True)
     for heading in ("GFLOPs", "loss", "top-1", "agree-\nment", "images\n/s", "speed\nup", "FLOPs\nratio"):
@@ -178,7 +167,7 @@ def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result
             percent(evaluation.top1),
             percent(evaluation.agreement),
             f"{speed.images_per_second:.4g}",
-            f"{speed.speed_up:.2f}x",
+            with_spread(speed),
             f"{speed.flops_ratio:.2f}x",
         )
     return table
@@ -223,6 +212,11 @@ def draw(
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def with_spread(speed: Benchmark) -> str:
+    """A speed-up, for a table."""
+    return f"{speed.speed_up:.2f}x ±{speed.speed_up_spread:.2f}"
 
 
 def percent(share: float | None) -> str:

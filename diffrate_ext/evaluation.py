@@ -81,7 +81,7 @@ def _evaluate_all(models: Sequence[nn.Module], loader: Iterable[Batch]) -> list[
         labelled = labels is not None
         n += len(images)
         for i, model in enumerate(models):
-            logits = _logits(model, images)
+            logits = logits_of(model, images)
             predictions[i].append(logits.argmax(1).cpu())
             if labels is not None:
                 check_labels(labels, logits)
@@ -116,7 +116,12 @@ def split_batch(batch: Batch) -> tuple[Tensor, Tensor | None]:
     )
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """What a model says of images, which go to its device and dtype: logits, or features.
+
+    Raises:
+        InputTypeError, InputValueError: it is not one row for each image.
+    """
     own = next((p for p in model.parameters() if p.is_floating_point()), None)
     logits = model(images if own is None else images.to(own.device, own.dtype))
     if not isinstance(logits, Tensor):

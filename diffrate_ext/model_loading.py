@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ from torch import nn
 
 from .errors import InputValueError
 
+PATIENCE = 5.0
+"""Seconds to wait for the Hugging Face hub."""
+UNREACHABLE = "they are not on this machine, and the Hugging Face hub cannot be reached"
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -32,7 +37,7 @@ def load_timm_model(
 
     registered = not name.startswith(HUB_PREFIXES)
     if registered and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        near = _nearest(name.partition(".")[0], timm.list_models())
         hint = f"; the nearest names are {', '.join(near)}" if near else ""
         raise InputValueError(f"timm has no model {name!r}{hint}")
     pretrained = pretrained and weights is None
@@ -41,20 +46,59 @@ def load_timm_model(
         raise _no_pretrained(name, "timm names none")
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"no such file of weights: {weights}")
+    reachable = not pretrained or hub_answers()
     try:
         head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         checkpoint = "" if weights is None else str(weights)
-        model = timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint, **head)
+        with nullcontext() if reachable else _from_the_cache_alone():
+            model = timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint, **head)
     except Exception as error:  # the hub clients raise errors of their own HTTP libraries, torch of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if weights is not None:
             words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             hint = " (a head of another number of classes: --num-classes)" if "size mismatch for head" in words else ""
             raise InputValueError(f"the weights {weights} do not load into {name}{hint}: {words}") from error
+        if not reachable:
+            raise _no_pretrained(name, UNREACHABLE) from error
         if pretrained:
             raise _no_pretrained(name, reason.rstrip(".")) from error
         raise InputValueError(f"timm cannot build {name}: {reason}") from error
     return model.eval()
+
+
+def _nearest(name: str, known: Sequence[str]) -> list[str]:
+    """Names that begin so, the shortest first; else names that are spelled much like it."""
+    longer = sorted((one for one in known if one.startswith(name)), key=lambda one: (len(one), one))
+    return longer[:3] or difflib.get_close_matches(name, known, n=3)
+
+
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached, or is not to be asked.
+
+    Its own client finds out by ten attempts, which take 46 seconds.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception:  # each release of the client has errors of its own
+        return False
+    return True
+
+
+@contextmanager
+def _from_the_cache_alone() -> Iterator[None]:
+    """Within a ``with`` block the hub's client does not try the network."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _no_pretrained(name: str, reason: str) -> InputValueError:

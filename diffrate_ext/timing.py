@@ -41,6 +41,12 @@ class Benchmark:
     """First and third quartile of the rounds' speed-ups."""
 
     @property
+    def speed_up_spread(self) -> float:
+        """Half the distance between the quartiles."""
+        low, high = self.speed_up_quartiles
+        return (high - low) / 2
+
+    @property
     def images_per_second(self) -> float:
         return self.batch_size / self.seconds
 

@@ -34,6 +34,11 @@ def test_unknown_model_suggests_near_names():
         load_timm_model("deit_smal_patch16_224")
 
 
+def test_the_start_of_a_name_suggests_the_shortest_that_begin_so():
+    with pytest.raises(ValueError, match=r"names are deit_tiny_patch16_224, deit_tiny_distilled_patch16_224$"):
+        load_timm_model("deit_tiny")
+
+
 def test_unknown_tag():
     with pytest.raises(ValueError, match="nope"):
         load_timm_model("test_vit.nope")
@@ -67,3 +72,40 @@ def test_failed_download_names_both_ways_out(monkeypatch):
 def test_models_without_published_weights():
     with pytest.raises(ValueError, match=r"--weights FILE.*--no-pretrained"):
         load_timm_model("vit_small_patch16_36x1_224")
+
+
+class Hub:
+    """Stands for the client's session. It notes what it was asked."""
+
+    def __init__(self, answers: bool) -> None:
+        self.answers, self.asked = answers, []
+
+    def head(self, url, timeout):
+        self.asked.append((url, timeout))
+        if not self.answers:
+            raise OSError("no route to host")
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_hub_that_cannot_be_reached_is_asked_once(answers, monkeypatch):
+    from huggingface_hub import constants
+
+    hub, offline = Hub(answers), []
+
+    def create(*_, **__):
+        offline.append(constants.HF_HUB_OFFLINE)
+        raise OSError("no weights")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: hub)
+    monkeypatch.setattr("timm.create_model", create)
+    reason = "no weights" if answers else "they are not on this machine, and the Hugging Face hub cannot be reached"
+    with pytest.raises(ValueError, match=f"no pretrained weights for test_vit: {reason}. Give local ones"):
+        load_timm_model("test_vit")
+    assert offline == [not answers]  # where it does not answer, timm finds what was downloaded before, and at once
+    assert len(hub.asked) == 1
+    assert hub.asked[0][1] <= 10
+    assert not constants.HF_HUB_OFFLINE
+    with pytest.raises(ValueError, match="timm cannot build"):
+        load_timm_model("test_vit", pretrained=False)
+    assert len(hub.asked) == 1

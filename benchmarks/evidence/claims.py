@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from diffrate_ext.paired import Interval
+
 from .runs import SIMPLE, Outcome
-from .statistics import Interval, paired, summarize
+from .statistics import paired, summarize
 from .tables import Form, Part, Row, figure_5, parts
 
 

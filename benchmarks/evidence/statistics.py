@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffrate_ext.paired import Interval, paired_interval
+
 from .runs import Outcome
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean difference, and where it lies with 95 % confidence."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> str:
-        return "lower" if self.high < 0 else "higher" if self.low > 0 else "no difference beyond chance"
 
 
 @dataclass(frozen=True)
@@ -64,15 +52,11 @@ def paired(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Interval:
     The interval tells of images that were not drawn. That seeds differ comes on top where there are several: their
     variance is added.
     """
-    one, other = _by_image(ours), _by_image(theirs)
-    difference = one - other
-    variance = float(difference.var(ddof=1)) / len(difference)
+    variance = 0.0
     for outcomes in (ours, theirs):
         if len(outcomes) > 1:
             variance += float(np.var([outcome.errors.mean() for outcome in outcomes], ddof=1)) / len(outcomes)
-    half = 1.96 * math.sqrt(variance)
-    mean = float(difference.mean())
-    return Interval(mean, mean - half, mean + half)
+    return paired_interval(_by_image(ours), _by_image(theirs), variance)
 
 
 def _by_image(outcomes: Sequence[Outcome]) -> NDArray[np.float64]:

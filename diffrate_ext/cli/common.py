@@ -1,34 +1,24 @@
-"""What the commands of the command line share."""
+"""What the commands of the command line share: options, the model, the device, the schedules."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from .parsing import UsageError, gflops_target, method_text, positive
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
     from torch import nn
 
-    from ..demo import NamedSchedule
-
-
-class UsageError(Exception):
-    """Arguments that argparse does not accept."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Reports errors as a UsageError instead of printing the usage and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
+    from ..compression.choice import NamedSchedule
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -39,21 +29,38 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--weights", type=Path, metavar="FILE", help="local checkpoint (.safetensors, .pth) instead of a download"
     )
-    weights.add_argument(
-        "--no-pretrained", action="store_true", help="random weights: to try the speed without a download"
-    )
+    add_no_pretrained_option(weights)
     parser.add_argument(
         "--num-classes", type=positive, metavar="N", help="of the head of --weights (default: as timm has the model)"
     )
 
 
+def add_no_pretrained_option(
+    parser: argparse._ActionsContainer, help: str = "random weights: to try the speed without a download"
+) -> None:
+    parser.add_argument("--no-pretrained", action="store_true", help=help)
+
+
+def add_machine_options(parser: argparse._ActionsContainer) -> None:
+    """``--device`` and ``--threads``."""
+    parser.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: as torch chooses)")
+
+
 def add_schedule_options(parser: argparse.ArgumentParser) -> None:
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument(
-        "--gflops", type=float, nargs="+", metavar="G", help="compress to so many GFLOPs, by the method's simple rule"
+    parser.add_argument(
+        "--gflops",
+        type=gflops_target,
+        nargs="+",
+        metavar="G",
+        help="uniform schedules of so many GFLOPs, or of a share of the model's such as 60%%",
     )
-    choice.add_argument(
-        "--schedule", type=Path, nargs="+", metavar="FILE", help="schedules as Schedule.save writes them"
+    parser.add_argument(
+        "--schedule",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="schedules as a search leaves them, beside those of --gflops",
     )
     add_method_option(parser)
     add_any_model_option(parser)
@@ -83,52 +90,18 @@ def add_timing_options(parser: argparse.ArgumentParser, *, batch_size: int, roun
         metavar="N",
         help=f"images in a batch (default: {batch_size})",
     )
+    add_rounds_option(parser, rounds)
+    add_machine_options(parser)
+
+
+def add_rounds_option(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument(
         "--rounds", type=positive, default=rounds, metavar="N", help=f"rounds of timing (default: {rounds})"
     )
-    parser.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    return _whole(text, 1)
-
-
-def not_negative(text: str) -> int:
-    """A whole number of at least 0."""
-    return _whole(text, 0)
-
-
-def _whole(text: str, least: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-    return number
-
-
-def amount(text: str) -> float:
-    """A finite number of at least 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return number
-
-
-def method_text(text: str) -> str:
-    """A method as ``compress(method=...)`` takes it, in its own words."""
-    from ..errors import InputError
-    from ..methods import method_of
-
-    try:
-        return str(method_of(text))
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def add_picture_output(parser: argparse.ArgumentParser, name: str, what: str = "the picture") -> None:
+    parser.add_argument("--output", type=Path, default=Path(name), metavar="FILE", help=f"{what} (default: {name})")
 
 
 def consoles(*, quiet: bool = False) -> tuple[Console, Console]:
@@ -146,6 +119,15 @@ def warnings_on(console: Console) -> Iterator[None]:
             str(message), style="yellow", markup=False, soft_wrap=True
         )
         yield
+
+
+def say_if_busy(console: Console) -> None:
+    """For commands that measure speed, before they start to work."""
+    from ..machine import busy_machine
+
+    remark = busy_machine()
+    if remark is not None:
+        console.print(remark, style="yellow", soft_wrap=True, markup=False)
 
 
 def default_workers() -> int:
@@ -168,15 +150,18 @@ def model_named(arguments: argparse.Namespace) -> nn.Module:
     )
 
 
-def device_named(name: str) -> torch.device:
+def device_named(arguments: argparse.Namespace) -> torch.device:
+    """The ``--device``. From here on torch uses as many ``--threads``."""
     import torch
 
     try:
-        device = torch.device(name)
+        device = torch.device(arguments.device)
     except RuntimeError:
-        raise UsageError(f"--device: no such device: {name!r}; expected e.g. cpu or cuda") from None
+        raise UsageError(f"--device: no such device: {arguments.device!r}; expected e.g. cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: this torch sees no CUDA device")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
     return device
 
 
@@ -197,24 +182,23 @@ def schedules_named(arguments: argparse.Namespace, model: nn.Module) -> list[Nam
 
     Each says the method that it is for. One that is not DiffRate is part of its name.
     """
-    from ..compression.uniform import uniform_schedule
-    from ..demo import NamedSchedule, published_schedules, uniform_schedules
+    from ..compression.choice import named_uniform
+    from ..demo import published_schedules, uniform_schedules
 
     method = arguments.method or "diffrate"
-    if arguments.gflops:
-        named = [NamedSchedule(f"{g:g} GFLOPs", uniform_schedule(model, g, method=method)) for g in arguments.gflops]
-    elif arguments.schedule:
-        named = schedules_in(arguments.schedule, model, any_model=arguments.any_model)
-    else:
-        published = published_schedules(arguments.model or "") if method == "diffrate" else []
-        named = published or uniform_schedules(model, method)
-    return [_with_method(one, arguments.method or one.schedule.method) for one in named]
+    given = schedules_in(arguments.schedule or [], model, any_model=arguments.any_model)
+    named = [with_method(one, arguments.method or one.schedule.method) for one in given]
+    named += [named_uniform(model, gflops, method) for gflops in arguments.gflops or []]
+    if named:
+        return named
+    published = published_schedules(arguments.model or "") if method == "diffrate" else []
+    return published or uniform_schedules(model, method)
 
 
 def schedules_in(paths: Sequence[Path], model: nn.Module, *, any_model: bool) -> list[NamedSchedule]:
     """Schedules from files; unless for ``any_model``, they must not say that they were made for another one."""
+    from ..compression.choice import NamedSchedule
     from ..compression.compress import check_made_for
-    from ..demo import NamedSchedule
     from ..schedule import Schedule
 
     named = [NamedSchedule(_name_of(path), Schedule.load(path)) for path in paths]
@@ -223,7 +207,8 @@ def schedules_in(paths: Sequence[Path], model: nn.Module, *, any_model: bool) ->
     return named
 
 
-def _with_method(named: NamedSchedule, method: str) -> NamedSchedule:
+def with_method(named: NamedSchedule, method: str) -> NamedSchedule:
+    """A schedule as another method's, which is part of its name unless it is DiffRate."""
     name = named.name if method == "diffrate" else f"{method} {named.name}"
     return replace(named, name=name, schedule=replace(named.schedule, method=method))
 

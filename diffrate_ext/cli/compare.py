@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import (
-    UsageError,
     add_any_model_option,
     add_model_options,
     add_timing_options,
     consoles,
     device_named,
+    say_if_busy,
     schedules_in,
 )
+from .parsing import UsageError, add_command, gflops_target
 from .workload import PICTURES_BY_DEFAULT, add_picture_options, workload_named
 
 if TYPE_CHECKING:
@@ -27,20 +28,27 @@ if TYPE_CHECKING:
 
 
 def add_compare_command(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "compare",
         help="methods of token compression side by side on a model and your pictures",
         description="Compresses a model by each method to the same FLOPs and says how much of its results stays and "
         "how much faster it becomes. Without --model: the embedded model on embedded test images, with labels.",
+        examples=[
+            "diffrate compare",
+            "diffrate compare --model deit_small_patch16_224 --images photos/ --gflops 60%",
+            "diffrate compare --methods diffrate tome --gflops 70% 50%",
+        ],
     )
     add_model_options(parser)
     add_picture_options(parser, f"default: all 2,000 embedded ones; {PICTURES_BY_DEFAULT} of yours, evenly spread")
     parser.add_argument(
         "--gflops",
-        type=float,
+        type=gflops_target,
         nargs="+",
         metavar="G",
-        help="targets (default: 80, 65 and 50 %% of the model's; none beside --schedule)",
+        help="targets, in GFLOPs or as shares of the model's such as 60%% (default: 80%%, 65%% and 50%%; none beside "
+        "--schedule)",
     )
     parser.add_argument(
         "--methods",
@@ -75,7 +83,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     output = check_output(arguments.output)
     results, remarks = consoles()
     workload = workload_named(arguments, PICTURES_BY_DEFAULT, None, remarks)
-    workload.model.to(device_named(arguments.device))
+    workload.model.to(device_named(arguments))
     paths = arguments.schedule or []
     schedules = {
         named.name: named.schedule for named in schedules_in(paths, workload.model, any_model=arguments.any_model)
@@ -94,6 +102,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
         def show(what: str, done: int) -> None:
             if not progress.live.is_started:  # not before: an error of the arguments comes alone
+                say_if_busy(remarks)
                 while_running.enter_context(progress)
             progress.update(tasks[what], completed=done)
 
@@ -142,17 +151,17 @@ def _record(row: Compared) -> dict[str, Any]:
 
 
 def _table(rows: list[Compared], name: str, arguments: argparse.Namespace) -> Table:
-    import torch
     from rich.table import Table
 
     from ..demo import percent
+    from ..machine import place
 
     first, *others = rows
-    where = f"{torch.get_num_threads()} CPU threads" if arguments.device == "cpu" else arguments.device
     table = Table(
         title=f"{name}, {first.evaluation.n:,} images",
         caption="agreement: same class as uncompressed; cosine: of the pooled features and the uncompressed model's; "
-        f"speed: medians of {arguments.rounds} interleaved rounds, batches of {arguments.batch_size}, {where}",
+        f"speed: medians of {arguments.rounds} interleaved rounds, batches of {arguments.batch_size}, "
+        f"{place(arguments.device)}",
     )
     table.add_column("", no_wrap=True)
     for heading in ("GFLOPs", "top-1", "agreement", "cosine", "images/s", "speed-up"):

@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputValueError
 from .common import (
-    UsageError,
+    add_machine_options,
     add_model_options,
+    add_rounds_option,
     add_schedule_options,
     check_embedded_options,
     consoles,
     default_workers,
     device_named,
     model_named,
-    not_negative,
-    positive,
+    say_if_busy,
     schedules_named,
     warnings_on,
 )
+from .parsing import UsageError, add_command, not_negative, positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,18 +31,26 @@ if TYPE_CHECKING:
 
     from ..evaluation import Batch
     from ..images.sources import ImageSource
+    from ..timing import Benchmark
 
 SPEED_ROUNDS = 8
+"""By default."""
 
 
 def add_evaluate_command(commands: Any) -> None:
     """Add ``evaluate`` to the commands of a parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "evaluate",
         help="accuracy, loss, GFLOPs and speed of schedules on labelled images",
         description="Compares a model under one or several schedules with the uncompressed one. Without arguments: the "
-        "embedded model on the embedded test images, by a simple rule. A model whose schedules the authors published "
-        "is measured under those by default.",
+        "embedded model on the embedded test images, under uniform schedules. A model whose schedules the authors "
+        "published is measured under those by default.",
+        examples=[
+            "diffrate evaluate",
+            "diffrate evaluate --schedule found/schedule.json --gflops 60% --n-images 500",
+            "diffrate evaluate --model deit_small_patch16_224 --images imagenet/",
+        ],
     )
     add_model_options(parser)
     parser.add_argument(
@@ -53,6 +62,7 @@ def add_evaluate_command(commands: Any) -> None:
     parser.add_argument(
         "--split", metavar="NAME", help="the part of the images (default: val or test, or the only one)"
     )
+    parser.add_argument("--n-images", type=positive, metavar="N", help="at most so many, evenly spread (default: all)")
     add_schedule_options(parser)
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images in a batch (default: 32)")
     parser.add_argument(
@@ -61,7 +71,8 @@ def add_evaluate_command(commands: Any) -> None:
         metavar="N",
         help="processes that read images (default: up to 4; embedded: 0)",
     )
-    parser.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+    add_rounds_option(parser, SPEED_ROUNDS)
+    add_machine_options(parser)
     parser.add_argument("--amp", action="store_true", help="mixed precision (bfloat16)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(command=_evaluate)
@@ -80,13 +91,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.model is not None and arguments.images is None:
         raise UsageError("--model needs --images FOLDER to evaluate on")
     results, remarks = consoles()
-    device = device_named(arguments.device)
+    device = device_named(arguments)
     images, model = _images_and_model(arguments, remarks)
     model.to(device)
     schedules = schedules_named(arguments, model)
     workers = arguments.workers if arguments.workers is not None else default_workers() if arguments.model else 0
     loader = evaluation_loader(images, model, batch_size=arguments.batch_size, workers=workers)
     models = [model, *(compressed_copy(model, named.schedule) for named in schedules)]
+    say_if_busy(remarks)
     first: list[torch.Tensor] = []  # the batch that is timed
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
@@ -98,8 +110,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         found = evaluate_all(models, progress.track(_keeping_first(loader, first), task_id=task))
         own = next(model.parameters())
         comparison = Comparison(model, [named.schedule for named in schedules], first[0].to(own.device, own.dtype))
-        timing = progress.add_task("timing, interleaved", total=SPEED_ROUNDS)
-        for done in comparison.run(SPEED_ROUNDS):
+        timing = progress.add_task("timing, interleaved", total=arguments.rounds)
+        for done in comparison.run(arguments.rounds):
             progress.update(timing, completed=done)
     speed = comparison.results()
     name = arguments.model or "embedded ViT"
@@ -118,6 +130,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 if compressed
                 else speed[0].uncompressed_images_per_second,
                 "speed_up": compressed.speed_up if compressed else 1.0,
+                "speed_up_quartiles": compressed.speed_up_quartiles if compressed else None,
             }
         )
     setting = {
@@ -128,17 +141,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         "amp": arguments.amp,
         "threads": torch.get_num_threads(),
         "batch_size": len(first[0]),
+        "rounds": speed[0].rounds,
     }
     if arguments.json:
         print(json.dumps({**setting, "results": content}, indent=2))
     else:
-        results.print(_table(setting, content))
+        results.print(_table(setting, content, speed))
 
 
 def _images_and_model(arguments: argparse.Namespace, remarks: Console) -> tuple[ImageSource, nn.Module]:
-    from ..images.sources import match_classes, open_images, without_labels
+    from ..images.sources import match_classes, open_images, spread_over, without_labels
 
     images = open_images(arguments.images, split=arguments.split, purpose="evaluation")
+    if arguments.n_images is not None:
+        images = spread_over(images, arguments.n_images)
     model = model_named(arguments)
     if arguments.model is None or not images.labelled:
         return images, model
@@ -157,19 +173,23 @@ def _keeping_first(loader: Iterable[Batch], first: list[Any]) -> Iterator[Batch]
         yield batch
 
 
-def _table(setting: dict[str, Any], content: list[dict[str, Any]]) -> Any:
+def _table(setting: dict[str, Any], content: list[dict[str, Any]], speed: list[Benchmark]) -> Any:
     from rich.table import Table
 
-    where = f"{setting['threads']} CPU threads" if setting["device"] == "cpu" else setting["device"]
+    from ..demo import with_spread
+    from ..machine import place
+
     table = Table(
         title=f"{setting['model']} on {setting['number_of_images']:,} images of {setting['images']}",
-        caption=f"agreement: same class as uncompressed; speed: medians of {SPEED_ROUNDS} interleaved rounds, "
-        f"batches of {setting['batch_size']}, {where}",
+        caption=f"agreement: same class as uncompressed; speed: medians of {setting['rounds']} interleaved rounds, "
+        f"± half the distance between quartiles, batches of {setting['batch_size']}, {place(setting['device'])}",
+        pad_edge=False,  # for terminals of 80 columns
     )
     table.add_column("", no_wrap=True)
-    for heading in ("GFLOPs", "top-1", "loss", "agreement", "images/s", "speed-up"):
+    for heading in ("GFLOPs", "top-1", "loss", "agree-\nment", "images\n/s", "speed-up"):
         table.add_column(heading, justify="right")
-    for row in content:
+    speed_ups = ["1.00x", *map(with_spread, speed)]
+    for row, speed_up in zip(content, speed_ups, strict=True):
         table.add_row(
             row["schedule"],
             f"{row['gflops']:.4g}",
@@ -177,6 +197,6 @@ def _table(setting: dict[str, Any], content: list[dict[str, Any]]) -> Any:
             "-" if row["loss"] is None else f"{row['loss']:.4f}",
             f"{row['agreement']:.2%}",
             f"{row['images_per_second']:.4g}",
-            f"{row['speed_up']:.2f}x",
+            speed_up,
         )
     return table

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import (
-    UsageError,
     add_any_model_option,
     add_method_option,
     add_model_options,
-    amount,
     check_embedded_options,
     consoles,
     device_named,
     model_named,
-    not_negative,
     schedules_in,
     warnings_on,
 )
+from .parsing import UsageError, add_command, amount, gflops_target, not_negative
 from .training import (
     SMOOTHING,
     add_batch_options,
@@ -45,7 +43,7 @@ if TYPE_CHECKING:
     from ..images.loading import ImageLoader
     from ..images.sources import ImageSource
     from ..schedule import Schedule
-    from ..training.progress import Measure
+    from ..training.records import Measure
 
 STEPS, LR = 1000, 2e-5
 OUR_STEPS, OUR_LR, OUR_SHARE = 50, 8e-4, 0.5
@@ -54,21 +52,27 @@ OUR_STEPS, OUR_LR, OUR_SHARE = 50, 8e-4, 0.5
 
 def add_finetune_command(commands: Any) -> None:
     """Add ``finetune`` to the commands of a parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "finetune",
         help="train a model's weights under a schedule, to win back accuracy",
         description="Trains the weights of a compressed model, by the paper's recipe, and says what that did to its "
         "accuracy on images that it did not train on. Without arguments: the embedded model, on the embedded training "
         "images. Several processes or machines: torchrun --nproc_per_node N -m diffrate_ext finetune ...",
+        examples=[
+            "diffrate finetune",
+            "diffrate finetune --model deit_small_patch16_224 --images imagenet/ --schedule found/schedule.json",
+        ],
     )
     add_model_options(parser)
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--schedule", type=Path, metavar="FILE", help="a schedule as a search leaves it")
     choice.add_argument(
         "--gflops",
-        type=amount,
+        type=gflops_target,
         metavar="G",
-        help=f"or one of so many GFLOPs by the method's simple rule (embedded: {100 * OUR_SHARE:.0f}%% of the model's)",
+        help="or a uniform one of so many GFLOPs, or of a share of the model's such as 60%% (embedded: "
+        f"{100 * OUR_SHARE:.0f}%%)",
     )
     add_method_option(parser)
     add_any_model_option(parser)
@@ -125,7 +129,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
         raise UsageError("--model needs --images FOLDER to learn from")
     if arguments.model is not None and arguments.schedule is None and arguments.gflops is None:
         raise UsageError("--model needs --schedule FILE or --gflops G: what the model is to be fine-tuned for")
-    with joined(device_named(arguments.device)) as device:
+    with joined(device_named(arguments)) as device:
         processes = Processes.current()
         results, remarks = consoles(quiet=not processes.first)
         with warnings_on(remarks):
@@ -221,13 +225,12 @@ def _with_labels_that_count(images: ImageSource, model: Any, settings: FinetuneS
 
 
 def _schedule_named(arguments: argparse.Namespace, model: nn.Module) -> Schedule:
-    from ..compression.flops import flops
     from ..compression.uniform import uniform_schedule
 
     if arguments.schedule is not None:
         (named,) = schedules_in([arguments.schedule], model, any_model=arguments.any_model)
         return replace(named.schedule, method=arguments.method or named.schedule.method)
-    gflops = OUR_SHARE * flops(model) / 1e9 if arguments.gflops is None else arguments.gflops
+    gflops = f"{OUR_SHARE:.0%}" if arguments.gflops is None else arguments.gflops
     return uniform_schedule(model, gflops, method=arguments.method or "diffrate")
 
 

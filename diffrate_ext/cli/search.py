@@ -9,18 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..embedded import SEARCH_SHARE, SEARCH_STEPS
-from .common import (
-    UsageError,
-    add_model_options,
-    amount,
-    check_embedded_options,
-    consoles,
-    device_named,
-    model_named,
-    not_negative,
-    positive,
-    warnings_on,
-)
+from .common import add_model_options, check_embedded_options, consoles, device_named, model_named, warnings_on
+from .held_out import add_held_out_option, compare_with_uniform, hold_out
+from .parsing import UsageError, add_command, amount, gflops_target, not_negative, positive
 from .training import (
     SMOOTHING,
     add_batch_options,
@@ -41,29 +32,38 @@ if TYPE_CHECKING:
     from ..rate_search.loop import SearchResult
     from ..rate_search.settings import SearchSettings
     from ..training.processes import Processes
-    from ..training.progress import Measure
+    from ..training.records import Measure
 
 STEPS = 1000
 
 
 def add_search_command(commands: Any) -> None:
     """Add ``search`` to the commands of a parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "search",
         help="learn a schedule for a model from images",
         description="Learns how many tokens each block of a model may prune and merge at a given cost. Without "
-        "arguments: for the embedded model, on the embedded training images. Several processes or machines: "
+        "arguments: for the embedded model, on the embedded training images. A search that was stopped goes on with "
+        "--resume; so does a finished one, with more --steps. Several processes or machines: "
         "torchrun --nproc_per_node N -m diffrate_ext search ...",
+        examples=[
+            "diffrate search",
+            "diffrate search --model deit_small_patch16_224 --images imagenet/ --gflops 60%",
+            "diffrate search --model deit_small_patch16_224 --images imagenet/ --gflops 60% --steps 2000 --resume",
+        ],
     )
     add_model_options(parser)
     add_image_folder_options(parser, "--soft-targets")
     parser.add_argument(
         "--gflops",
-        type=amount,
+        type=gflops_target,
         nargs="+",
         metavar="G",
-        help=f"the target, or several for one search each (default: {100 * SEARCH_SHARE:.0f}%% of the model's)",
+        help="the target, or several for one search each, in GFLOPs or as shares of the model's such as 60%% "
+        f"(default: {100 * SEARCH_SHARE:.0f}%%)",
     )
+    add_held_out_option(parser)
     add_output_options(parser, "diffrate_search", "schedule, history, plot", "search")
 
     training = parser.add_argument_group("training")
@@ -139,6 +139,7 @@ class _Job:
 
     model: Any
     images: ImageSource
+    held_out: ImageSource | None
     settings: SearchSettings
     processes: Processes
     loading: dict[str, Any]
@@ -149,15 +150,18 @@ def _search(arguments: argparse.Namespace) -> None:
     from ..training.processes import Processes, joined
 
     check_embedded_options(arguments)
-    with joined(device_named(arguments.device)) as device:
+    with joined(device_named(arguments)) as device:
         processes = Processes.current()
         results, remarks = consoles(quiet=not processes.first)
         with warnings_on(remarks):
             job = _job(arguments, device, processes, remarks)
             targets = _targets(arguments, job)
             found = [_search_one(arguments, job, gflops, folder) for gflops, folder in targets.items()]
-        for result, folder in zip(found, targets.values(), strict=True):
-            results.print(_summary(result, folder, job.settings), soft_wrap=True, markup=False)
+            for result, folder in zip(found, targets.values(), strict=True):
+                results.print(_summary(result, folder, job.settings), soft_wrap=True, markup=False)
+            if job.held_out is not None and processes.first:
+                for line in _comparison(arguments, job, found):
+                    results.print(line, soft_wrap=True, markup=False)
 
 
 def _job(arguments: argparse.Namespace, device: torch.device, processes: Processes, remarks: Console) -> _Job:
@@ -193,7 +197,8 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
     loading = loading_named(
         arguments, 0.0 if settings.soft_targets else choose(arguments, "label_smoothing", SMOOTHING, 0.0)
     )
-    return _Job(model.to(device), images, settings, processes, loading, remarks)
+    images, held_out = hold_out(arguments, images, model, remarks)
+    return _Job(model.to(device), images, held_out, settings, processes, loading, remarks)
 
 
 def _settings(arguments: argparse.Namespace, device: torch.device) -> SearchSettings:
@@ -228,11 +233,12 @@ def _check_tensorboard(arguments: argparse.Namespace) -> None:
 
 def _targets(arguments: argparse.Namespace, job: _Job) -> dict[float, Path]:
     """The folder of each target; all are checked before the first search starts."""
-    from ..compression.flops import flops
+    from ..compression.targets import gflops_of
     from ..rate_search.checkpoints import SearchFolder
     from ..rate_search.loop import check_target
 
-    gflops = arguments.gflops or [round(SEARCH_SHARE * flops(job.model) / 1e9, 4)]
+    wanted = arguments.gflops or [f"{SEARCH_SHARE:.0%}"]
+    gflops = [round(gflops_of(job.model, one), 4) if isinstance(one, str) else one for one in wanted]
     if len(set(gflops)) < len(gflops):
         raise UsageError(f"--gflops names a target twice: {' '.join(f'{g:g}' for g in gflops)}")
     several = len(gflops) > 1
@@ -278,6 +284,15 @@ def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder:
             report=all_reports(reports),
             fingerprint=data_fingerprint(job.images, job.loading, processes),
         )
+
+
+def _comparison(arguments: argparse.Namespace, job: _Job, found: list[SearchResult]) -> list[str]:
+    from ..images.loading import evaluation_loader
+
+    assert job.held_out is not None
+    workers = job.loading["workers"]
+    loader = evaluation_loader(job.held_out, job.model, batch_size=arguments.batch_size, workers=workers)
+    return compare_with_uniform(job.model, found, loader, job.held_out.where, job.remarks)
 
 
 def _summary(result: SearchResult, folder: Path, settings: SearchSettings) -> str:

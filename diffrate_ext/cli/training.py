@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import amount, default_workers, not_negative, positive
+from .common import add_machine_options, default_workers
+from .parsing import amount, not_negative, positive
 
 if TYPE_CHECKING:
     from ..images.sources import ImageSource
@@ -49,9 +50,9 @@ def add_batch_options(training: argparse._ArgumentGroup, steps: int, of_ours: in
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """``--device`` and ``--seed``, in a group that is returned."""
+    """``--device``, ``--threads`` and ``--seed``, in a group that is returned."""
     run = parser.add_argument_group("run")
-    run.add_argument("--device", default="cpu", help="where to run, e.g. cuda (default: cpu)")
+    add_machine_options(run)
     run.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of all random choices (default: 0)")
     return run
 

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import UsageError, check_embedded_options, model_named, positive
+from .common import check_embedded_options, model_named
+from .parsing import UsageError, positive
 
 if TYPE_CHECKING:
     from rich.console import Console

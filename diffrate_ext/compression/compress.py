@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TypeVar
 
 import torch
@@ -12,13 +13,21 @@ from ..methods import Method, MethodPlan, method_of
 from ..models import adapter_for
 from ..modes import evaluating
 from ..schedule import Schedule, same_model
+from .choice import schedule_for
 from .patching import compressed_modules, install_plans, remove_plans
 
 Model = TypeVar("Model", bound=nn.Module)
 
+log = logging.getLogger("diffrate_ext")
+
 
 def compress(
-    model: Model, schedule: Schedule, *, method: str | Method | None = None, linear_patch_embedding: bool = True
+    model: Model,
+    schedule: Schedule | None = None,
+    *,
+    gflops: float | str | None = None,
+    method: str | Method | None = None,
+    linear_patch_embedding: bool = True,
 ) -> Model:
     """Make a model prune and merge tokens between attention and MLP of its blocks.
 
@@ -30,6 +39,9 @@ def compress(
     Args:
         model: one of timm's VisionTransformer or MetaFormer (CAFormer) models.
         schedule: the tokens that each block keeps.
+        gflops: in place of a schedule, what the model is to cost: multiply-accumulates of one image in units of 1e9, or
+            a share of the uncompressed model's, such as ``"60%"``. Takes what :func:`schedule_for` chooses, a published
+            schedule or a uniform one; the logger ``diffrate_ext`` says which, at level INFO.
         method: how a block comes down to them; None: as the schedule says. ``"diffrate"`` (section 3 of the paper)
             prunes the least important tokens and merges the next ones; the others remove tokens in one way, and go by
             those left after the block alone: ``"tome"`` merges the tokens with the most similar keys, ``"evit"`` keeps
@@ -45,9 +57,16 @@ def compress(
         the model itself.
 
     Raises:
-        InputTypeError: the model's family is not supported.
-        InputValueError: a part of the model is not supported, or the schedule does not fit it or the method.
+        InputTypeError: the model's family is not supported, or there are a schedule and GFLOPs, or neither.
+        InputValueError: a part of the model is not supported, the schedule does not fit it or the method, or the GFLOPs
+            cannot be reached.
     """
+    if (schedule is None) == (gflops is None):
+        raise InputTypeError("compress takes either a schedule or gflops, such as gflops=2.9 or gflops='60%'")
+    if gflops is not None:
+        chosen = schedule_for(model, gflops, "diffrate" if method is None else method)
+        log.info("compressing by the %s schedule", chosen.name)
+        schedule = chosen.schedule
     if not isinstance(schedule, Schedule):
         raise InputTypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
     if not isinstance(linear_patch_embedding, bool):
@@ -103,5 +122,5 @@ def check_made_for(model: nn.Module, schedule: Schedule) -> None:
     if not same_model(schedule.model, name):
         raise InputValueError(
             f"the schedule was made for {schedule.model}, and the model is {name}: what it removes may matter here "
-            "(any_model=True, or --any-model, uses it all the same)"
+            "(use it all the same with --any-model (any_model=True))"
         )

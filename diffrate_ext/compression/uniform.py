@@ -9,12 +9,13 @@ from ..methods import Method, method_of
 from ..models import adapter_for
 from ..schedule import Schedule
 from .flops import flops
+from .targets import gflops_of
 
 SHARES = (0.80, 0.65, 0.50)
 """Of the uncompressed model's FLOPs: the targets when nobody names others."""
 
 
-def uniform_schedule(model: nn.Module, gflops: float, *, method: str | Method = "diffrate") -> Schedule:
+def uniform_schedule(model: nn.Module, gflops: float | str, *, method: str | Method = "diffrate") -> Schedule:
     """A schedule of so many GFLOPs by a method's usual rule.
 
     - ``"diffrate"`` and ``"random"`` remove the same number of tokens in every block that the paper compresses. Up to
@@ -28,7 +29,8 @@ def uniform_schedule(model: nn.Module, gflops: float, *, method: str | Method = 
 
     Args:
         model: one of timm's VisionTransformer or MetaFormer (CAFormer) models.
-        gflops: multiply-accumulates of one image, in units of 1e9.
+        gflops: multiply-accumulates of one image, in units of 1e9; or a share of the uncompressed model's, such as
+            ``"60%"``.
         method: whose schedule it will be, as for :func:`compress`.
 
     Raises:
@@ -43,10 +45,10 @@ def uniform_schedule(model: nn.Module, gflops: float, *, method: str | Method = 
     def flops_of(strength: float) -> int:
         return cost.total([method.uniform(stage, strength) for stage in stages])
 
-    target = float(gflops) * 1e9
+    target = gflops_of(model, gflops) * 1e9
     if not flops_of(1) * 0.99 <= target <= flops_of(0) * 1.01:
         raise InputValueError(
-            f"{gflops} GFLOPs cannot be reached: the model takes {flops_of(0) / 1e9:.4g} uncompressed, and "
+            f"{target / 1e9:g} GFLOPs cannot be reached: the model takes {flops_of(0) / 1e9:.4g} uncompressed, and "
             f"{flops_of(1) / 1e9:.4g} with all the tokens removed that this rule may remove"
         )
     low, high = 0.0, 1.0  # FLOPs fall with the strength, in steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..training.files import OutputFolder, replacing
-from ..training.records import is_recorded
+from ..training.records import is_recorded, readable_json
 from .quality import Quality
 
 
@@ -44,7 +43,17 @@ class FinetuneHistory:
 
     def to_json(self, **qualities: Quality | None) -> str:
         found = {name: None if quality is None else asdict(quality) for name, quality in qualities.items()}
-        return json.dumps({**asdict(self), **found}) + "\n"
+        records = [
+            {
+                "step": record.step,
+                "loss": record.loss,
+                "accuracy": record.accuracy,
+                "gradient_norm": record.gradient,
+                "learning_rate": record.lr,
+            }
+            for record in self.records
+        ]
+        return readable_json({"steps": self.steps, "records": records, **found})
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> FinetuneHistory:

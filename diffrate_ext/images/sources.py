@@ -124,6 +124,32 @@ def without_labels(source: ImageSource) -> ImageSource:
     return _Relabelled(source, None, [])
 
 
+def some_of(source: ImageSource, numbers: Sequence[int]) -> ImageSource:
+    """Only the pictures with these numbers."""
+    return _Part(source, numbers)
+
+
+def spread_over(source: ImageSource, limit: int) -> ImageSource:
+    """At most ``limit`` of the pictures, evenly spread: the first ones are often all of one class."""
+    n = len(source)
+    return source if n <= limit else some_of(source, [i * n // limit for i in range(limit)])
+
+
+class _Part(ImageSource):
+    def __init__(self, source: ImageSource, numbers: Sequence[int]) -> None:
+        self.where, self.classes, self.why_unlabelled = source.where, source.classes, source.why_unlabelled
+        self._source, self._numbers = source, np.array(numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def read(self, i: int) -> tuple[Image.Image, int | None]:
+        return self._source.read(int(self._numbers[i]))
+
+    def name(self, i: int) -> str:
+        return self._source.name(int(self._numbers[i]))
+
+
 class _Relabelled(ImageSource):
     def __init__(self, source: ImageSource, classes: list[str] | None, labels: Sequence[int]) -> None:
         self.where, self.classes = source.where, classes

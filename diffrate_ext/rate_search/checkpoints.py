@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -34,8 +34,15 @@ class SearchFolder(OutputFolder):
         super().__init__(path)
         self.plot = self.path / "search.png"
 
+    def may_differ(self, content: Mapping[str, Any], fingerprint: Mapping[str, Fact]) -> Collection[str]:
+        """A search that was finished may go on to more steps, with the learning rates of a search of that length."""
+        steps = fingerprint["steps"]
+        finished = content["step"] == content["fingerprint"]["steps"]
+        return ("steps", "lr", "min_lr") if finished and isinstance(steps, int) and steps > content["step"] else ()
+
     def save_state(self, state: SearchState, fingerprint: Mapping[str, Fact]) -> None:
         """Write the checkpoint, and the history beside it as JSON."""
+        self.schedule.unlink(missing_ok=True)  # of a search that goes on after its end: it would pass for the new one
         content = {
             "step": state.step,
             "logits": state.logits,

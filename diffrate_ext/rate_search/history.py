@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..schedule import Schedule
-from ..training.records import is_recorded
+from ..training.records import Measure, is_recorded, readable_json
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class SearchHistory:
         steps: the length of the search.
         tokens: tokens that enter each block when nothing is compressed.
         records: in the order of their steps, not all of a long search.
+        measure: what their accuracy is.
     """
 
     target_gflops: float
@@ -47,6 +47,7 @@ class SearchHistory:
     steps: int
     tokens: tuple[int, ...]
     records: tuple[StepRecord, ...] = ()
+    measure: Measure = "accuracy"
 
     def wants(self, step: int) -> bool:
         """Whether a step is among those that are recorded."""
@@ -55,8 +56,33 @@ class SearchHistory:
     def with_record(self, record: StepRecord) -> SearchHistory:
         return replace(self, records=(*self.records, record))
 
+    def extended_to(self, steps: int) -> SearchHistory:
+        """The same for a search of so many steps; of its records those that a search of that length keeps."""
+        return replace(self, steps=steps, records=tuple(r for r in self.records if is_recorded(r.step, steps)))
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self)) + "\n"
+        """For people and other programs: every number under the name of what it is."""
+        return readable_json(
+            {
+                "target_gflops": self.target_gflops,
+                "uncompressed_gflops": self.uncompressed_gflops,
+                "steps": self.steps,
+                "uncompressed_tokens_of_each_block": self.tokens,
+                "records": [
+                    {
+                        "step": record.step,
+                        "loss": record.loss,
+                        "flops_loss": record.flops_loss,
+                        self.measure: record.accuracy,
+                        "gflops": record.gflops,
+                        "learning_rate": record.lr,
+                        "tokens_after_pruning": record.after_pruning,
+                        "tokens_after_merging": record.after_merging,
+                    }
+                    for record in self.records
+                ],
+            }
+        )
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> SearchHistory:

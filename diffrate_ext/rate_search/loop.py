@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from os import PathLike
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..compression.copies import compressed_copy, uncompressed_copy
 from ..compression.flops import flops
 from ..compression.patching import remove_plans
+from ..compression.targets import gflops_of
 from ..compression.uniform import uniform_schedule
 from ..errors import DivergedError, InputValueError
 from ..evaluation import Batch, Evaluation, evaluate_all, split_batch
@@ -30,7 +31,7 @@ from ..training.batches import Loader, fitting_labels, model_fingerprint, step_b
 from ..training.files import Fact, replacing
 from ..training.interruption import saved_however_it_ends
 from ..training.processes import Processes
-from ..training.progress import Measure
+from ..training.records import Measure
 from .checkpoints import SearchFolder, SearchState
 from .graph import Replayed, check_recordable, record_cuda_graph
 from .history import SearchHistory, StepRecord, kept_after
@@ -72,7 +73,7 @@ class SearchResult:
 def search(
     model: nn.Module,
     loader: Loader,
-    target_gflops: float,
+    target_gflops: float | str,
     settings: SearchSettings | None = None,
     *,
     validation: Iterable[Batch] | None = None,
@@ -98,12 +99,15 @@ def search(
             size, labels (B,) of an integer dtype or probabilities (B, classes). Any iterable; it is iterated again and
             again. Or a function that takes a step and returns the batches from that step on, so that a resumed search
             skips none by iterating.
-        target_gflops: multiply-accumulates of one image, in units of 1e9.
+        target_gflops: multiply-accumulates of one image, in units of 1e9; or a share of the uncompressed model's, such
+            as ``"60%"``.
         settings: how to search; by default ``SearchSettings()``.
         validation: batches to evaluate the schedule on, as :func:`diffrate_ext.evaluate` takes them.
         output: a folder for ``schedule.json``, ``history.json``, ``search.png`` and ``checkpoint.pt``, each of which is
             whole at any time. None: nothing is written.
         resume: continue the search in ``output``, if there is one, to the same result as if it had not been stopped.
+            One that was finished goes on if the settings ask for more steps, from where its rates are; its schedule
+            stays until the first new checkpoint.
         checkpoint_every: steps between checkpoints. One is written, too, when the search ends by an error or Ctrl-C.
         report: called after every step.
         fingerprint: what a resumed search must have in common with the one before, beside settings and model: the data.
@@ -123,11 +127,12 @@ def search(
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise InputValueError(f"checkpoint_every must be a whole number of at least 1, got {checkpoint_every!r}")
     settings = settings or SearchSettings()
+    target_gflops = gflops_of(model, target_gflops)
     check_target(model, target_gflops, settings.granularity, method=settings.method)
     plain = uncompressed_copy(model)  # shares the weights; its modules are those that change
     rates = RateSearch(plain, settings.granularity, mask_gradient=settings.mask_gradient, method=settings.method)
     try:
-        run = _Search(rates, float(target_gflops), settings, None if output is None else SearchFolder(output))
+        run = _Search(rates, target_gflops, settings, None if output is None else SearchFolder(output))
         run.start({**(fingerprint or {}), **model_fingerprint(plain)}, resume)
         searched = run.steps(loader, checkpoint_every, report)
         schedule = run.finish()
@@ -186,10 +191,6 @@ class _Search:
                 "the model has no classes (num_classes=0), so labels say nothing about it: search with soft targets "
                 "(soft_targets=True), which keep its features"
             )
-        # what the accuracy of the records is; labels in the batches change it
-        self.measure: Measure = (
-            "cosine" if not self.has_classes else "agreement" if settings.soft_targets else "accuracy"
-        )
         self.answer: Tensor | None = None  # of the uncompressed model to one image: the shape of labels that fit
 
     def start(self, fingerprint: Mapping[str, Fact], resume: bool) -> None:
@@ -201,7 +202,7 @@ class _Search:
                 for name, logits in self.logits.items():
                     logits.copy_(state.logits[name])
             self.optimizer.load_state_dict(state.optimizer)
-            self.history = state.history
+            self.history = state.history.extended_to(self.settings.steps)
             self.step = self.steps_before = state.step
             self.saved = state.step
         self.snapshot = self._state()
@@ -236,6 +237,8 @@ class _Search:
                 self._choose_start(first)
                 batches = chain(first, batches)
             for batch in batches:
+                if not self.history.records:
+                    self.history = replace(self.history, measure=self._measure_of(batch))
                 record = self._train(batch, compute)
                 if self.history.wants(self.step):
                     self.history = self.history.with_record(record)
@@ -263,7 +266,7 @@ class _Search:
         from .plot import draw_search
 
         gflops = flops(self.rates.model, schedule) / 1e9
-        figure = draw_search(self.history, schedule, gflops, self.measure)
+        figure = draw_search(self.history, schedule, gflops)
         with replacing(self.folder.plot) as temporary:
             figure.savefig(temporary, dpi=110, format="png")
         self.folder.save_schedule(schedule)  # the last file: where it is, the search is finished
@@ -317,7 +320,6 @@ class _Search:
         images = images.to(self.device, self.dtype, non_blocking=True)
         if labels is None or not self.has_classes:
             return images, None
-        self.measure = "accuracy"
         if self.answer is None:
             self.answer = self._teacher(images[:1])
         return images, fitting_labels(labels, self.answer.expand(len(images), -1))
@@ -371,6 +373,12 @@ class _Search:
         with torch.no_grad(), self.rates.uncompressed() as plain:
             found = plain(images).float()
             return found.softmax(1) if self.has_classes else found
+
+    def _measure_of(self, batch: Batch) -> Measure:
+        """What can be said of how much is right."""
+        if not self.has_classes:
+            return "cosine"
+        return "agreement" if split_batch(batch)[1] is None else "accuracy"
 
     def _diverged(self, loss: float, cost: float) -> str:
         message = (

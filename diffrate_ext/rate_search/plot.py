@@ -17,14 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
     from ..schedule import Schedule
-    from ..training.progress import Measure
     from .history import SearchHistory
 
 LOSS, ACCURACY, SEARCHED = CURVES[3], CURVES[2], CURVES[0]
 KEPT, MERGED, PRUNED = "#33608f", "#e0952b", "#d9d6d0"
 
 
-def draw_search(history: SearchHistory, schedule: Schedule, gflops: float, measure: Measure = "accuracy") -> Figure:
+def draw_search(history: SearchHistory, schedule: Schedule, gflops: float) -> Figure:
     """Draw how a search went, and the schedule that came out.
 
     Above, over the steps: the tokens that leave each block, and how many each block prunes and merges. Below: the final
@@ -34,7 +33,6 @@ def draw_search(history: SearchHistory, schedule: Schedule, gflops: float, measu
         history: at least one record of the search.
         schedule: what it found.
         gflops: what the model takes under this schedule.
-        measure: what the accuracy of the records is.
 
     Returns:
         a matplotlib figure, made without pyplot: nothing global changes.
@@ -68,7 +66,7 @@ def draw_search(history: SearchHistory, schedule: Schedule, gflops: float, measu
     bar.locator = MaxNLocator(integer=True)
     _plot_schedule(axes[1, 0], schedule, history.tokens)
     _plot_gflops(axes[1, 1], steps, history, gflops)
-    _plot_loss(axes[1, 2], steps, history, measure)
+    _plot_loss(axes[1, 2], steps, history)
     for axis in axes.flat:
         axis.title.set_color(INK)
         axis.tick_params(labelsize=8, colors=INK)
@@ -173,7 +171,8 @@ def _plot_gflops(axis: Axes, steps: NDArray[np.int64], history: SearchHistory, g
     _plain(axis)
 
 
-def _plot_loss(axis: Axes, steps: NDArray[np.int64], history: SearchHistory, measure: Measure) -> None:
+def _plot_loss(axis: Axes, steps: NDArray[np.int64], history: SearchHistory) -> None:
+    measure = history.measure
     curves = [(axis, [record.loss for record in history.records], LOSS)]
     axis.set_xlabel("step")
     if measure == "cosine":

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..training.progress import Measure, RunningMeans, in_words, progress_of_steps
+from ..training.progress import RunningMeans, in_words, progress_of_steps
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..training.records import Measure
     from .history import StepRecord
 
 Report = Callable[["StepRecord"], None]
@@ -31,14 +32,20 @@ def progress_report(
         measure: what the records' accuracy is.
     """
     means = RunningMeans(2)
-
-    def describe(record: StepRecord) -> str:
-        loss, accuracy = means(record.loss, record.accuracy)
-        gflops = f"{record.gflops:.4g} -> {target_gflops:.4g} GFLOPs"
-        return f"{in_words(measure, loss, accuracy)}  {gflops}"
+    explained = False
+    good = "the cosine should rise" if measure == "cosine" else f"the loss should fall and the {measure} rise"
 
     with progress_of_steps(console, name, steps) as show:
-        yield lambda record: show(record.step, describe(record))
+
+        def report(record: StepRecord) -> None:
+            nonlocal explained
+            if not explained:  # not before: a search that was finished before says nothing
+                console.print(f"{name}: {good}, at a cost of {target_gflops:.4g} GFLOPs", soft_wrap=True, markup=False)
+                explained = True
+            words = in_words(measure, *means(record.loss, record.accuracy))
+            show(record.step, [*words, f"now {record.gflops:.4g} GFLOPs"])
+
+        yield report
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -113,16 +113,20 @@ class OutputFolder:
             raise InputValueError(
                 f"{self.checkpoint} is not the checkpoint of a {self.what} in format version {self.format_version}"
             )
-        self._compare(content["fingerprint"], fingerprint)
+        self._compare(content["fingerprint"], fingerprint, self.may_differ(content, fingerprint))
         return content
+
+    def may_differ(self, content: Mapping[str, Any], fingerprint: Mapping[str, Fact]) -> Collection[str]:
+        """The facts in which a run that goes on from a checkpoint may differ from the one before."""
+        return ()
 
     def save_schedule(self, schedule: Schedule) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         with replacing(self.schedule) as temporary:
             schedule.save(temporary)
 
-    def _compare(self, then: Mapping[str, Fact], now: Mapping[str, Fact]) -> None:
-        names = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    def _compare(self, then: Mapping[str, Fact], now: Mapping[str, Fact], free: Collection[str]) -> None:
+        names = sorted(key for key in (then.keys() | now.keys()) - set(free) if then.get(key) != now.get(key))
         if names:
             differences = "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in names)
             raise InputValueError(

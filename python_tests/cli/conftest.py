@@ -1,4 +1,4 @@
-"""Pictures, and a terminal that is wide enough."""
+"""Pictures, a terminal that is wide enough, and a machine that has nothing else to do."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ def labelled(tmp_path):
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.fixture(autouse=True)
+def idle_machine(monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))

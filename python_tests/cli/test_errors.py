@@ -25,11 +25,17 @@ from diffrate_ext.schedule import Schedule
         (["demo", *TEST_VIT, "--images", "/no/such/folder"], "/no/such/folder"),
         (["demo", *TEST_VIT, "--weights", "x", "--images", "."], "not allowed with"),
         (["demo", "--gflops", "9"], "9"),
-        (["demo", "--gflops", "0.2", "--schedule", "x"], "not allowed with"),
+        (["demo", "--gflops", "many"], "such as 60%, got 'many'"),
         (["demo", "--schedule", "/no/such/schedule.json"], "/no/such/schedule.json"),
         (["demo", "--output", "/no/such/folder/x.png"], "/no/such/folder"),
         (["demo", "--output", "x.docx"], "x.docx"),
         (["demo", "--device", "abacus"], "abacus"),
+        (["demo", "--schedule", "."], "error: .: Is a directory\n"),
+        (["predict", "--model", "test_vit"], "--model needs --image FILE"),
+        (["predict", "--image", "x.png"], "needs --model"),
+        (["predict", *TEST_VIT, "--image", "."], "--image: . is a folder"),
+        (["predict", "--gflops", "0.2", "--schedule", "x"], "not allowed with"),
+        (["benchmark", "--model", "deit_tiny"], "the nearest names are deit_tiny_patch16_224,"),
         (["search", "--steps", "0"], "at least 1, got '0'"),
         (["search", "--lr", "fast"], "at least 0, got 'fast'"),
         (["search", "--warmup-steps", "-1"], "at least 0, got '-1'"),
@@ -59,6 +65,14 @@ def test_wrong_arguments(argv, message, capsys, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["search", "finetune"])
+def test_pythons_form_of_an_option_is_for_python(command, tmp_path, capsys):
+    (tmp_path / "schedule.json").touch()
+    error = fails([command, "--output", str(tmp_path)], capsys)
+    assert "--resume, or name another folder" in error
+    assert "True" not in error
+
+
 def test_empty_folder(tmp_path, capsys):
     assert "no pictures" in fails(["demo", *TEST_VIT, "--images", str(tmp_path)], capsys)
 
@@ -85,6 +99,7 @@ def test_a_schedule_that_says_it_is_for_another_model(command, tmp_path, capsys,
     error = fails(argv, capsys)
     assert "made for deit_tiny_patch16_224.fb_in1k, and the model is vit_embedded_fashion_mnist" in error
     assert "--any-model" in error
+    assert "True" not in error
     if command in ("benchmark", "visualize"):  # the quick ones
         quick = ["--rounds", "1", "--batch-size", "1"] if command == "benchmark" else ["--n-images", "1"]
         assert main([*argv, "--any-model", *quick]) == 0

@@ -22,13 +22,14 @@ def test_evaluate(labelled, capsys):
     assert main([*argv, "--gflops", "0.03", "0.02"]) == 0
     captured = capsys.readouterr()
     table = rows(captured.out)
-    assert list(table) == ["uncompressed", "0.03 GFLOPs", "0.02 GFLOPs"]
+    assert list(table) == ["uncompressed", "uniform 0.03 GFLOPs", "uniform 0.02 GFLOPs"]
     assert [float(row[0]) for row in table.values()] == pytest.approx([0.03768, 0.03, 0.02], rel=0.02)
-    for _, top1, loss, agreement, speed, speed_up in table.values():
+    for _, top1, loss, agreement, speed, _ in table.values():
         assert all(re.fullmatch(r"\d+\.\d\d%", share) for share in (top1, agreement))
         assert float(loss) > 0
         assert float(speed) > 0
-        assert re.fullmatch(r"\d+\.\d\dx", speed_up)
+    assert table["uncompressed"][5] == "1.00x"
+    assert all(re.fullmatch(r"\d+\.\d\dx ±\d+\.\d\d", row[5]) for row in list(table.values())[1:])
     assert table["uncompressed"][3] == "100.00%"
     assert "4 images" in captured.out
 
@@ -55,6 +56,38 @@ def test_evaluate_as_json_finds_what_the_library_finds(labelled, tmp_path, capsy
         assert result["loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert content["results"][1]["agreement"] == compressed.agreement
     assert content["results"][1]["gflops"] == flops(model, schedule) / 1e9
+
+
+def test_a_learned_schedule_beside_a_uniform_one(tmp_path, capsys):
+    (tmp_path / "learned").mkdir()
+    uniform_schedule(diffrate_ext.embedded.load_model(), 0.25).save(tmp_path / "learned" / "schedule.json")
+    argv = ["evaluate", "--schedule", str(tmp_path / "learned" / "schedule.json"), "--gflops", "60%", "0.25"]
+    assert main([*argv, "--n-images", "20", "--rounds", "3", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert (content["number_of_images"], content["rounds"]) == (20, 3)
+    plain, learned, share, same = content["results"]
+    assert [row["schedule"] for row in content["results"][1:]] == ["learned", "uniform 60%", "uniform 0.25 GFLOPs"]
+    assert share["gflops"] == pytest.approx(0.6 * plain["gflops"], rel=0.01)
+    assert (same["loss"], same["agreement"]) == (learned["loss"], learned["agreement"])
+    for row in content["results"][1:]:
+        low, high = row["speed_up_quartiles"]
+        assert 0 < low <= row["speed_up"] <= high
+
+
+def test_a_busy_machine_is_said(capsys, monkeypatch):
+    argv = ["evaluate", "--n-images", "4", "--rounds", "1", "--gflops", "60%"]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    for load, busy in ((1.9, False), (2.1, True)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 9.0, 9.0))
+        assert main(argv) == 0
+        assert (f"The machine is busy (load {load} on 4 cores)" in capsys.readouterr().err) == busy
+
+
+def test_a_system_that_does_not_tell_its_load(monkeypatch):
+    from diffrate_ext.machine import busy_machine
+
+    monkeypatch.delattr("os.getloadavg")
+    assert busy_machine() is None
 
 
 def test_evaluate_without_labels(folder, capsys):

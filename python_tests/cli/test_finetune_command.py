@@ -242,7 +242,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     records = [json.loads((tmp_path / name / "history.json").read_text())["records"] for name in ("two", "one")]
     for there, here in zip(*records, strict=True):
         assert there == pytest.approx(here, rel=1e-3)
-        assert here["lr"] == there["lr"]
+        assert here["learning_rate"] == there["learning_rate"]
     moved = torch.cat([tensor.flatten() for name, tensor in wanted.items() if name != "pos_embed"])
     other = torch.cat([tensor.flatten() for name, tensor in found.items() if name != "pos_embed"])
     # Adam divides by the gradient's size: where that is 0 but for rounding, weights differ

@@ -30,8 +30,8 @@ def test_search_on_the_embedded_model(tmp_path, capsys):
     assert_is_a_drawing(folder / "search.png")
     history = json.loads((folder / "history.json").read_text())
     assert [record["step"] for record in history["records"]] == [0, 1]
-    # 1 of 2 right, or the like: hard labels, and a trained model
-    assert {record["accuracy"] for record in history["records"]} <= {0.0, 0.5, 1.0}
+    # of two images: soft targets are the default here
+    assert {record["agreement"] for record in history["records"]} <= {0.0, 0.5, 1.0}
 
     assert main(search(folder, "--resume")) == 0
     captured = capsys.readouterr()
@@ -70,7 +70,7 @@ def test_search_for_several_targets(tmp_path, capsys, monkeypatch):
         assert main(argv) == 130
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("diffrate: search stopped after step 1 of 2")
-    assert "--resume" in error
+    assert error.endswith("continue with --resume")
     first = (folder / "0.25G" / "checkpoint.pt").stat().st_mtime_ns
 
     assert main([*argv, "--resume"]) == 0
@@ -92,7 +92,7 @@ def test_search_on_the_users_pictures(labelled, tmp_path, capsys):
     assert "accuracy" in captured.err
     assert len(Schedule.load(folder / "schedule.json")) == 6
     # random weights and a seed: the same again
-    again = search(tmp_path / "again", *argv[9:])
+    again = search(tmp_path / "again", *argv[11:])
     assert main(again) == 0
     assert (tmp_path / "again" / "history.json").read_text() == (folder / "history.json").read_text()
 
@@ -233,4 +233,4 @@ def test_a_model_without_classes_keeps_its_features(pictures, request, tmp_path,
     assert "cosine" in captured.err
     assert "agreement" not in captured.err
     assert (tmp_path / "found" / "search.png").exists()
-    assert "has no classes" in fails([*search(tmp_path / "again", *argv[9:]), "--no-soft-targets"], capsys)
+    assert "has no classes" in fails([*search(tmp_path / "again", *argv[11:]), "--no-soft-targets"], capsys)

@@ -24,6 +24,7 @@ def test_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     captured = capsys.readouterr()
     assert "0.1755 GFLOPs, 1 steps" in captured.out
     assert str(file) in captured.out
+    assert captured.err.startswith("predictors  step 1/1  loss ")
     model, method = load_model(), DynamicViT(file)
     compressed = compressed_copy(model, uniform_schedule(model, 0.2, method=method), method=method)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from picture_files import (
 from PIL import Image
 
 from diffrate_ext import embedded
-from diffrate_ext.images.sources import match_classes, open_images, without_labels
+from diffrate_ext.images.sources import match_classes, open_images, some_of, spread_over, without_labels
 
 
 def names(source) -> list[str]:
@@ -233,3 +233,13 @@ def test_labels_may_be_left_aside(tmp_path):
     assert labels(source) == [None] * 9
     with pytest.raises(ValueError, match="its labels are not used"):
         match_classes(source, 3)
+
+
+def test_some_of_the_pictures():
+    source = open_images(None)
+    part = spread_over(source, 4)
+    assert [part.name(i) for i in range(len(part))] == [source.name(i) for i in (0, 250, 500, 750)]
+    assert labels(part) == [source.read(i)[1] for i in (0, 250, 500, 750)]
+    assert (part.where, part.classes) == (source.where, source.classes)
+    assert spread_over(source, 1000) is source
+    assert labels(some_of(source, [7])) == [source.read(7)[1]]

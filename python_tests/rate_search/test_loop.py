@@ -421,9 +421,9 @@ def test_files(tmp_path):
     diffrate_ext.compress(model, result.schedule)
     history = json.loads((folder / "history.json").read_text())
     assert history["target_gflops"] == gflops_of(model, 0.6)
-    assert history["tokens"] == [65] * 4
+    assert history["uncompressed_tokens_of_each_block"] == [65] * 4
     assert [record["step"] for record in history["records"]] == [0, 1, 2]
-    assert history["records"][1]["after_merging"] == list(result.history.records[1].after_merging)
+    assert history["records"][1]["tokens_after_merging"] == list(result.history.records[1].after_merging)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -22,9 +22,9 @@ from diffrate_ext.rate_search.settings import SearchSettings
 def test_measure(classes, labelled, soft_targets, expected, tmp_path, monkeypatch):
     seen = []
 
-    def draw(history, schedule, gflops, measure):
-        seen.append(measure)
-        return draw_search(history, schedule, gflops, measure)
+    def draw(history, schedule, gflops):
+        seen.append(history.measure)
+        return draw_search(history, schedule, gflops)
 
     draw_search = plot.draw_search
     monkeypatch.setattr(plot, "draw_search", draw)

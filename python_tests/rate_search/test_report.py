@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -37,10 +38,10 @@ def history(steps: int, **options) -> SearchHistory:
     return found
 
 
-def told(steps: int, *, first: int = 0, terminal: bool = False, **options) -> str:
+def told(steps: int, *, first: int = 0, terminal: bool = False, width: int = 160, name="2 GFLOPs", **options) -> str:
     output = io.StringIO()
-    console = Console(file=output, force_terminal=terminal, width=160, highlight=False)
-    with progress_report(console, "2 GFLOPs", steps, 2.0, **options) as report:
+    console = Console(file=output, force_terminal=terminal, width=width, highlight=False)
+    with progress_report(console, name, steps, 2.0, **options) as report:
         for step in range(first, steps):
             report(record(step))
     return output.getvalue()
@@ -48,10 +49,11 @@ def told(steps: int, *, first: int = 0, terminal: bool = False, **options) -> st
 
 def test_a_line_now_and_then():
     lines = told(1000).splitlines()
+    assert lines.pop(0) == "2 GFLOPs: the loss should fall and the accuracy rise, at a cost of 2 GFLOPs"
     assert len(lines) == LINES + 1
-    assert lines[0] == "2 GFLOPs  step 1/1000  loss 2.000  accuracy 25.0%  3 -> 2 GFLOPs"
+    assert lines[0] == "2 GFLOPs  step 1/1000  loss 2.000  accuracy 25.0%  now 3 GFLOPs"
     assert lines[-1].startswith("2 GFLOPs  step 1000/1000  ")
-    assert len(told(3).splitlines()) == 3
+    assert len(told(3).splitlines()) == 1 + 3
 
 
 def test_a_resumed_search_tells_from_where_it_was():
@@ -67,13 +69,36 @@ def test_without_labels_there_is_no_accuracy():
     assert "agreement 25.0%" in told(1, measure="agreement")
     assert "accuracy" not in told(1, measure="agreement")
     assert "cosine 0.2500" in told(1, measure="cosine")
+    assert "the cosine should rise" in told(1, measure="cosine")
     assert "loss" not in told(1, measure="cosine")
 
 
 def test_a_bar_on_a_terminal():
     shown = told(10, terminal=True)
-    for words in ("10/10", "3 -> 2 GFLOPs", "ETA", "━"):
+    for words in ("10/10", "loss", "accuracy", "now 3 GFLOPs", "ETA", "━"):
         assert words in shown
+
+
+@pytest.mark.parametrize(
+    ("width", "measure", "shown", "left_out"),
+    [
+        (60, "accuracy", ["loss"], ["accuracy", "now"]),
+        (80, "accuracy", ["loss", "accuracy 25.0%"], ["now"]),
+        (120, "accuracy", ["loss", "accuracy 25.0%", "now 3 GFLOPs"], []),
+        (60, "cosine", ["cosine 0.2500"], ["now"]),
+    ],
+)
+def test_a_narrow_terminal_still_shows_what_counts(width, measure, shown, left_out):
+    """The longest names and numbers that are usual; the last state of the bar is on the last line."""
+    text = told(1000, terminal=True, width=width, name="0.2106 GFLOPs", measure=measure)
+    last = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text).replace("\r", "\n").strip().splitlines()[-1].strip()
+    assert len(last) <= width
+    assert "…" not in last
+    assert last.startswith("0.2106 GFLOPs ━")
+    assert "1000/1000" in last
+    assert re.search(r"ETA \d:\d\d:\d\d$", last)
+    assert all(words in last for words in shown)
+    assert not any(words in last for words in left_out)
 
 
 def test_tensorboard(tmp_path):
@@ -199,7 +224,7 @@ def test_nothing_to_draw():
     ],
 )
 def test_the_picture_says_what_was_measured(measure, title, labels):
-    figure = draw_search(history(9), Schedule([65], [65]), 3.0, measure)
+    figure = draw_search(replace(history(9), measure=measure), Schedule([65], [65]), 3.0)
     assert panel(figure, f"on the batches: {title} (bold: running mean)").get_ylabel() == labels[0]
     shown = [axis.get_ylabel() for axis in figure.axes]
     assert [label for label in shown if "accuracy" in label or "agreement" in label] == labels[1:]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_search import STEPS, search_once, shuffled_loader, tiny_model
 
 from diffrate_ext.compression.flops import flops
-from diffrate_ext.rate_search.loop import search
+from diffrate_ext.rate_search.loop import SearchResult, search
 from diffrate_ext.rate_search.settings import SearchSettings
 from diffrate_ext.schedule import Schedule
 
@@ -126,6 +128,47 @@ def test_resuming_nothing_starts(unbroken, tmp_path):
     assert_same_search(tmp_path, unbroken)
 
 
+def extend(folder: Path, steps: int, **options: Any) -> SearchResult:
+    model, settings = tiny_model(), SearchSettings(steps, lr=0.1, seed=3)
+    options = {"output": folder, "resume": True, "checkpoint_every": 3, **options}
+    return search(model, shuffled_loader(), 0.6 * flops(model) / 1e9, settings, **options)
+
+
+def test_a_finished_search_goes_on_to_more_steps(unbroken, tmp_path):
+    folder = tmp_path / "search"
+    shutil.copytree(unbroken, folder)
+    steps: list[int] = []
+    result = extend(folder, STEPS + 4, report=lambda record: steps.append(record.step))
+    assert steps == [12, 13, 14, 15]
+    assert result.steps_before == STEPS
+    assert [record.step for record in result.history.records] == list(range(STEPS + 4))
+    assert result.history.steps == STEPS + 4
+    assert result.history.records[:STEPS] == search_once(unbroken, resume=True).history.records
+    assert result.history.records[STEPS].lr == SearchSettings(STEPS + 4, lr=0.1).lr_at(STEPS)
+    found, before = logits_in(folder), logits_in(unbroken)
+    assert any((found[name] - before[name]).abs().max() > 1e-3 for name in before)
+    assert Schedule.load(folder / "schedule.json") == result.schedule
+    assert extend(folder, STEPS + 4, report=lambda _: pytest.fail("a step was made")).schedule == result.schedule
+
+
+def test_the_old_schedule_does_not_pass_for_that_of_an_extended_search(unbroken, tmp_path):
+    """Not even if the extension is stopped between its last step and its schedule."""
+    folder = tmp_path / "search"
+    shutil.copytree(unbroken, folder)
+
+    def stop(record):
+        if record.step == STEPS:
+            assert (folder / "schedule.json").exists()  # no new checkpoint yet
+        if record.step == STEPS + 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extend(folder, STEPS + 4, report=stop)
+    assert not (folder / "schedule.json").exists()
+    assert extend(folder, STEPS + 4).steps_before == STEPS + 4
+    assert (folder / "schedule.json").exists()
+
+
 def test_a_search_is_not_overwritten(unbroken):
     before = {path.name: path.read_bytes() for path in unbroken.iterdir()}
     with pytest.raises(FileExistsError, match=f"{unbroken} holds a search already.*--resume"):
@@ -137,7 +180,8 @@ def test_a_search_is_not_overwritten(unbroken):
     ("model", "share", "settings", "fingerprint", "difference"),
     [
         ({}, 0.6, {"lr": 0.1}, None, "lr: 0.2 then, 0.1 now"),
-        ({}, 0.6, {"steps": 20}, None, "steps: 12 then, 20 now"),
+        ({}, 0.6, {"steps": 11}, None, "steps: 12 then, 11 now"),
+        ({}, 0.6, {"steps": 20, "seed": 4}, None, "seed: 3 then, 4 now"),
         ({}, 0.5, {}, None, "target_gflops: "),
         ({"depth": 5}, 0.6, {}, None, "blocks: 4 then, 5 now"),
         ({"num_classes": 6}, 0.6, {}, None, "weights: "),

@@ -1,0 +1,33 @@
+"""The machine that a measurement runs on."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+BUSY = 0.5
+"""Of the cores that this process may use; from here on timings are not to be trusted."""
+
+
+def busy_machine() -> str | None:
+    """A remark where the machine has had much to do in the last minute; None where it had not, or does not say.
+
+    To be asked before the work starts: later the load is one's own.
+    """
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if load < BUSY * cores:
+        return None
+    return (
+        f"The machine is busy (load {load:.1f} on {cores} cores): speeds below are too low, and speed-ups less certain."
+    )
+
+
+def place(device: str) -> str:
+    """A device as the caption of a table names it: a CPU by the threads that torch uses."""
+    threads = torch.get_num_threads()
+    return device if device != "cpu" else f"{threads} CPU thread{'s' if threads > 1 else ''}"
