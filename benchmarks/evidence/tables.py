@@ -183,7 +183,7 @@ QUICK = Form(
     rounds=1,
 )
 CPU = Form(
-    shares=(0.65, 0.5, 0.4),
+    shares=(0.65, 0.5),
     share=0.5,
     seeds=2,
     search_steps=60,
@@ -197,7 +197,6 @@ CPU = Form(
 )
 CPU_LARGE = replace(
     CPU,
-    shares=(0.65, 0.5),
     seeds=1,
     search_steps=20,
     search_images=160,
