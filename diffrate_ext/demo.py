@@ -146,7 +146,7 @@ def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result
         f"± half the distance between quartiles, batches of {first.batch_size}, {place(str(device))}",
         pad_edge=False,  # for terminals of 80 columns
     )
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold", max_width=24)
     for heading in ("GFLOPs", "loss", "top-1", "agree-\nment", "images\n/s", "speed\nup", "FLOPs\nratio"):
         table.add_column(heading, justify="right")
     table.add_row(

@@ -67,9 +67,13 @@ def load_timm_model(
 
 
 def _nearest(name: str, known: Sequence[str]) -> list[str]:
-    """Names that begin so, the shortest first; else names that are spelled much like it."""
-    longer = sorted((one for one in known if one.startswith(name)), key=lambda one: (len(one), one))
-    return longer[:3] or difflib.get_close_matches(name, known, n=3)
+    """Names that begin so, the shortest first; else names that are spelled much like it, image size aside."""
+    stems = sorted({one.partition("_patch")[0] for one in known})
+    for stem in (name, *difflib.get_close_matches(name.partition("_patch")[0], stems, n=1)):
+        longer = sorted((one for one in known if one.startswith(stem)), key=lambda one: (len(one), one))
+        if longer:
+            return longer[:3]
+    return difflib.get_close_matches(name, known, n=3)
 
 
 def hub_answers() -> bool:

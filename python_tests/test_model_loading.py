@@ -39,6 +39,11 @@ def test_the_start_of_a_name_suggests_the_shortest_that_begin_so():
         load_timm_model("deit_tiny")
 
 
+def test_a_misspelled_family_suggests_its_models():
+    with pytest.raises(ValueError, match=r"names are deit_tiny_patch16_224, "):
+        load_timm_model("deit_tinny")
+
+
 def test_unknown_tag():
     with pytest.raises(ValueError, match="nope"):
         load_timm_model("test_vit.nope")

@@ -108,7 +108,7 @@ def _table(
         title=f"{name}, batches of {arguments.batch_size}, {arguments.dtype}, {place(arguments.device)}",
         caption=f"medians of {arguments.rounds} interleaved rounds; gain: speed-up / FLOPs ratio",
     )
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold", max_width=24)
     for heading in ("GFLOPs", "images/s", "speed-up", "quartiles", "FLOPs ratio", "gain"):
         table.add_column(heading, justify="right")
     first = measured[0]

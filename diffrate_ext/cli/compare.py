@@ -163,7 +163,7 @@ def _table(rows: list[Compared], name: str, arguments: argparse.Namespace) -> Ta
         f"speed: medians of {arguments.rounds} interleaved rounds, batches of {arguments.batch_size}, "
         f"{place(arguments.device)}",
     )
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold", max_width=24)
     for heading in ("GFLOPs", "top-1", "agreement", "cosine", "images/s", "speed-up"):
         table.add_column(heading, justify="right")
     before = first.method

@@ -185,7 +185,7 @@ def _table(setting: dict[str, Any], content: list[dict[str, Any]], speed: list[B
         f"± half the distance between quartiles, batches of {setting['batch_size']}, {place(setting['device'])}",
         pad_edge=False,  # for terminals of 80 columns
     )
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold", max_width=24)
     for heading in ("GFLOPs", "top-1", "loss", "agree-\nment", "images\n/s", "speed-up"):
         table.add_column(heading, justify="right")
     speed_ups = ["1.00x", *map(with_spread, speed)]

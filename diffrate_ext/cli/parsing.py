@@ -92,7 +92,7 @@ def gflops_target(text: str) -> float | str:
     except argparse.ArgumentTypeError:
         share = math.nan
     if not 0 < share <= 100:
-        raise argparse.ArgumentTypeError(f"expected GFLOPs, or a share of the model's such as 60%, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected GFLOPs, or a share of the model's up to 100%, got {text!r}")
     return f"{share:g}%"
 
 

@@ -74,6 +74,8 @@ def _predict(arguments: argparse.Namespace) -> None:
     output = check_output(arguments.output)
     if arguments.images is not None and arguments.images.is_dir():
         raise UsageError(f"--image: {arguments.images} is a folder; diffrate demo takes folders")
+    if arguments.model is None and arguments.images is not None:
+        raise UsageError("--image needs --model NAME: the embedded model has images of its own")
     if arguments.model is not None and arguments.images is None:
         raise UsageError("--model needs --image FILE")
     results, remarks = consoles()

@@ -44,7 +44,7 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
     histories = [json.loads((tmp_path / name / "history.json").read_text())["records"] for name in ("two", "one")]
     for there, here in zip(*histories, strict=True):  # of the whole batch, not of one process's part
         assert there["loss"] == pytest.approx(here["loss"], rel=1e-5)
-        assert there["accuracy"] == pytest.approx(here["accuracy"])
+        assert there["agreement"] == pytest.approx(here["agreement"])
     assert two.stdout.count("schedule.json") == 1  # the first process alone prints
 
     # and one process continues what two began, as long as the global batch is the same
