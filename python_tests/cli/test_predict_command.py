@@ -71,4 +71,4 @@ def test_a_model_without_classes(folder: Path, monkeypatch: Any, capsys: Any) ->
 
     monkeypatch.setattr(workload, "model_named", lambda _: timm.create_model("test_vit", num_classes=0))
     error = fails(["predict", *TEST_VIT, "--image", str(folder / "a.png")], capsys)
-    assert "test_vit has no classes to predict; diffrate visualize draws its tokens" in error
+    assert "test_vit (random weights) has no classes to predict; diffrate visualize draws its tokens" in error

@@ -27,7 +27,7 @@ def test_search_on_the_embedded_model(tmp_path, capsys):
     assert str(folder / "schedule.json") in captured.out
     assert "from the target" in captured.out
     assert captured.err.splitlines()[-1].startswith("0.2106 GFLOPs  step 2/2  loss ")
-    assert_is_a_drawing(folder / "search.png")
+    assert_is_a_drawing(folder / "search.png", ink=0.1)
     history = json.loads((folder / "history.json").read_text())
     assert [record["step"] for record in history["records"]] == [0, 1]
     # of two images: soft targets are the default here
