@@ -250,6 +250,11 @@ def index_page(directory: Path) -> str:
         when = f"{machine['date']}, torch {machine['torch']}{at_commit(machine)}"
         reached = f"; {sum(bar['met'] for bar in bars)} of {len(bars)} bars and aims reached" if bars else ""
         lines.append(f"- [{path.stem}]({path.stem}.md): {where(machine)}, {when}{reached}")
+    evidence = directory / "paper" / "results.json"
+    if evidence.exists():
+        machine = json.loads(evidence.read_text(encoding="utf-8"))["machine"]
+        when = f"{machine['date']}, torch {machine['torch']}{at_commit(machine)}"
+        lines.append(f"- [paper](paper/README.md): methods and schedules side by side; {where(machine)}, {when}")
     if not any(directory.glob("cpu_*.json")):
         lines.append("- CPU: not measured yet.")
     there = {name for name in ON_A_GPU if (directory / f"{name}.md").exists()}

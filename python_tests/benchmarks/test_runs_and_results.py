@@ -133,12 +133,15 @@ def test_index_page_says_what_was_not_measured(tmp_path: Path) -> None:
     assert "Not yet run on a GPU" not in page
     assert "a GPU, today, torch 2; 2 of 3 bars and aims reached\n" in page
     assert page.count("\n- `gpu.sh ") == len(report.ON_A_GPU) - 1
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "results.json").write_text(json.dumps({"machine": content["machine"]}), encoding="utf-8")
     for name in report.ON_A_GPU:
         (tmp_path / f"{name}.md").write_text("all passed; a GPU\n\nmore", encoding="utf-8")
     page = report.index_page(tmp_path)
     assert "Unverified" not in page
     assert "\n- [cuda_test](cuda_test.md): all passed; a GPU\n" in page
     assert "[cuda_search](cuda_search.md): a GPU, today" in page
+    assert "[paper](paper/README.md): methods and schedules side by side; a GPU, today" in page
 
 
 def test_committed_pages_are_those_of_the_committed_results(tmp_path: Path) -> None:
