@@ -39,7 +39,7 @@ def add_demo_command(commands: Any) -> None:
     demo.add_argument(
         "--quick",
         action="store_true",
-        help=f"about half a minute: {QUICK_STEPS} steps of learning, {QUICK_IMAGES} images",
+        help=f"about a minute: {QUICK_STEPS} steps of learning, {QUICK_IMAGES} images",
     )
     add_model_options(demo)
     add_picture_options(demo, f"default: all 2,000 embedded ones; {PICTURES_BY_DEFAULT} of yours, evenly spread")
