@@ -146,7 +146,7 @@ def results_table(workload: Workload, schedules: Sequence[NamedSchedule], result
         f"± half the distance between quartiles, batches of {first.batch_size}, {place(str(device))}",
         pad_edge=False,  # for terminals of 80 columns
     )
-    table.add_column("", overflow="fold", max_width=24)
+    add_names_column(table)
     for heading in ("GFLOPs", "loss", "top-1", "agree-\nment", "images\n/s", "speed\nup", "FLOPs\nratio"):
         table.add_column(heading, justify="right")
     table.add_row(
@@ -217,6 +217,11 @@ def _number(value: float | None) -> str:
 def with_spread(speed: Benchmark) -> str:
     """A speed-up, for a table."""
     return f"{speed.speed_up:.2f}x ±{speed.speed_up_spread:.2f}"
+
+
+def add_names_column(table: Table) -> None:
+    """The first column: long names, such as those with a file of predictors, leave room for the numbers."""
+    table.add_column("", overflow="fold", max_width=24)
 
 
 def percent(share: float | None) -> str:

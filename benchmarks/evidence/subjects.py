@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -11,13 +11,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from diffrate_ext import embedded
 from diffrate_ext.evaluation import Batch
 from diffrate_ext.images.loading import evaluation_loader
-from diffrate_ext.images.sources import ArrayImages, ImageSource, match_classes, open_images, without_labels
+from diffrate_ext.images.sources import (
+    ArrayImages,
+    ImageSource,
+    match_classes,
+    open_images,
+    some_of,
+    spread_over,
+    without_labels,
+)
 from diffrate_ext.model_loading import load_timm_model
 from diffrate_ext.training.data import training_loader
 
@@ -56,15 +63,13 @@ class Subject:
 
     def test_batches(self) -> Iterable[Batch]:
         """The pictures that models are judged by, evenly spread."""
-        source = self.judged_by()
-        count = min(self.test_images, len(source))
-        chosen = Chosen(source, [index * len(source) // count for index in range(count)])
+        chosen = spread_over(self.judged_by(), self.test_images)
         return evaluation_loader(chosen, self.model, batch_size=50)
 
     def search_batches(self, images: int, steps: int, seed: int) -> Callable[[int], Iterable[Batch]]:
         """Batches of the first pictures to learn from, without labels: the uncompressed model says what is wanted."""
         source = without_labels(self.learn_from())
-        chosen = Chosen(source, range(min(images, len(source))))
+        chosen = some_of(source, range(min(images, len(source))))
         return self._loader(chosen, steps, seed, smoothing=0.0)
 
     def tuning_batches(self, steps: int, seed: int) -> Callable[[int], Iterable[Batch]]:
@@ -80,23 +85,6 @@ class Subject:
             )
 
         return loader
-
-
-class Chosen(ImageSource):
-    """Some pictures of a source."""
-
-    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
-        self.where, self.classes, self.why_unlabelled = source.where, source.classes, source.why_unlabelled
-        self._source, self._indices = source, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def read(self, i: int) -> tuple[Image.Image, int | None]:
-        return self._source.read(self._indices[i])
-
-    def name(self, i: int) -> str:
-        return self._source.name(self._indices[i])
 
 
 def fashion_mnist(folder: Path, test_images: int) -> Subject:

@@ -102,13 +102,14 @@ def _table(
 ) -> Table:
     from rich.table import Table
 
+    from ..demo import add_names_column
     from ..machine import place
 
     table = Table(
         title=f"{name}, batches of {arguments.batch_size}, {arguments.dtype}, {place(arguments.device)}",
         caption=f"medians of {arguments.rounds} interleaved rounds; gain: speed-up / FLOPs ratio",
     )
-    table.add_column("", overflow="fold", max_width=24)
+    add_names_column(table)
     for heading in ("GFLOPs", "images/s", "speed-up", "quartiles", "FLOPs ratio", "gain"):
         table.add_column(heading, justify="right")
     first = measured[0]

@@ -153,7 +153,7 @@ def _record(row: Compared) -> dict[str, Any]:
 def _table(rows: list[Compared], name: str, arguments: argparse.Namespace) -> Table:
     from rich.table import Table
 
-    from ..demo import percent
+    from ..demo import add_names_column, percent
     from ..machine import place
 
     first, *others = rows
@@ -163,7 +163,7 @@ def _table(rows: list[Compared], name: str, arguments: argparse.Namespace) -> Ta
         f"speed: medians of {arguments.rounds} interleaved rounds, batches of {arguments.batch_size}, "
         f"{place(arguments.device)}",
     )
-    table.add_column("", overflow="fold", max_width=24)
+    add_names_column(table)
     for heading in ("GFLOPs", "top-1", "agreement", "cosine", "images/s", "speed-up"):
         table.add_column(heading, justify="right")
     before = first.method

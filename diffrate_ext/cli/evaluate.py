@@ -176,7 +176,7 @@ def _keeping_first(loader: Iterable[Batch], first: list[Any]) -> Iterator[Batch]
 def _table(setting: dict[str, Any], content: list[dict[str, Any]], speed: list[Benchmark]) -> Any:
     from rich.table import Table
 
-    from ..demo import with_spread
+    from ..demo import add_names_column, with_spread
     from ..machine import place
 
     table = Table(
@@ -185,7 +185,7 @@ def _table(setting: dict[str, Any], content: list[dict[str, Any]], speed: list[B
         f"± half the distance between quartiles, batches of {setting['batch_size']}, {place(setting['device'])}",
         pad_edge=False,  # for terminals of 80 columns
     )
-    table.add_column("", overflow="fold", max_width=24)
+    add_names_column(table)
     for heading in ("GFLOPs", "top-1", "loss", "agree-\nment", "images\n/s", "speed-up"):
         table.add_column(heading, justify="right")
     speed_ups = ["1.00x", *map(with_spread, speed)]

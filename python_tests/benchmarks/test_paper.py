@@ -20,7 +20,7 @@ from evidence.page import report
 from evidence.random_schedules import random_schedule
 from evidence.runs import SIMPLE, Outcome, Run, Runs
 from evidence.statistics import Interval, paired, summarize
-from evidence.subjects import Chosen, Subject, train_probe
+from evidence.subjects import Subject, train_probe
 from evidence.tables import CPU, QUICK, Row, parts
 from machine import describe
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from PIL import Image
 from tiny_models import tiny_vit
 
 from diffrate_ext import compressed_copy, flops, uniform_schedule
-from diffrate_ext.images.sources import ImageSource
+from diffrate_ext.images.sources import ImageSource, some_of
 
 NAMES = ("a.png", "b.jpg")
 
@@ -89,7 +89,7 @@ def test_no_photograph_is_learned_from_and_shown() -> None:
 
 
 def test_some_pictures_of_a_source() -> None:
-    chosen = Chosen(Squares(), [11, 0])
+    chosen = some_of(Squares(), [11, 0])
     assert [chosen.read(i)[1] for i in range(len(chosen))] == [1, 0]
     assert chosen.name(0) == "square 11"
 
