@@ -235,6 +235,11 @@ def test_simple_schedules_differ(subject: Subject, tmp_path: Path) -> None:
         assert done is not None
         found.append(done.schedule)
     assert all(one != other for i, one in enumerate(found) for other in found[:i])
+    for kind, schedule in zip(SIMPLE, found, strict=True):
+        assert schedule is not None
+        assert schedule.after_pruning is not None
+        merged_alone = schedule.after_pruning[1:] == schedule.after_merging[:-1]
+        assert merged_alone == kind.endswith("all merged")
 
 
 def test_each_seed_learns_its_own_schedule(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

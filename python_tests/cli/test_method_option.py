@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -9,10 +10,13 @@ import pytest
 import timm
 import torch
 from command_line import QUICK, TEST_VIT, assert_is_a_drawing, fails, rows
+from rich.console import Console
+from rich.table import Table
 
 from diffrate_ext import compressed_copy, embedded, uniform_schedule
 from diffrate_ext.cli.common import schedules_named
 from diffrate_ext.cli.main import main
+from diffrate_ext.demo import add_names_column
 from diffrate_ext.schedule import Schedule
 
 
@@ -155,3 +159,13 @@ def test_other_weights_of_the_embedded_model(tmp_path, capsys):
     for name in ("text.safetensors", "part.pth"):
         error = fails([*argv, "--weights", str(tmp_path / name)], capsys)
         assert f"{name} do not load into the embedded model" in error
+
+
+def test_a_long_name_leaves_room_for_the_numbers():
+    table, text = Table(), io.StringIO()
+    add_names_column(table)
+    for heading in ("GFLOPs", "top-1", "loss", "agreement", "images/s", "speed-up"):
+        table.add_column(heading)
+    table.add_row("dynamicvit:predictors=diffrate_predictors.safetensors 60%", *(f"{i}23.45" for i in range(1, 7)))
+    Console(file=text, width=80).print(table)
+    assert all(f"{i}23.45" in text.getvalue() for i in range(1, 7))
