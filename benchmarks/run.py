@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch sees no CUDA device", file=sys.stderr)
         return 2
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in the convolutions of patch embeddings, too
     if arguments.output:
         output = arguments.output
     elif arguments.quick:
