@@ -147,12 +147,9 @@ __device__ inline void multiply_add<__nv_bfloat16>(float (&d)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-// As __syncthreads, which all warps of a block must reach at the same place of the program, but each warp may stand at a
-// place of its own. `kThreads` is how many threads the block has. No kernel uses two of these at a time.
-template <int kThreads>
-__device__ inline void barrier_of_warps() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
-}
+// As __syncthreads, which all warps of a block must reach at the same place of the program, but each warp may stand at
+// a place of its own: to PTX a barrier is its number.
+__device__ inline void barrier_of_warps() { asm volatile("bar.sync 1, %0;" ::"r"(blockDim.x) : "memory"); }
 
 // Waits for all threads of all blocks of the cluster; what they wrote to device memory before is visible after.
 __device__ inline void cluster_barrier() {

@@ -20,10 +20,11 @@ struct Plan {
   Reading reading;  // of `rows`, where rows are aligned
 };
 
-// In this order: the first that can run and fits. `twelfths` says how full a plan may make the device: blocks are at most
-// so many twelfths of the multiprocessors. Measured on an H200 (132 multiprocessors) with 197 tokens of 768 channels in
-// bfloat16 at 1 to 256 images. Larger clusters stop earlier, as the multiprocessors that can form clusters of 4 or 8 at the
-// same time are fewer than there are: of four parts, 24 images took 20 % less time than of two, 32 images a third more.
+// In this order: the first that can run and fits. `twelfths` says how full a plan may make the device: blocks are at
+// most so many twelfths of the multiprocessors. Measured on an H200 (132 multiprocessors) with 197 tokens of 768
+// channels in bfloat16 at 1 to 256 images. Larger clusters stop earlier, as the multiprocessors that can form clusters
+// of 4 or 8 at the same time are fewer than there are: of four parts, 24 images took 20 % less time than of two, 32
+// images a third more.
 struct Choice {
   const char* name;
   Plan plan;

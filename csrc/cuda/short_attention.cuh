@@ -118,7 +118,7 @@ struct ShortPass {
   __device__ void wait_for_values() {
     if (values_are_there) return;
     copy_wait<0>();
-    barrier_of_warps<C::kVariant.warps * kWarp>();  // warps with rows come from their first product, others do not
+    barrier_of_warps();  // warps with rows come from their first product, others do not
     values_are_there = true;
   }
 

@@ -42,7 +42,7 @@ def add_evaluate_command(commands: Any) -> None:
     parser = add_command(
         commands,
         "evaluate",
-        help="accuracy, loss, GFLOPs and speed of schedules on labelled images",
+        help="accuracy, agreement, GFLOPs and speed of schedules on pictures",
         description="Compares a model under one or several schedules with the uncompressed one. Without arguments: the "
         "embedded model on the embedded test images, under uniform schedules. A model whose schedules the authors "
         "published is measured under those by default.",

@@ -212,6 +212,7 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> FinetuneSe
 
 def _with_labels_that_count(images: ImageSource, model: Any, settings: FinetuneSettings) -> ImageSource:
     """The images with the model's labels, or without where nobody asks for them."""
+    from ..errors import InputValueError
     from ..images.sources import match_classes, without_labels
 
     if settings.distill == 1:
@@ -221,7 +222,10 @@ def _with_labels_that_count(images: ImageSource, model: Any, settings: FinetuneS
             f"{images.where} has no labels ({images.why_unlabelled}): add --distill 1, to learn from what the "
             "uncompressed model says"
         )
-    return match_classes(images, model.num_classes)
+    try:
+        return match_classes(images, model.num_classes)
+    except InputValueError as error:
+        raise UsageError(f"{error}; with --distill 1 labels are not needed") from error
 
 
 def _schedule_named(arguments: argparse.Namespace, model: nn.Module) -> Schedule:
@@ -291,8 +295,10 @@ def _summary(result: FinetuneResult, output: Path) -> str:
         )
         rose = "rose" if after > before else "FELL" if after < before else "stayed"
         digits = ".4f" if name == "cosine" else ".2%"
-        words = f"{name} {rose} from {before:{digits}} to {after:{digits}}, on {result.after.n:,} images"
+        moved = f"at {after:{digits}}" if rose == "stayed" else f"from {before:{digits}} to {after:{digits}}"
+        words = f"{name} {rose} {moved}, on {result.after.n:,} images"
         if name == "top-1":
-            agreements = f"{result.before.agreement:.2%} to {result.after.agreement:.2%}"
-            words += f" (uncompressed: {whole:.2%}); agreement with it from {agreements}"
+            was, is_now = f"{result.before.agreement:.2%}", f"{result.after.agreement:.2%}"
+            moved = f"stayed {was}" if was == is_now else f"went from {was} to {is_now}"
+            words += f" (uncompressed: {whole:.2%}); agreement with it {moved}"
     return f"{resumed}{words}\n  {files.weights}\n  {files.schedule}"

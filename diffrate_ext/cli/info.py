@@ -40,6 +40,7 @@ def _info(arguments: argparse.Namespace) -> None:
         print(json.dumps(info, indent=2, default=str))
         return
     table = Table(show_header=False)
+    info["cuda_architectures"] = info["cuda_architectures"] or "none: built without CUDA kernels"
     for key, value in info.items():
         listed = isinstance(value, (list, tuple, set, frozenset))
         table.add_row(key.replace("_", " "), (", ".join(map(str, value)) or "none") if listed else str(value))

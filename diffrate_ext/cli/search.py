@@ -167,6 +167,7 @@ def _search(arguments: argparse.Namespace) -> None:
 def _job(arguments: argparse.Namespace, device: torch.device, processes: Processes, remarks: Console) -> _Job:
     import torch
 
+    from ..errors import InputValueError
     from ..images.sources import match_classes, open_images
 
     if arguments.model is not None and arguments.images is None:
@@ -187,7 +188,10 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
             "uncompressed model says"
         )
     if images.labelled and not settings.soft_targets:
-        images = match_classes(images, model.num_classes)
+        try:
+            images = match_classes(images, model.num_classes)
+        except InputValueError as error:
+            raise UsageError(f"{error}; with --soft-targets labels are not needed") from error
     if not images.labelled or settings.soft_targets:
         from ..images.sources import without_labels
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -38,7 +39,8 @@ def compress(
 
     Args:
         model: one of timm's VisionTransformer or MetaFormer (CAFormer) models.
-        schedule: the tokens that each block keeps.
+        schedule: the tokens that each block keeps. If it says that it was made for another model, the logger
+            ``diffrate_ext`` warns.
         gflops: in place of a schedule, what the model is to cost: multiply-accumulates of one image in units of 1e9, or
             a share of the uncompressed model's, such as ``"60%"``. Takes what :func:`schedule_for` chooses, a published
             schedule or a uniform one; the logger ``diffrate_ext`` says which, at level INFO.
@@ -68,11 +70,14 @@ def compress(
         log.info("compressing by the %s schedule", chosen.name)
         schedule = chosen.schedule
     if not isinstance(schedule, Schedule):
-        raise InputTypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
+        hint = ": read a file with Schedule.load(path)" if isinstance(schedule, (str, Path)) else ""
+        raise InputTypeError(f"schedule must be a Schedule, got {type(schedule).__name__}{hint}")
     if not isinstance(linear_patch_embedding, bool):
         raise InputTypeError(f"linear_patch_embedding must be a bool, got {type(linear_patch_embedding).__name__}")
     method, adapter = method_of(schedule.method if method is None else method), adapter_for(model)
     numbers = adapter.kept_numbers(schedule)
+    if not same_model(schedule.model, adapter.name):
+        log.warning("%s", _made_for_another(schedule, adapter.name))
     method.check(adapter, numbers)
     parts = zip(adapter.stages, numbers, strict=True)
     plans = [MethodPlan(method, adapter.rules, stage.tokens, kept, stage.fewest) for stage, kept in parts]
@@ -121,6 +126,9 @@ def check_made_for(model: nn.Module, schedule: Schedule) -> None:
     name = adapter_for(model).name
     if not same_model(schedule.model, name):
         raise InputValueError(
-            f"the schedule was made for {schedule.model}, and the model is {name}: what it removes may matter here "
-            "(use it all the same with --any-model (any_model=True))"
+            f"{_made_for_another(schedule, name)} (use it all the same with --any-model (any_model=True))"
         )
+
+
+def _made_for_another(schedule: Schedule, name: str | None) -> str:
+    return f"the schedule was made for {schedule.model}, and the model is {name}: what it removes may matter here"

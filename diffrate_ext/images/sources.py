@@ -99,9 +99,8 @@ def match_classes(source: ImageSource, num_classes: int) -> ImageSource:
     Raises:
         InputValueError: no labels, or other classes than the model's.
     """
-    hint = "soft targets from the uncompressed model need no labels"
     if source.classes is None:
-        raise InputValueError(f"{source.where} has no labels: {source.why_unlabelled}; {hint}")
+        raise InputValueError(f"{source.where} has no labels: {source.why_unlabelled}")
     if num_classes == 1000 and all(_WNID.fullmatch(name) for name in source.classes):
         from timm.data import ImageNetInfo
 
@@ -109,12 +108,12 @@ def match_classes(source: ImageSource, num_classes: int) -> ImageSource:
         number = {name: i for i, name in enumerate(names)}
         unknown = [name for name in source.classes if name not in number]
         if unknown:
-            raise InputValueError(f"{source.where} has classes that are not in ImageNet-1k: {_some(unknown)}; {hint}")
+            raise InputValueError(f"{source.where} has classes that are not in ImageNet-1k: {_some(unknown)}")
         return _Relabelled(source, list(names), [number[name] for name in source.classes])
     if len(source.classes) != num_classes:
         raise InputValueError(
             f"{source.where} has {len(source.classes)} classes ({_some(source.classes)}), "
-            f"but the model has {num_classes}; {hint}"
+            f"but the model has {num_classes}"
         )
     return source
 

@@ -204,6 +204,8 @@ def _check_kept(k_p: object, k_m: object, prefix: int, tokens: int) -> None:
     pruned, merged = check_int("k_p", k_p), check_int("k_m", k_m)
     if pruned > tokens:
         raise InputValueError(f"k_p must be at most the number of tokens, {tokens}, got {pruned}")
+    if pruned < prefix:
+        raise InputValueError(f"k_p must be at least {prefix} (the prefix), got {pruned}")
     if merged > pruned:
         raise InputValueError(f"k_m must be at most k_p, {pruned}, got {merged}")
     least = prefix if merged == pruned else prefix + 1

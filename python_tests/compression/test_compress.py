@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -149,6 +150,18 @@ def test_what_is_no_schedule_is_refused() -> None:
     model, _, _ = vit()
     with pytest.raises(TypeError, match="schedule must be a Schedule, got list"):
         compress(model, [17, 14, 9, 6])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got str: read a file with Schedule.load\(path\)"):
+        compress(model, "schedule.json")  # type: ignore[call-overload, unused-ignore, arg-type]
+
+
+def test_a_schedule_of_another_model_is_taken_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model, schedule, _ = vit()
+    model.pretrained_cfg = {"architecture": "vit_of_this_test", "tag": "a"}
+    compress(model, replace(schedule, model="vit_of_this_test.a"))
+    assert not caplog.records
+    compress(model, replace(schedule, model="another.b"))
+    (record,) = caplog.records
+    assert "made for another.b, and the model is vit_of_this_test.a" in record.getMessage()
 
 
 def test_unknown_and_wrapped_models_are_refused() -> None:

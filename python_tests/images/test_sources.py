@@ -206,12 +206,10 @@ def test_the_datasets_package_is_asked_for_by_name(tmp_path, monkeypatch):
 def test_classes_of_the_model(tmp_path):
     source = open_images(class_folders(tmp_path / "data"))
     assert match_classes(source, 3) is source
-    with pytest.raises(
-        ValueError, match=r"3 classes \(ant, bee, cow\), but the model has 1000; soft targets .* no labels"
-    ):
+    with pytest.raises(ValueError, match=r"3 classes \(ant, bee, cow\), but the model has 1000$"):
         match_classes(source, 1000)
     write(tmp_path / "flat" / "a.png")
-    with pytest.raises(ValueError, match=r"has no labels: pictures lie in it directly.*soft targets"):
+    with pytest.raises(ValueError, match="has no labels: pictures lie in it directly"):
         match_classes(open_images(tmp_path / "flat"), 3)
 
 

@@ -35,11 +35,7 @@ inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __ffsll(long long bits) { return __builtin_ffsll(bits); }
 
 inline void __syncthreads(Where where = Where::current()) { block().barrier(where); }
-template <int kThreads>
-inline void barrier_of_warps(Where where = Where::current()) {
-  if (kThreads != static_cast<int>(blockDim.x)) block().fail("has another number of threads than its barrier");
-  block().barrier(where);
-}
+inline void barrier_of_warps(Where where = Where::current()) { block().barrier(where); }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, Where where = Where::current()) {
   block().collective("__syncwarp", mask, nullptr, [](void* const(&)[emulation::kWarp]) {}, where);
