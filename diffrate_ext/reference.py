@@ -218,7 +218,7 @@ def compose_slots(first: Tensor, second: Tensor) -> Tensor:
 
 
 def restore_tokens(x: Tensor, slot: Tensor, fill: Tensor | None = None) -> Tensor:
-    """Every token's place gets the token that absorbed it; pruned places get ``fill`` (C,), or zeros."""
+    """Every token's place gets the token that absorbed it; pruned places get ``fill``, (C,) or (B, N, C), or zeros."""
     restored = gather_tokens(x, slot.clamp_min(0))
     fill = torch.zeros(x.shape[-1], dtype=x.dtype, device=x.device) if fill is None else fill
     return torch.where((slot < 0)[..., None], fill, restored)

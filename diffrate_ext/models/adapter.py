@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -154,8 +155,20 @@ class Adapter(ABC):
         return numbers
 
 
-def count_weights(module: Any, layer: type[nn.Linear] | type[nn.Conv2d]) -> int:
-    """Weights in a module's layers of one sort, without biases: the multiply-accumulates per token or pixel."""
+def linear_weights(module: nn.Module | None) -> int:
+    """Weights in a module's linear layers, without biases: the multiply-accumulates per token.
+
+    A layer's features are counted and not what its weight holds, which may be quantised and packed; nor does it have to
+    be nn.Linear. A layer that is made of others (LoRA's) is those.
+    """
     if module is None:
         return 0
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, layer))
+    if inside := sum(map(linear_weights, module.children())):
+        return inside
+    features: Any = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return math.prod(features) if all(isinstance(number, int) for number in features) else 0
+
+
+def convolution_weights(module: nn.Module) -> int:
+    """Weights in a module's convolutions, without biases: the multiply-accumulates per pixel."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Conv2d))

@@ -15,7 +15,7 @@ from .. import ops
 from ..costs import BlockCost, ModelCost, StageCost
 from ..errors import InputTypeError, InputValueError
 from ..schedule import Schedule
-from .adapter import Adapter, Stage, TokenRules, count_weights
+from .adapter import Adapter, Stage, TokenRules, convolution_weights, linear_weights
 from .classes import CompressedModule, has_forward_of, original_class, unwrapped
 from .compressed import NO_STEP, Observer, Plan, Step, packed_attention, run_blocks
 
@@ -123,15 +123,15 @@ class MetaFormerAdapter(Adapter):
         fixed = grids[0][0] * grids[0][1] * model.stem.conv.weight.numel()
         for stage, (rows, columns) in zip(model.stages, grids, strict=True):
             tokens = rows * columns
-            fixed += tokens * count_weights(stage.downsample, nn.Conv2d)
+            fixed += tokens * convolution_weights(stage.downsample)
             if stage.use_nchw:
-                fixed += tokens * count_weights(stage.blocks, nn.Conv2d)
+                fixed += tokens * convolution_weights(stage.blocks)
                 continue
             blocks = tuple(
                 BlockCost(
-                    attention=count_weights(block.token_mixer, nn.Linear),
+                    attention=linear_weights(block.token_mixer),
                     pairs=2 * block.token_mixer.attention_dim,
-                    mlp=count_weights(block.mlp, nn.Linear),
+                    mlp=linear_weights(block.mlp),
                 )
                 for block in map(unwrapped, stage.blocks)
             )

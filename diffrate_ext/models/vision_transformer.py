@@ -15,15 +15,15 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from .. import ops
 from ..costs import BlockCost, ModelCost, StageCost
 from ..errors import InputTypeError, InputValueError
 from ..modes import is_traced
 from ..numeric import TINY, wide_dtype
 from ..schedule import Schedule
-from .adapter import Adapter, Stage, TokenRules, count_weights
+from .adapter import Adapter, Stage, TokenRules, linear_weights
 from .classes import CompressedModule, has_forward_of, original_class, unwrapped
 from .compressed import NO_STEP, Observer, Plan, Step, packed_attention, run_blocks
+from .dense_features import DenseFeatures, Fill
 from .patch_embedding import is_tiled
 
 _POOLS_CLASS_TOKEN = ("token", "")
@@ -184,11 +184,20 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
         output_dict: bool = False,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        fill: Fill = "last",
     ) -> Any:
         """As of the uncompressed model, with the patches of the intermediate features back on their grid.
 
-        A patch gets the features of the token that absorbed it; a pruned patch is zero. The final features stay
-        (B, K, C).
+        A patch gets the features of the token that absorbed it. The final features stay (B, K, C).
+
+        Args:
+            x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict: as of the
+                uncompressed model.
+            fill: what a pruned patch gets: with ``"last"`` the features that it had when it was pruned (what the last
+                block before returned), with ``"nearest"`` those of the nearest patch that is left, or ``"zeros"``.
+
+        Raises:
+            InputValueError: the model is in its search step, or an argument is not known.
         """
         _refuse_masks(attn_mask, is_causal)
         if self.training and self._diffrate_plan.masks_in_training:
@@ -197,15 +206,12 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
             raise InputValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         taken, last = feature_take_indices(len(self.blocks), indices)
         rows, columns = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        restored: list[Tensor] = []
-
-        def restore(tokens: Tensor, slot: Tensor) -> None:
-            restored.append(ops.restore_tokens(self.norm(tokens) if norm else tokens, slot))
-
-        tokens, size = self._run_blocks(self._embed(x), last + 1 if stop_early else None, restore)
+        embedded = self._embed(x)
+        dense = DenseFeatures(embedded, (rows, columns), fill, self.norm if norm else None)
+        tokens, size = self._run_blocks(embedded, last + 1 if stop_early else None, dense.add)
         intermediates, prefixes = [], []
         for index in sorted(taken):
-            features = restored[index]
+            features = dense.blocks[index]
             prefixes.append(features[:, : self.num_prefix_tokens])
             features = features[:, self.num_prefix_tokens :]
             if output_fmt == "NCHW":
@@ -298,20 +304,20 @@ class VisionTransformerAdapter(Adapter):
         (stage,) = self.stages
         blocks = tuple(
             BlockCost(
-                attention=count_weights(block.attn, nn.Linear),
+                attention=linear_weights(block.attn),
                 pairs=2 * block.attn.num_heads * block.attn.head_dim,
-                mlp=count_weights(block.mlp, nn.Linear),
+                mlp=linear_weights(block.mlp),
             )
             for block in stage.blocks
         )
         embedding = stage.tokens * model.patch_embed.proj.weight.numel()
         # a distilled model has a second head
-        head = sum(count_weights(getattr(model, name, None), nn.Linear) for name in ("head", "head_dist"))
+        head = sum(linear_weights(getattr(model, name, None)) for name in ("head", "head_dist"))
         per_token = 0
         if model.global_pool == "map":
             pool = model.attn_pool
-            per_token = count_weights(pool.kv, nn.Linear) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
-            head += pool.latent_len * (count_weights(pool, nn.Linear) - count_weights(pool.kv, nn.Linear))
+            per_token = linear_weights(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
+            head += pool.latent_len * (linear_weights(pool) - linear_weights(pool.kv))
         return ModelCost((StageCost(stage.tokens, embedding, blocks),), head, per_token)
 
     @property

@@ -13,7 +13,7 @@ def restore_tokens(x: Tensor, slot: Tensor, fill: Tensor | None = None) -> Tenso
     Args:
         x: features (B, K, C) of the kept tokens.
         slot: (B, N) int64, as :func:`prune_merge` and :func:`compose_slots` return them.
-        fill: (C,), what pruned places get; None stands for zeros.
+        fill: what pruned places get, (C,) or one for each place, (B, N, C); None stands for zeros.
 
     Returns:
         (B, N, C).
@@ -27,8 +27,10 @@ def restore_tokens(x: Tensor, slot: Tensor, fill: Tensor | None = None) -> Tenso
     if fill is None:
         fill = x.new_zeros(x.shape[2])
     else:
-        check_tensor("fill", fill, 1, "(C,)")
-        check_shape("fill", fill, x.shape[2:], "(C,)")
+        by_place = isinstance(fill, Tensor) and fill.dim() == 3
+        shape = "(B, N, C)" if by_place else "(C,)"
+        check_tensor("fill", fill, 3 if by_place else 1, shape)
+        check_shape("fill", fill, (*slot.shape, x.shape[2]) if by_place else x.shape[2:], shape)
         check_like("fill", fill, "x", x)
     if x.shape[1] == 0:
         return fill.expand(*slot.shape, -1)

@@ -108,3 +108,27 @@ def test_a_schedule_for_another_model_is_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             flops(model, schedule)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_layers_cost_what_they_cost_before() -> None:
+    """Their weights are packed, and they are no nn.Linear."""
+    model = timm.create_model("deit_tiny_patch16_224").eval()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert not isinstance(quantised.blocks[0].mlp.fc1, nn.Linear)
+    assert flops(quantised) == flops(model)
+
+
+def test_layers_made_of_layers_cost_what_these_cost() -> None:
+    """As an adapter of low rank beside the layer that it adapts."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.in_features, self.out_features = base.in_features, base.out_features
+            self.base, self.down, self.up = base, nn.Linear(base.in_features, 4), nn.Linear(4, base.out_features)
+
+    model = timm.create_model("deit_tiny_patch16_224", depth=2)
+    before, tokens = flops(model), 197
+    model.blocks[0].mlp.fc1 = Adapted(model.blocks[0].mlp.fc1)
+    assert flops(model) == before + tokens * 4 * (192 + 768)

@@ -378,13 +378,26 @@ def test_intermediate_features_are_back_on_their_grid(variant: str) -> None:
     assert [patches.shape for patches, _ in features] == [(2, 16, 4, 4)] * 4
     assert [tokens.shape for _, tokens in features] == [(2, prefix, 16)] * 4
 
-    last = model.forward_intermediates(images, indices=1, norm=True, output_fmt="NLC", intermediates_only=True)[0]
-    slot = slots[-1][:, prefix:]
-    for image in range(2):
-        for patch in range(16):
-            place = slot[image, patch]
-            wanted = torch.zeros(16) if place < 0 else final[image, place]
-            torch.testing.assert_close(last[image, patch], wanted)
+    for fill in ("last", "nearest", "zeros"):
+        found = model.forward_intermediates(images, indices=1, norm=True, output_fmt="NLC", fill=fill)[1][0]
+        for image in range(2):
+            for patch in range(16):
+                place = slots[-1][image, prefix + patch]
+                if place >= 0:
+                    wanted = final[image, place]
+                elif fill == "zeros":
+                    wanted = torch.zeros(16)
+                elif fill == "last":  # after the last block that it left, or as it came
+                    rest = [block for block, slot in enumerate(slots) if slot[image, prefix + patch] >= 0]
+                    came = model._embed(images)[image, prefix + patch]
+                    before = features[rest[-1]][0][image].flatten(1)[:, patch] if rest else came
+                    wanted = model.norm(before)
+                else:
+                    left = [other for other in range(16) if slots[-1][image, prefix + other] >= 0]
+                    nearest = min(left, key=lambda other: (patch // 4 - other // 4) ** 2 + (patch % 4 - other % 4) ** 2)
+                    wanted = final[image, slots[-1][image, prefix + nearest]]
+                torch.testing.assert_close(found[image, patch], wanted)
+    assert any((slot < 0).any() for slot in slots)
 
     early = model.forward_intermediates(images, indices=[0, 1], stop_early=True, output_dict=True)
     torch.testing.assert_close(early["image_intermediates"][1], features[1][0])
@@ -392,6 +405,8 @@ def test_intermediate_features_are_back_on_their_grid(variant: str) -> None:
     assert model.get_intermediate_layers(images, n=2)[0].shape == (2, 16, 16)
     with pytest.raises(ValueError, match="output_fmt must be"):
         model.forward_intermediates(images, output_fmt="NHWC")
+    with pytest.raises(ValueError, match="fill must be one of 'last', 'nearest', 'zeros', got 'mean'"):
+        model.forward_intermediates(images, fill="mean")
 
 
 @pytest.mark.parametrize("searching", [False, True])

@@ -24,7 +24,8 @@ def restorations(draw: st.DrawFn) -> tuple[TokenCase, Tensor, Tensor | None]:
     random = torch.Generator().manual_seed(case.seed)
     slot = torch.randint(-1, case.tokens, (case.images, places), generator=random)
     fill = torch.randn(case.channels, generator=random).to(case.dtype)
-    return case, slot, draw(st.sampled_from([fill, None]))
+    by_place = torch.randn(case.images, places, case.channels, generator=random).to(case.dtype)
+    return case, slot, draw(st.sampled_from([fill, by_place, None]))
 
 
 @given(restoration=restorations())
@@ -35,7 +36,8 @@ def test_every_place(device: torch.device, restoration: tuple[TokenCase, Tensor,
     expected = torch.zeros(*slot.shape, case.channels, dtype=case.dtype)
     for image, slots in enumerate(slot.tolist()):
         for place, position in enumerate(slots):
-            expected[image, place] = pruned if position < 0 else x[image, position]
+            filled = pruned if pruned.dim() == 1 else pruned[image, place]
+            expected[image, place] = filled if position < 0 else x[image, position]
     out = ops.restore_tokens(case.x(device), slot.to(device), None if fill is None else fill.to(device))
     assert_same("x", out, expected)
 
@@ -56,7 +58,8 @@ def test_gradients(device: torch.device, restoration: tuple[TokenCase, Tensor, T
     assert x.grad is not None
     assert fill_leaf.grad is not None
     assert_same("gradient of x", x.grad.double(), expected)
-    assert_same("gradient of fill", fill_leaf.grad.double(), gradient.double().masked_fill(~pruned, 0).sum((0, 1)))
+    of_pruned = gradient.double().masked_fill(~pruned, 0)
+    assert_same("gradient of fill", fill_leaf.grad.double(), of_pruned.sum((0, 1)) if fill.dim() == 1 else of_pruned)
 
 
 def test_gradcheck(device: torch.device) -> None:
@@ -98,6 +101,7 @@ X, SLOT = torch.zeros(2, 4, 3), torch.zeros(2, 6, dtype=torch.int64)
         ({"fill": 0.0}, InputTypeError, "fill must be a tensor (C,), got float"),
         ({"fill": torch.zeros(2)}, InputValueError, "fill must be (C,) = (3,), got shape (2,)"),
         ({"fill": torch.zeros(1, 3)}, InputValueError, "fill must be (C,), got shape (1, 3)"),
+        ({"fill": torch.zeros(2, 5, 3)}, InputValueError, "fill must be (B, N, C) = (2, 6, 3), got shape (2, 5, 3)"),
         ({"fill": torch.zeros(3).half()}, InputTypeError, "fill is torch.float16 and x torch.float32"),
         ({"fill": torch.zeros(3, device="meta")}, InputValueError, "fill is on meta and x on cpu"),
     ],
