@@ -255,8 +255,9 @@ def index_page(directory: Path) -> str:
         machine = json.loads(evidence.read_text(encoding="utf-8"))["machine"]
         when = f"{machine['date']}, torch {machine['torch']}{at_commit(machine)}"
         lines.append(f"- [paper](paper/README.md): methods and schedules side by side; {where(machine)}, {when}")
-    for page in directory.glob("dense_features.md"):
-        lines.append(f"- [dense_features](dense_features.md): {page.read_text(encoding='utf-8').splitlines()[0]}")
+    dense = directory / "dense_features.md"
+    if dense.exists():
+        lines.append(f"- [{dense.stem}]({dense.name}): {dense.read_text(encoding='utf-8').splitlines()[0]}")
     if not any(directory.glob("cpu_*.json")):
         lines.append("- CPU: not measured yet.")
     there = {name for name in ON_A_GPU if (directory / f"{name}.md").exists()}
