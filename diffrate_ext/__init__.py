@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .rate_search.rates import RateSearch
     from .rate_search.settings import SearchSettings
     from .schedule import PublishedSchedule, Schedule
+    from .standard_operators import to_standard_operators
     from .timing import Benchmark, benchmark
     from .visualization import visualize
 
@@ -79,6 +80,7 @@ __all__ = [
     "restore",
     "schedule_for",
     "search",
+    "to_standard_operators",
     "token_slots",
     "train_predictors",
     "uncompressed_copy",
@@ -115,6 +117,7 @@ _LAZY = {
     "restore": "compression.compress",
     "schedule_for": "compression.choice",
     "search": "rate_search.loop",
+    "to_standard_operators": "standard_operators",
     "token_slots": "compression.compress",
     "train_predictors": "predictor_training",
     "uncompressed_copy": "compression.copies",

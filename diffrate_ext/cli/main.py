@@ -6,6 +6,7 @@ Nothing heavy is imported until a command runs, so that ``--help`` and wrong arg
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             command(arguments)
     except (UsageError, InputError) as error:
         return _fail(str(error) or type(error).__name__)
+    except BrokenPipeError:  # whoever read the output has enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         return _fail(_in_words(error))
     except RuntimeError as error:

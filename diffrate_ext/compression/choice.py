@@ -68,4 +68,9 @@ def _published_for(model: nn.Module) -> list[tuple[float, Schedule]]:
         for known in Schedule.available()
         if known.weights == adapter.name
     ]
-    return [(gflops, schedule) for gflops, schedule in found if schedule.grid == adapter.stages[0].grid]
+    depth = sum(len(stage.blocks) for stage in adapter.stages)
+    return [
+        (gflops, schedule)
+        for gflops, schedule in found
+        if schedule.grid == adapter.stages[0].grid and len(schedule) == depth
+    ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 from torch import nn
 
-from ..errors import InputValueError
+from ..errors import InputTypeError, InputValueError
 from .flops import flops
 
 
@@ -12,9 +15,18 @@ def gflops_of(model: nn.Module, target: float | str) -> float:
     """A target in units of 1e9 multiply-accumulates: a number as it is, "60%" as a share of the uncompressed model's.
 
     Raises:
-        InputValueError: a text of another kind.
+        InputTypeError: neither a number nor a text.
+        InputValueError: a text of another kind, or a number that is not positive and finite.
     """
-    return _share_in(target) * flops(model) / 1e9 if isinstance(target, str) else float(target)
+    if isinstance(target, str):
+        found = _share_in(target) * flops(model) / 1e9
+    elif isinstance(target, Real) and not isinstance(target, bool):
+        found = float(target)
+    else:
+        raise InputTypeError(f"gflops must be a number, or a share such as '60%', got {type(target).__name__}")
+    if not 0 < found < math.inf:
+        raise InputValueError(f"gflops must be positive and finite, got {target}")
+    return found
 
 
 def _share_in(text: str) -> float:

@@ -146,7 +146,10 @@ def _check(model: nn.Module, settings: FinetuneSettings) -> None:
             "with amp=True for speed"
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InputValueError("no parameter of the model needs a gradient: there is nothing to train")
+        raise InputValueError(
+            "no parameter of the model needs a gradient: there is nothing to train (a RateSearch "
+            "freezes the weights: restore(model) first)"
+        )
     if not getattr(model, "num_classes", 1) and settings.distill != 1:
         raise InputValueError(
             "the model has no classes (num_classes=0), so labels say nothing about it: fine-tune with distill=1, which "

@@ -10,7 +10,15 @@ import timm
 import torch
 from torch import nn
 
-from diffrate_ext import compress, flops, schedule_for, token_slots, uniform_schedule
+from diffrate_ext import (
+    InputTypeError,
+    InputValueError,
+    compress,
+    flops,
+    schedule_for,
+    token_slots,
+    uniform_schedule,
+)
 from diffrate_ext.compression.targets import gflops_of
 from diffrate_ext.embedded import build_model
 from diffrate_ext.schedule import Schedule
@@ -43,6 +51,7 @@ def test_one_that_costs_less_than_its_name_says_goes_by_its_name() -> None:
         ("deit_small_patch16_224", {"num_classes": 10}, 2.9),  # trained further, on other images
         ("vit_base_patch16_224.mae", {}, 11.5),  # not yet a classifier
         ("deit_small_patch16_224", {"img_size": 240}, 2.9),
+        ("deit_small_patch16_224", {"depth": 11}, 2.9),
     ],
 )
 def test_for_others_a_uniform_one(name: str, options: dict[str, Any], target: float) -> None:
@@ -91,3 +100,15 @@ def test_shares() -> None:
     for wrong in ("60", "sixty%", "%", ""):
         with pytest.raises(ValueError, match=r"such as '60%', got"):
             gflops_of(model, wrong)
+
+
+@pytest.mark.parametrize("target", [0, -1.0, float("nan"), float("inf"), "0%"])
+def test_targets_that_are_no_amount(target: float | str) -> None:
+    with pytest.raises(InputValueError, match=f"gflops must be positive and finite, got {target}"):
+        compress(on_meta("deit_small_patch16_224"), gflops=target)
+
+
+@pytest.mark.parametrize("target", [[0.8], True, torch.tensor(1.0)])
+def test_targets_that_are_no_number(target: Any) -> None:
+    with pytest.raises(InputTypeError, match="gflops must be a number, or a share such as '60%', got "):
+        compress(on_meta("deit_small_patch16_224"), gflops=target)

@@ -47,7 +47,11 @@ def test_uniform_only_merges_the_inner_blocks_of_a_caformer() -> None:
 @pytest.mark.parametrize("gflops", [0, 0.0001, 99, float("nan")])
 def test_uniform_refuses_what_cannot_be_reached(gflops: float) -> None:
     model = VisionTransformer(img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=5)
-    said = r"GFLOPs cannot be reached: the model takes .* uncompressed" if gflops > 0 else "gflops must be positive"
+    said = (
+        r"GFLOPs cannot be reached: the model takes .* uncompressed"
+        if gflops > 0
+        else "gflops must be positive and finite"
+    )
     with pytest.raises(ValueError, match=said):
         uniform_schedule(model, gflops)
 
