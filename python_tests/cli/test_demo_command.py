@@ -141,7 +141,7 @@ def test_info_as_a_table(capsys, monkeypatch):
     table = rows(capsys.readouterr().out)
     assert table["compiler"] == ["g++ 12"]
     assert table["simd compiled"] == ["avx2, avx512"]
-    assert table["cuda architectures"] == ["none"]
+    assert table["cuda architectures"] == ["none: built without CUDA kernels"]
     assert table["threads"] == ["2"]
     assert table["GPU"] == ["none"]
 
