@@ -16,17 +16,14 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from . import ops  # noqa: F401  it loads the operators
-from .errors import InputTypeError
+from .errors import InputTypeError, InputValueError
 from .numeric import TINY, wide_dtype
 
 
 def to_standard_operators(program: ExportedProgram) -> ExportedProgram:
-    """The same program without the operators of this library: ``torch.onnx.export`` takes it.
+    """The same program without the operators of this library.
 
-    ::
-
-        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        torch.onnx.export(to_standard_operators(program), dynamo=True).save("model.onnx")
+    It is for ``torch.onnx.export(to_standard_operators(program), dynamo=True).save("model.onnx")``.
 
     Args:
         program: a compressed model in evaluation mode, exported by ``torch.export.export``.
@@ -36,6 +33,7 @@ def to_standard_operators(program: ExportedProgram) -> ExportedProgram:
 
     Raises:
         InputTypeError: it is not an exported program.
+        InputValueError: a part of it computes attention with dropout, a causal mask or grouped queries.
     """
     if not isinstance(program, ExportedProgram):
         raise InputTypeError(f"expected what torch.export.export returns, got {type(program).__name__}")
@@ -193,9 +191,12 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Attention whose result lies in memory as the fused one's does, which the program's views go by."""
+    if dropout_p or is_causal or enable_gqa:
+        raise InputValueError("attention with dropout, a causal mask or grouped queries is not supported here")
     logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if attn_mask is not None:
-        logits = logits + attn_mask
+        masked = attn_mask.dtype == torch.bool
+        logits = logits.masked_fill(~attn_mask, -torch.inf) if masked else logits + attn_mask
     return (logits.softmax(-1) @ v).transpose(1, 2).contiguous().transpose(1, 2)
 
 

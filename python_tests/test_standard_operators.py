@@ -11,7 +11,15 @@ import torch
 from tiny_models import tiny_vit
 from torch import Tensor, nn
 
-from diffrate_ext import InputTypeError, compress, ops, standard_operators, to_standard_operators, uniform_schedule
+from diffrate_ext import (
+    InputTypeError,
+    InputValueError,
+    compress,
+    ops,
+    standard_operators,
+    to_standard_operators,
+    uniform_schedule,
+)
 
 B, H, D, C = 2, 3, 4, 12
 
@@ -143,6 +151,28 @@ def test_no_scatter_adds_up() -> None:
     assert "topk" in graph
     assert "scatter_add" not in graph
     assert "scatter_reduce" not in graph
+
+
+class Masked(nn.Module):
+    """Attention of a head of the caller's own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, q: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, q + 1, q, **self.options)
+
+
+def test_attention_with_masks() -> None:
+    q = drawn(B, H, 5, D)
+    mask = (torch.arange(5) < 3)[None]
+    for given in (mask, mask.float()):
+        model = Masked(attn_mask=given, scale=0.4)
+        found = to_standard_operators(torch.export.export(model, (q,))).module()(q)
+        torch.testing.assert_close(found, model(q))
+    with pytest.raises(InputValueError, match="causal"):
+        to_standard_operators(torch.export.export(Masked(is_causal=True), (q,)))
 
 
 def test_other_things_are_refused() -> None:
