@@ -15,7 +15,7 @@ from .compression.compress import check_made_for
 from .compression.flops import flops
 from .compression.targets import gflops_of
 from .compression.uniform import SHARES, uniform_schedule
-from .errors import InputValueError
+from .errors import InputTypeError, InputValueError
 from .evaluation import Batch, Evaluation, evaluate_all, split_batch
 from .methods import METHODS, Method, method_of
 from .models import adapter_for
@@ -84,6 +84,11 @@ def compare(
     """
     if rounds < 1:
         raise InputValueError(f"rounds must be at least 1, got {rounds}")
+    for name, values in (("gflops", gflops), ("methods", methods)):
+        if values is not None and (isinstance(values, str) or not isinstance(values, Sequence)):
+            raise InputTypeError(f"{name} must be a list or a tuple, got {values!r}")
+    if schedules is not None and not isinstance(schedules, Mapping):
+        raise InputTypeError(f"schedules must be a dict of names and schedules, got {type(schedules).__name__}")
     for schedule in (schedules or {}).values() if not any_model else ():
         check_made_for(model, schedule)
     settings = _settings(model, gflops, methods, schedules or {})

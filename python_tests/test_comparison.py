@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffrate_ext import Schedule, compare, compressed_copy, evaluate, flops, uniform_schedule
 from diffrate_ext.comparison import Compared
 from diffrate_ext.comparison_plot import draw_comparison
-from diffrate_ext.errors import InputValueError
+from diffrate_ext.errors import InputTypeError, InputValueError
 from diffrate_ext.methods import ToMe
 
 QUICK: dict[str, Any] = {"rounds": 1, "batch_size": 2}
@@ -125,6 +125,20 @@ def test_leaves_the_model_as_it_was_and_says_how_far_it_is() -> None:
     assert model.training
     assert type(model.blocks[0]).__name__ == "Block"
     assert not model.head._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gflops": 0.8}, "gflops must be a list or a tuple, got 0.8"),
+        ({"gflops": "60%"}, "gflops must be a list or a tuple, got '60%'"),
+        ({"methods": "random"}, "methods must be a list or a tuple, got 'random'"),
+        ({"schedules": []}, "schedules must be a dict of names and schedules, got list"),
+    ],
+)
+def test_one_thing_instead_of_several(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputTypeError, match=message):
+        compare(tiny_vit(), [], **arguments)
 
 
 def test_targets_out_of_reach() -> None:

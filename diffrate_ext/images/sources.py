@@ -111,10 +111,8 @@ def match_classes(source: ImageSource, num_classes: int) -> ImageSource:
             raise InputValueError(f"{source.where} has classes that are not in ImageNet-1k: {_some(unknown)}")
         return _Relabelled(source, list(names), [number[name] for name in source.classes])
     if len(source.classes) != num_classes:
-        raise InputValueError(
-            f"{source.where} has {len(source.classes)} classes ({_some(source.classes)}), "
-            f"but the model has {num_classes}"
-        )
+        words = "1 class" if len(source.classes) == 1 else f"{len(source.classes)} classes"
+        raise InputValueError(f"{source.where} has {words} ({_some(source.classes)}), but the model has {num_classes}")
     return source
 
 
