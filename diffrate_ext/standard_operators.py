@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from . import ops  # noqa: F401  it loads the operators
 from .errors import InputTypeError, InputValueError
 from .numeric import TINY, wide_dtype
+from .reference import attention_map, gather_tokens, token_importance
 
 
 def to_standard_operators(program: ExportedProgram) -> ExportedProgram:
@@ -43,11 +44,11 @@ def to_standard_operators(program: ExportedProgram) -> ExportedProgram:
 
 
 def class_attention(q: Tensor, k: Tensor, size: Tensor | None, scale: float, prefix: int = 1) -> Tensor:
-    return _attention_map(q[:, :, :1], k, size, scale)[:, :, 0].mean(1)[:, prefix:]
+    return token_importance(attention_map(q[:, :, :1], k, size, scale), prefix, "class", wide_dtype(q))
 
 
 def received_attention(q: Tensor, k: Tensor, size: Tensor | None, scale: float, prefix: int = 0) -> Tensor:
-    return _attention_map(q, k, size, scale).mean((1, 2))[:, prefix:]
+    return token_importance(attention_map(q, k, size, scale), prefix, "received", wide_dtype(q))
 
 
 def proportional_attention(
@@ -59,11 +60,11 @@ def proportional_attention(
     prefix: int = 1,
     importance_from: str = "class",
 ) -> tuple[Tensor, Tensor]:
-    weights = _attention_map(q, k, size, scale)
-    if importance_from == "received":
-        importance = weights.mean((1, 2))[:, prefix:]
+    weights = attention_map(q, k, size, scale)
+    if importance_from == "class_rows":
+        importance = weights[:, :, 0]
     else:
-        importance = weights[:, :, 0] if importance_from == "class_rows" else weights[:, :, 0].mean(1)[:, prefix:]
+        importance = token_importance(weights, prefix, importance_from, weights.dtype)
     return (weights.to(v.dtype) @ v).transpose(1, 2).contiguous().transpose(1, 2), importance
 
 
@@ -72,7 +73,7 @@ def sort_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     patches = importance[:, importance.shape[1] - (x.shape[1] - prefix) :]
     order = _most_important(patches, x.shape[1], prefix)
-    return _gather(x, order), _sizes(x, size).gather(1, order), order
+    return gather_tokens(x, order), _sizes(x, size).gather(1, order), order
 
 
 def prune_merge(
@@ -90,14 +91,10 @@ def prune_merge(
     if residual is not None:
         x = x + residual
     tokens, dtype = x.shape[1], wide_dtype(x)
-    importance = attn.to(dtype)
-    if importance.dim() == 4:
-        importance = importance[:, :, 0] if importance_from == "class" else importance.mean(2)
-    if importance.dim() == 3:
-        importance = importance.mean(1)[:, prefix:]
+    importance = token_importance(attn, prefix, importance_from, dtype)
     order = _most_important(importance, k_p, prefix)
     size = _sizes(x, size).gather(1, order)
-    x = _gather(x, order)
+    x = gather_tokens(x, order)
     target = torch.arange(k_p, device=x.device).expand_as(order)
     if k_m < k_p:
         into, sources = x[:, prefix:k_m].to(dtype), x[:, k_m:].to(dtype)
@@ -200,14 +197,6 @@ def _attention(
     return (logits.softmax(-1) @ v).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _attention_map(q: Tensor, k: Tensor, size: Tensor | None, scale: float) -> Tensor:
-    dtype = wide_dtype(q)
-    logits = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * scale
-    if size is not None:
-        logits = logits + size.to(dtype).clamp_min(TINY).log()[:, None, None]
-    return logits.softmax(-1)
-
-
 def _most_important(importance: Tensor, kept: int, prefix: int) -> Tensor:
     """Positions of the kept tokens (B, kept): the prefix, then patches by falling importance."""
     first = torch.arange(prefix, device=importance.device).expand(importance.shape[0], -1)
@@ -217,10 +206,6 @@ def _most_important(importance: Tensor, kept: int, prefix: int) -> Tensor:
 def _sizes(x: Tensor, size: Tensor | None) -> Tensor:
     dtype = wide_dtype(x)
     return torch.ones(x.shape[:2], dtype=dtype, device=x.device) if size is None else size.to(dtype)
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _one_hot(index: Tensor, count: int, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InputValueError
 from .common import (
     add_any_model_option,
     add_method_option,
@@ -212,7 +213,6 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> FinetuneSe
 
 def _with_labels_that_count(images: ImageSource, model: Any, settings: FinetuneSettings) -> ImageSource:
     """The images with the model's labels, or without where nobody asks for them."""
-    from ..errors import InputValueError
     from ..images.sources import match_classes, without_labels
 
     if settings.distill == 1:
@@ -242,7 +242,6 @@ def _validation(
     arguments: argparse.Namespace, training: ImageSource, model: Any, remarks: Console
 ) -> _Announced | None:
     """The images to evaluate on; None where there are none that the training does not see."""
-    from ..errors import InputValueError
     from ..images.loading import evaluation_loader
     from ..images.sources import match_classes, open_images, without_labels
 

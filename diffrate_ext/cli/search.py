@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..embedded import SEARCH_SHARE, SEARCH_STEPS
+from ..errors import InputValueError
 from .common import add_model_options, check_embedded_options, consoles, device_named, model_named, warnings_on
 from .held_out import add_held_out_option, compare_with_uniform, hold_out
 from .parsing import UsageError, add_command, amount, gflops_target, not_negative, positive
@@ -167,7 +168,6 @@ def _search(arguments: argparse.Namespace) -> None:
 def _job(arguments: argparse.Namespace, device: torch.device, processes: Processes, remarks: Console) -> _Job:
     import torch
 
-    from ..errors import InputValueError
     from ..images.sources import match_classes, open_images
 
     if arguments.model is not None and arguments.images is None:

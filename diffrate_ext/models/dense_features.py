@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal, get_args
 
 import torch
@@ -23,29 +23,38 @@ class DenseFeatures:
         grid: (rows, columns) of the patches; what comes before them is prefix.
         fill: what pruned patches get.
         norm: what is done to the features in the end.
+        taken: the blocks, counted from 0, whose features are wanted.
 
     Raises:
         InputValueError: an unknown ``fill``.
     """
 
     def __init__(
-        self, tokens: Tensor, grid: tuple[int, int], fill: Fill, norm: Callable[[Tensor], Tensor] | None
+        self,
+        tokens: Tensor,
+        grid: tuple[int, int],
+        fill: Fill,
+        norm: Callable[[Tensor], Tensor] | None,
+        taken: Collection[int],
     ) -> None:
         if fill not in get_args(Fill):
             raise InputValueError(f"fill must be one of {', '.join(map(repr, get_args(Fill)))}, got {fill!r}")
-        self._last, self._grid, self._fill, self._norm = tokens, grid, fill, norm
+        self._last = tokens if fill == "last" else None
+        self._norm, self._taken, self._seen = norm, taken, 0
         self._distances = _distances(grid, tokens.device) if fill == "nearest" else None
-        self.blocks: list[Tensor] = []
-        """(B, N, C) after each block."""
+        self.blocks: dict[int, Tensor] = {}
+        """(B, N, C) after each block that is taken."""
 
     def add(self, tokens: Tensor, slot: Tensor) -> None:
         """A block's tokens (B, K, C), and where among them each of the N is now, -1 once pruned."""
-        if self._fill == "last":
-            self._last = restored = ops.restore_tokens(tokens, slot, self._last.to(tokens.dtype))
-            self.blocks.append(restored if self._norm is None else self._norm(restored))
-            return
-        tokens = tokens if self._norm is None else self._norm(tokens)
-        self.blocks.append(ops.restore_tokens(tokens, self._with_neighbours(slot)))
+        if self._last is not None:
+            tokens = self._last = ops.restore_tokens(tokens, slot, self._last.to(tokens.dtype))
+        if self._seen in self._taken:
+            tokens = tokens if self._norm is None else self._norm(tokens)
+            if self._last is None:
+                tokens = ops.restore_tokens(tokens, self._with_neighbours(slot))
+            self.blocks[self._seen] = tokens
+        self._seen += 1
 
     def _with_neighbours(self, slot: Tensor) -> Tensor:
         """The same, but pruned patches are where the nearest one that is left is."""

@@ -207,7 +207,7 @@ class CompressedVisionTransformer(CompressedModule, VisionTransformer):
         taken, last = feature_take_indices(len(self.blocks), indices)
         rows, columns = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         embedded = self._embed(x)
-        dense = DenseFeatures(embedded, (rows, columns), fill, self.norm if norm else None)
+        dense = DenseFeatures(embedded, (rows, columns), fill, self.norm if norm else None, taken)
         tokens, size = self._run_blocks(embedded, last + 1 if stop_early else None, dense.add)
         intermediates, prefixes = [], []
         for index in sorted(taken):
