@@ -28,7 +28,7 @@ from .visualize import add_visualize_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, or 2 after one line on stderr that says what is wrong.
+    """Run a command. Returns the exit status: 0; 2 after one line on stderr that says what is wrong; 1 if nobody reads.
 
     What the caller can mend gets one line; everything else is a fault of ours, and gets its traceback.
     """
@@ -38,11 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _, remarks = consoles()
         with warnings_on(remarks):
             command(arguments)
+        sys.stdout.flush()  # here, so that a reader who is gone is noticed here
     except (UsageError, InputError) as error:
         return _fail(str(error) or type(error).__name__)
     except BrokenPipeError:  # whoever read the output has enough of it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1  # as rich, for tables
     except OSError as error:
         return _fail(_in_words(error))
     except RuntimeError as error:

@@ -177,3 +177,15 @@ def test_as_a_module(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == "diffrate: error: unrecognized arguments: --nonsense (see diffrate demo --help)\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_who_has_enough_is_no_error(options: list[str]) -> None:
+    """``diffrate info | head -1``, here of a reader that is gone at once."""
+    command = [sys.executable, "-m", "diffrate_ext", "info", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 1
