@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from command_line import QUICK, TEST_VIT, assert_is_a_drawing, rows
@@ -180,10 +181,11 @@ def test_as_a_module(tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_a_reader_who_has_enough_is_no_error(options: list[str]) -> None:
+def test_a_reader_who_has_enough_is_no_error(options: list[str], tmp_path: Path) -> None:
     """``diffrate info | head -1``, here of a reader that is gone at once."""
     command = [sys.executable, "-m", "diffrate_ext", "info", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, cwd=tmp_path) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
