@@ -63,7 +63,7 @@ def compare(
     weights; the model is left as it is.
 
     Args:
-        model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, with or without a head.
+        model: a supported model (docs/models.md), with or without a head.
         loader: batches of images, or (images, labels), as :func:`evaluate` takes them; read once.
         gflops: targets, in units of 1e9 multiply-accumulates of one image or as a share of the model's (``"60%"``),
             each met by the method's usual schedule. None: 80, 65 and 50 % of the model's, or none where ``schedules``

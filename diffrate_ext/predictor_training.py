@@ -90,7 +90,7 @@ def train_predictors(
     tokens in no other block. The model is left as it is, but for weights that are trained with them.
 
     Args:
-        model: one of timm's VisionTransformer models, trained, with or without classes.
+        model: a supported model whose tokens may be pruned, trained, with or without classes.
         loader: batches of images, or (images, labels), as for :func:`diffrate_ext.search`.
         target: GFLOPs of one image, which the usual schedule of DynamicViT meets: in the blocks after each quarter of
             the depth the same share of the patches stays. Or a schedule.

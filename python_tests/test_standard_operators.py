@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.eva import Eva
 from tiny_models import tiny_vit
 from torch import Tensor, nn
 
@@ -119,6 +120,8 @@ MODELS = {
     "no class token": ({"class_token": False, "global_pool": "avg"}, "diffrate"),
     "registers, pooling by attention": ({"reg_tokens": 3, "global_pool": "map"}, "diffrate"),
     "tome": ({}, "tome"),
+    "rotary": ({"cls": Eva, "use_rot_pos_emb": True}, "diffrate"),
+    "rotary, tome": ({"cls": Eva, "use_rot_pos_emb": True}, "tome"),
     "evit": ({}, "evit"),
 }
 

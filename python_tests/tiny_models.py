@@ -8,6 +8,7 @@ import diffrate_ext  # before timm: it makes a torchvision of another torch impo
 
 # isort: split
 import torch
+from timm.models.eva import Eva
 from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, SepConv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -20,9 +21,37 @@ Model = TypeVar("Model", bound=nn.Module)
 TINY: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
 
 
-def tiny_vit(cls: type[VisionTransformer] = VisionTransformer, **changes: Any) -> VisionTransformer:
+def tiny_vit(cls: type[Any] = VisionTransformer, **changes: Any) -> Any:
     """16 patches of 4 x 4 pixels, 4 blocks."""
     return spread_weights(cls(**{**TINY, **changes}))
+
+
+ROTARY: dict[str, dict[str, Any]] = {
+    "rotary": {"use_rot_pos_emb": True},
+    "rotary alone, registers": {
+        "use_rot_pos_emb": True,
+        "use_abs_pos_emb": False,
+        "rope_type": "dinov3",
+        "rope_rotate_half": True,
+        "num_reg_tokens": 3,
+        "init_values": 0.3,
+        "qkv_bias": False,
+    },
+    "rotary by block and head": {"use_rot_pos_emb": True, "rope_type": "mixed", "attn_type": "rope"},
+    "rotary, SwiGLU": {"use_rot_pos_emb": True, "swiglu_mlp": True, "scale_mlp": True, "qkv_fused": False},
+    "rotary, mean pool": {"use_rot_pos_emb": True, "global_pool": "avg", "scale_attn_inner": True},
+    "rotary, norm afterwards": {"use_rot_pos_emb": True, "use_post_norm": True},
+    "rotary, attention pool": {"use_rot_pos_emb": True, "global_pool": "map", "class_token": False},
+    "rotary, any image size": {"use_rot_pos_emb": True, "dynamic_img_size": True},
+    "Eva without rotary": {"global_pool": "avg", "use_fc_norm": False},
+}
+
+
+def tiny_eva(kind: str = "rotary", **changes: Any) -> Eva:
+    """The same of timm's Eva: DINOv3, EVA-02, Perception Encoder and others."""
+    model = tiny_vit(Eva, **{**ROTARY[kind], **changes})
+    assert isinstance(model, Eva)
+    return model
 
 
 def tiny_caformer(**changes: Any) -> MetaFormer:

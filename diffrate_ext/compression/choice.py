@@ -35,7 +35,7 @@ def schedule_for(model: nn.Module, gflops: float | str, method: str | Method = "
     :func:`uniform_schedule`, which needs no learning.
 
     Args:
-        model: one of timm's VisionTransformer or MetaFormer (CAFormer) models.
+        model: a supported model (docs/models.md).
         gflops: multiply-accumulates of one image, in units of 1e9, as the paper rounds them or to within 1 %; or a
             share of the uncompressed model's, such as ``"60%"``.
         method: as for :func:`compress`. The published schedules are DiffRate's.

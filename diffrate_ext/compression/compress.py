@@ -38,7 +38,7 @@ def compress(
     ``fully_shard`` and accelerate's hooks come after.
 
     Args:
-        model: one of timm's VisionTransformer or MetaFormer (CAFormer) models.
+        model: a supported model (docs/models.md).
         schedule: the tokens that each block keeps. If it says that it was made for another model, the logger
             ``diffrate_ext`` warns.
         gflops: in place of a schedule, what the model is to cost: multiply-accumulates of one image in units of 1e9, or

@@ -28,7 +28,7 @@ def uniform_schedule(model: nn.Module, gflops: float | str, *, method: str | Met
     The GFLOPs are as near to ``gflops`` as whole tokens allow: within 1 % but for models of few tokens.
 
     Args:
-        model: one of timm's VisionTransformer or MetaFormer (CAFormer) models.
+        model: a supported model (docs/models.md).
         gflops: multiply-accumulates of one image, in units of 1e9; or a share of the uncompressed model's, such as
             ``"60%"``.
         method: whose schedule it will be, as for :func:`compress`.

@@ -85,7 +85,7 @@ def finetune(
     weights; the first one reports, writes and evaluates.
 
     Args:
-        model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, trained, in float32.
+        model: a supported model (docs/models.md), trained, in float32.
         schedule: the tokens that each block keeps.
         loader: batches of (images, labels) or, with ``distill=1``, images alone, as for :func:`diffrate_ext.search`.
         settings: how to train; by default ``FinetuneSettings()``, the paper's recipe.

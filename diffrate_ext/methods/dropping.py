@@ -57,6 +57,10 @@ class DropTokens(Step):
             self.after, self.slot = self.before, None
             return (x + branch, None) if norm is None else ops.add_norm(x, branch, norm)
         prefix = rules.prefix
+        if self.positions is not None:
+            if importance.ndim == 3:  # the mean here, lest it be rounded another way there
+                importance = importance.mean(1)
+            self.source = ops.sort_tokens(x[..., :1].detach(), importance, prefix=prefix).order[:, : self.k_m]
         if rules.spares_most_important:  # in sorted order, as if the first token were a prefix
             x, size, order = ops.sort_tokens(x + branch, importance, size, prefix=prefix)
             prefix, residual, importance = 1, None, keep_order(size, 1)

@@ -42,6 +42,7 @@ class FuseInattentive(Step):
         weights = self.importance.gather(1, order[:, stay:] - prefix)
         with torch.autocast(x.device.type, enabled=False):  # which would round what is summed
             fused = (weights[:, None] @ tokens[:, stay:].to(weights.dtype)).to(x.dtype)
+        self.source = order[:, : self.k_m]  # the fused token is where the most attentive of its tokens was
         position = torch.arange(x.shape[1], device=x.device).clamp_max(stay)
         self.slot = torch.empty_like(order).scatter_(1, order, position.expand_as(order))
         return torch.cat([tokens[:, :stay], fused], dim=1)

@@ -94,7 +94,8 @@ class MaskTokens(Step):
             mask = torch.ones(x.shape[:2], dtype=importance.dtype, device=x.device)
         x, mask, size, sorted_order, dst = self._prune_merge(x, mask, importance, size, order, prefix, rates)
         self.after = TokenState(size, mask)
-        self.slot = torch.empty_like(dst).scatter_(1, sorted_order if order is None else order, dst)
+        self.source = sorted_order if order is None else order
+        self.slot = torch.empty_like(dst).scatter_(1, self.source, dst)
         return x
 
     def _prune_merge(

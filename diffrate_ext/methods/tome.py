@@ -43,8 +43,19 @@ class MergeByKeys(Step):
         if size is None:
             size = torch.ones(x.shape[:2], dtype=wide_dtype(x), device=x.device)
         kept = x.shape[1] - self.merged
+        if self.positions is not None:
+            self.source = _destinations(self.slot, kept, self.rules.prefix)
         self.after = TokenState(size.new_zeros(size.shape[0], kept).scatter_add(1, self.slot, size))
         return ops.merge_reduce(x, self.slot, kept, weights=size, residual=branch)
+
+
+def _destinations(slot: Tensor, kept: int, prefix: int) -> Tensor:
+    """(B, kept): of the tokens that slot (B, N) puts into each place, the one that the others merged into."""
+    token = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
+    first = torch.cat([token[:, :prefix], token[:, prefix + prefix % 2 :: 2]], 1)
+    source = token.new_empty(slot.shape[0], kept).scatter_(1, slot.gather(1, first), first)
+    odd = token[:, prefix + (prefix + 1) % 2 :: 2]  # none of which merges: they have the last word
+    return source.scatter_(1, slot.gather(1, odd), odd)
 
 
 def most_merged(tokens: Any, prefix: int) -> Any:

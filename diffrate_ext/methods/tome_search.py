@@ -73,7 +73,7 @@ class MaskByKeys(Step):
         x = torch.where(at_inference[..., None], means, x.gather(1, origin[..., None].expand_as(x)))
         sums = torch.zeros_like(size).scatter_add(1, slot, size)
         self.after = TokenState(torch.where(at_inference, sums, size.gather(1, origin)), mask.gather(1, origin))
-        self.slot = slot
+        self.slot, self.source = slot, origin
         return x
 
 

@@ -6,12 +6,13 @@ from torch import nn
 
 from ..errors import InputTypeError
 from .adapter import Adapter, Stage, TokenRules
+from .eva import EvaAdapter
 from .metaformer import MetaFormerAdapter
 from .vision_transformer import VisionTransformerAdapter
 
 __all__ = ["Adapter", "Stage", "TokenRules", "adapter_for"]
 
-ADAPTERS: tuple[type[Adapter], ...] = (VisionTransformerAdapter, MetaFormerAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (VisionTransformerAdapter, EvaAdapter, MetaFormerAdapter)
 
 
 def adapter_for(model: nn.Module) -> Adapter:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..errors import InputTypeError, InputValueError
 from .norm_ahead import NormAhead
+from .rotary import RotaryPositions, rotated
 
 Observer = Callable[[Tensor, Tensor], None]
 """Called with a block's tokens (B, K, C) and the position among them (B, N) of each token that entered the first block,
@@ -50,10 +51,15 @@ class Step(ABC):
     """Between the block before and this one."""
     exit: NormAhead | None = None
     """Between this block and the next."""
+    positions: Tensor | None = None
+    """Rotary positions of the patches (B or 1, H or 1, N-P, 2D) that come; None: the model has no such."""
     after: TokenState
     """Set by ``reduce``."""
     slot: Tensor | None
     """Set by ``reduce``: where each of the block's tokens (B, N) is now; -1: nowhere; None: none moved."""
+    source: Tensor | None = None
+    """Set by ``reduce`` where there are positions: which of the block's tokens stands at each place now, (B, K), a
+    merged one where its destination does; None: none moved."""
 
     def norm(self, x: Tensor, norm: nn.Module) -> Tensor:
         """The tokens (B, N, C) as they came, by the block's first norm."""
@@ -100,6 +106,7 @@ def run_blocks(
     x: Tensor,
     steps: Sequence[NewStep],
     *,
+    rotary: RotaryPositions | None = None,
     checkpointing: bool = False,
     observe: Observer | None = None,
 ) -> tuple[Tensor, TokenState]:
@@ -109,6 +116,7 @@ def run_blocks(
         blocks: compressed blocks in order; of a model that was cut short, fewer than there are steps.
         x: tokens, the prefix first.
         steps: of a :class:`Plan`.
+        rotary: positions of the tokens, where the model's attention takes such.
         checkpointing: recompute each block in the backward pass instead of storing its activations.
         observe: called after each block.
 
@@ -123,14 +131,18 @@ def run_blocks(
     state = TokenState()
     slot = None if observe is None else torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
     entry: NormAhead | None = None
-    for block, following, new_step in zip_longest(blocks, blocks[1:], steps[: len(blocks)]):
-        recomputed = checkpointing and torch.is_grad_enabled()
-        exit = None if following is None or recomputed else NormAhead.between(block, following)
-        if recomputed:
-            x, state, moved = checkpoint(_run_block, block, x, new_step, state, use_reentrant=False)
+    for index, (block, following, new_step) in enumerate(zip_longest(blocks, blocks[1:], steps[: len(blocks)])):
+        positions = None if rotary is None else rotary.of_block(index)
+        if checkpointing and torch.is_grad_enabled():
+            exit = None
+            left = checkpoint(_run_block, block, x, new_step, state, positions, use_reentrant=False)
         else:
-            x, state, moved = _run_block(block, x, new_step, state, entry, exit)
+            exit = None if following is None else NormAhead.between(block, following)
+            left = _run_block(block, x, new_step, state, positions, entry, exit)
+        x, state, moved, source = left
         entry = exit
+        if rotary is not None and source is not None:
+            rotary.follow(source)
         if observe is not None and slot is not None:
             slot = slot if moved is None else ops.compose_slots(slot, moved)
             observe(x, slot)
@@ -142,17 +154,29 @@ def _run_block(
     x: Tensor,
     new_step: NewStep,
     state: TokenState,
+    positions: Tensor | None,
     entry: NormAhead | None = None,
     exit: NormAhead | None = None,
-) -> tuple[Tensor, TokenState, Tensor | None]:
+) -> tuple[Tensor, TokenState, Tensor | None, Tensor | None]:
     step = new_step(state)
-    step.entry, step.exit = entry, exit
+    step.positions, step.entry, step.exit = positions, entry, exit
     x = block(x, step)
-    return x, step.after, step.slot
+    return x, step.after, step.slot, step.source
 
 
 def packed_attention(attn: Any, x: Tensor, step: Step | None) -> Tensor:
     """What timm's attention modules with one qkv layer do before their projection: (B, N, C) to (B, N, H*D).
+
+    Raises:
+        InputTypeError, InputValueError: as :func:`attention`.
+    """
+    qkv = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    return attention(attn, q, k, v, step)
+
+
+def attention(attn: Any, q: Tensor, k: Tensor, v: Tensor, step: Step | None) -> Tensor:
+    """The same from its queries, keys and values (B, H, N, D), before their norms and rotary positions.
 
     Raises:
         InputTypeError: there is no step: the module was not called by a compressed model.
@@ -162,11 +186,10 @@ def packed_attention(attn: Any, x: Tensor, step: Step | None) -> Tensor:
         raise InputTypeError(NO_STEP)
     if attn.training and attn.attn_drop.p > 0:
         raise InputValueError(f"attention dropout ({attn.attn_drop.p}) cannot be trained with compression: set it to 0")
-    batch, tokens, _ = x.shape
-    qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)
     q = getattr(attn, "q_norm", _same)(q)
     k = getattr(attn, "k_norm", _same)(k)
+    if step.positions is not None:
+        q, k = (rotated(x, step.positions, getattr(attn, "rotate_half", False)) for x in (q, k))
     # under autocast, norms give float32
     out = step.attend(q.to(v.dtype), k.to(v.dtype), v, attn.scale)
     return out.transpose(1, 2).flatten(2)

@@ -93,7 +93,7 @@ def search(
     rates; the first one reports, writes and evaluates.
 
     Args:
-        model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, trained. One without classes
+        model: a supported model (docs/models.md), trained. One without classes
             (``num_classes=0``, such as DINOv2) needs soft targets: the search then keeps its features, by their cosine.
         loader: batches of (images, labels) or, with soft targets, images alone: images (B, C, H, W) of the model's own
             size, labels (B,) of an integer dtype or probabilities (B, classes). Any iterable; it is iterated again and

@@ -43,7 +43,7 @@ class RateSearch(nn.Module):
     model that pools over patches. Methods that only prune or only merge have one proxy, ToMe in the first block too.
 
     Args:
-        model: one of timm's VisionTransformer or MetaFormer (CAFormer) models, uncompressed or compressed.
+        model: a supported model (docs/models.md), uncompressed or compressed.
         granularity: the step between candidates, in patches.
         train_weights: train the model's weights too. By default they are frozen, and no gradient of theirs is computed.
         mask_gradient: of a masked token, as for :func:`diffrate_ext.ops.masked_attention`: the paper's "derivative", or

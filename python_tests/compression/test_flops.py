@@ -7,7 +7,9 @@ import timm
 import torch
 from golden_cases import load_case
 from timm.layers import Attention, SwiGLU, SwiGLUPacked
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from tiny_models import tiny_vit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,10 +62,12 @@ TINY: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth
         {"attn_layer": WideAttention},
         {"class_token": False, "reg_tokens": 3, "global_pool": "avg"},
         {"class_token": False, "global_pool": "map"},
+        {"cls": Eva, "use_rot_pos_emb": True, "swiglu_mlp": True, "qkv_fused": False},
+        {"cls": Eva, "num_reg_tokens": 2, "global_pool": "map"},
     ],
 )
 def test_uncompressed_flops_are_those_torch_counts(variant: dict[str, Any]) -> None:
-    model = VisionTransformer(**{**TINY, **variant}).eval().requires_grad_(False)
+    model = tiny_vit(**{**TINY, **variant}).requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # torch counts matrix products
@@ -92,7 +96,7 @@ def test_flops_of_an_unknown_patch_embedding_are_refused() -> None:
 
 
 def test_flops_of_an_unknown_family_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"Linear is not supported: expected .*VisionTransformer, MetaFormer"):
+    with pytest.raises(TypeError, match=r"Linear is not supported: expected .*VisionTransformer, Eva, MetaFormer"):
         flops(nn.Linear(2, 2))
 
 

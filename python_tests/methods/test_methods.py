@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from golden_cases import load_case
-from tiny_models import tiny_caformer, tiny_images, tiny_predictors, tiny_vit
+from tiny_models import tiny_caformer, tiny_eva, tiny_images, tiny_predictors, tiny_vit
 from torch import Tensor, nn
 
 from diffrate_ext import Schedule, compress, compressed_copy, flops, restore, token_slots, uniform_schedule
@@ -26,6 +26,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "registers": lambda: tiny_vit(reg_tokens=2),
     "class token, mean pool": lambda: tiny_vit(global_pool="avg"),
     "no class token": lambda: tiny_vit(global_pool="avg", class_token=False),
+    "rotary": tiny_eva,
+    "rotary by block and head": lambda: tiny_eva("rotary by block and head"),
     "CAFormer": tiny_caformer,
 }
 RUNS = [

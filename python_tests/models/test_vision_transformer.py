@@ -16,7 +16,7 @@ from timm.models.vision_transformer import (
     ResPostBlock,
     VisionTransformer,
 )
-from tiny_models import TINY, tiny_schedule, tiny_vit
+from tiny_models import ROTARY, TINY, tiny_eva, tiny_schedule, tiny_vit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,7 +71,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(variant: str = "plain", **changes: Any) -> VisionTransformer:
+def build(variant: str = "plain", **changes: Any) -> Any:
+    if variant in ROTARY:
+        return tiny_eva(variant, **changes)
     return tiny_vit(**{**VARIANTS[variant], **changes})
 
 
@@ -80,7 +82,7 @@ def schedule_for(model: VisionTransformer, *, prune: bool = True) -> Schedule:
     return schedule if prune else Schedule(None, schedule.after_merging, prefix=schedule.prefix)
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=[*VARIANTS, *ROTARY])
 def model(request: pytest.FixtureRequest) -> VisionTransformer:
     return build(request.param)
 
@@ -97,19 +99,28 @@ class PlainStep(Step):
 
 def test_a_compressed_block_is_timms_around_its_step(model: VisionTransformer) -> None:
     x = torch.randn(2, 17, 16)
-    expected = model.blocks[1](x)
+    x = x.repeat(1, 2, 1)[:, : model.num_prefix_tokens + 16]
+    step = PlainStep()
+    rope = getattr(model, "rope", None)
+    if rope is None:
+        expected = model.blocks[1](x)
+    else:
+        step.positions = rope.get_embed((4, 4))
+        if getattr(model, "rope_mixed", False):
+            step.positions = step.positions[1]
+        expected = model.blocks[1](x, rope=step.positions)
     compress(model, schedule_for(model))
-    torch.testing.assert_close(model.blocks[1](x, PlainStep()), expected)
+    torch.testing.assert_close(model.blocks[1](x, step), expected)
 
 
 def test_restore_gives_back_the_model_as_it_was(model: VisionTransformer) -> None:
     images = torch.randn(2, 3, 16, 16)
     before, keys, attributes = model(images), list(model.state_dict()), dict(vars(model))
-    blocks = [type(module) for module in model.modules()]
+    cls, blocks = type(model), [type(module) for module in model.modules()]
     assert compress(model, schedule_for(model)) is model
     compressed = model(images)
     assert list(model.state_dict()) == keys
-    assert isinstance(model, VisionTransformer)
+    assert isinstance(model, cls)
     assert compressed.shape[:1] + compressed.shape[-1:] == before.shape[:1] + before.shape[-1:]
     assert compressed.isfinite().all()
     assert compressed.shape != before.shape or not torch.allclose(compressed, before)
@@ -120,10 +131,14 @@ def test_restore_gives_back_the_model_as_it_was(model: VisionTransformer) -> Non
     assert [type(module) for module in model.modules()] == blocks
 
 
-def test_merging_equal_tokens_changes_nothing(model: VisionTransformer) -> None:
+def test_merging_equal_tokens_changes_nothing(model: VisionTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention, pooling and importance count a merged token as often as it has tokens: exactly so for equal ones."""
     if model.pos_embed is not None:
         nn.init.zeros_(model.pos_embed)
+    rope: Any = getattr(model, "rope", None)
+    if rope is not None:  # all at the same place
+        embedding = rope.get_embed((4, 4))
+        monkeypatch.setattr(rope, "get_embed", lambda *_, **__: embedding[..., :1, :].expand_as(embedding))
     images = torch.randn(2, 3, 1, 1).expand(-1, -1, 16, 16)  # all patches alike
     before = model(images)
     compress(model, schedule_for(model, prune=False))
@@ -268,13 +283,21 @@ def test_a_distilled_model(training: bool) -> None:
         "vit_base_patch16_clip_224",
         "vit_medium_patch16_gap_256",
         "vit_base_patch16_224.mae",
+        "vit_small_patch16_dinov3",
+        "vit_small_plus_patch16_dinov3",
+        "eva02_tiny_patch14_224",
+        "eva02_base_patch16_clip_224",
+        "vit_pe_core_tiny_patch16_384",
+        "vit_small_patch16_rope_mixed_224",
+        "vit_mediumd_patch16_rope_reg1_gap_256",
+        "eva_giant_patch14_224",
     ],
 )
 def test_models_of_the_registry(name: str) -> None:
     torch.manual_seed(0)
-    model = timm.create_model(name, img_size=56, depth=3, embed_dim=24, num_heads=2, num_classes=7).eval()
+    model = timm.create_model(name, img_size=112, depth=3, embed_dim=24, num_heads=2, num_classes=7).eval()
     schedule = uniform_schedule(model, 0.8 * flops(model) / 1e9)
-    images = torch.randn(2, 3, 56, 56)
+    images = torch.randn(2, 3, 112, 112)
     before = model(images)
     after = compress(model, schedule)(images)
     assert after.shape == before.shape == (2, 7)
@@ -365,7 +388,7 @@ def test_a_head_that_pools_over_patches_needs_one(pool: str) -> None:
         model(images)
 
 
-@pytest.mark.parametrize("variant", ["plain", "only registers"])
+@pytest.mark.parametrize("variant", ["plain", "only registers", "rotary"])
 def test_intermediate_features_are_back_on_their_grid(variant: str) -> None:
     model, images = build(variant), torch.randn(2, 3, 16, 16)
     prefix = model.num_prefix_tokens
@@ -389,7 +412,7 @@ def test_intermediate_features_are_back_on_their_grid(variant: str) -> None:
                     wanted = torch.zeros(16)
                 elif fill == "last":  # after the last block that it left, or as it came
                     rest = [block for block, slot in enumerate(slots) if slot[image, prefix + patch] >= 0]
-                    came = model._embed(images)[image, prefix + patch]
+                    came = model._embed(images)[0][image, prefix + patch]
                     before = features[rest[-1]][0][image].flatten(1)[:, patch] if rest else came
                     wanted = model.norm(before)
                 else:
@@ -402,7 +425,8 @@ def test_intermediate_features_are_back_on_their_grid(variant: str) -> None:
     early = model.forward_intermediates(images, indices=[0, 1], stop_early=True, output_dict=True)
     torch.testing.assert_close(early["image_intermediates"][1], features[1][0])
     assert early["image_features"].shape == (2, prefix + 10, 16)
-    assert model.get_intermediate_layers(images, n=2)[0].shape == (2, 16, 16)
+    if hasattr(model, "get_intermediate_layers"):
+        assert model.get_intermediate_layers(images, n=2)[0].shape == (2, 16, 16)
     with pytest.raises(ValueError, match="output_fmt must be"):
         model.forward_intermediates(images, output_fmt="NHWC")
     with pytest.raises(ValueError, match="fill must be one of 'last', 'nearest', 'zeros', got 'mean'"):

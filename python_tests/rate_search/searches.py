@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.metaformer import MetaFormer
-from tiny_models import tiny_caformer, tiny_vit
+from tiny_models import tiny_caformer, tiny_eva, tiny_vit
 from torch import Tensor, nn
 
 from diffrate_ext import RateSearch
@@ -29,6 +29,9 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "attention pool with class token": lambda: tiny_vit(global_pool="map"),
     "max pool": lambda: tiny_vit(global_pool="max"),
     "mean and max pool": lambda: tiny_vit(global_pool="avgmax", class_token=False),
+    "rotary": tiny_eva,
+    "rotary by block and head": lambda: tiny_eva("rotary by block and head"),
+    "rotary, mean pool": lambda: tiny_eva("rotary, mean pool"),
     "CAFormer": tiny_caformer,
 }
 
