@@ -18,7 +18,7 @@ from .compression.uniform import SHARES, uniform_schedule
 from .errors import InputTypeError, InputValueError
 from .evaluation import Batch, Evaluation, evaluate_all, split_batch
 from .methods import METHODS, Method, method_of
-from .models import adapter_for
+from .models import adapter_for, check_returns_logits
 from .schedule import Schedule
 from .timing import Benchmark, Comparison, random_images
 
@@ -82,6 +82,7 @@ def compare(
         InputTypeError, InputValueError: the model, a schedule, a method or a target does not fit, or there are no
             images.
     """
+    check_returns_logits(model, "compare")
     if rounds < 1:
         raise InputValueError(f"rounds must be at least 1, got {rounds}")
     for name, values in (("gflops", gflops), ("methods", methods)):

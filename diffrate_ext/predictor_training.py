@@ -28,7 +28,7 @@ from .methods import DynamicViT, Predictors
 from .methods.dynamicvit import pruning_blocks
 from .methods.method import after_each_quarter
 from .methods.predictors import Predictor
-from .models import Stage, adapter_for
+from .models import Stage, adapter_for, check_returns_logits
 from .models.adapter import TokenRules
 from .models.compressed import NewStep, Plan, Step, TokenState
 from .numeric import wide_dtype
@@ -104,6 +104,7 @@ def train_predictors(
         DivergedError: the loss is not finite.
     """
     settings = settings or PredictorSettings()
+    check_returns_logits(model, "train_predictors")
     student: Any = uncompressed_copy(model)  # shares the weights
     predictors, schedule = _start(student, target, settings.seed)
     own = next(student.parameters())

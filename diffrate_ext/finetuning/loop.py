@@ -19,6 +19,7 @@ from ..compression.copies import compressed_copy, uncompressed_copy
 from ..errors import DivergedError, InputValueError
 from ..evaluation import Batch, split_batch
 from ..methods import Method, method_of
+from ..models import check_returns_logits
 from ..schedule import Schedule
 from ..seeding import seeded
 from ..training.batches import Loader, fitting_labels, model_fingerprint, step_batches
@@ -114,6 +115,7 @@ def finetune(
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise InputValueError(f"checkpoint_every must be a whole number of at least 1, got {checkpoint_every!r}")
     settings = settings or FinetuneSettings()
+    check_returns_logits(model, "finetune")
     method = method_of(schedule.method if method is None else method)
     schedule = replace(schedule, method=str(method))
     teacher = uncompressed_copy(model).eval()  # shares the caller's weights

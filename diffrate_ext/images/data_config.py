@@ -14,6 +14,9 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     config: dict[str, Any] = resolve_model_data_config(model)
     # a model made for another image size than its weights knows that in its patch embedding only
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is None:  # transformers' models
+        side = getattr(getattr(model, "config", None), "image_size", None)
+        size = (side, side) if isinstance(side, int) else side
     if size:
         config["input_size"] = (config["input_size"][0], *size)
     return config

@@ -70,6 +70,8 @@ class Adapter(ABC):
     family: ClassVar[str]
     prunes: ClassVar[bool] = True
     """False: the family is only ever merged."""
+    returns_logits: ClassVar[bool] = True
+    """Whether a model returns its logits or features as one tensor, as timm's do."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

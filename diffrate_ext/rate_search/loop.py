@@ -24,7 +24,7 @@ from ..compression.uniform import uniform_schedule
 from ..errors import DivergedError, InputValueError
 from ..evaluation import Batch, Evaluation, evaluate_all, split_batch
 from ..methods import Method
-from ..models import adapter_for
+from ..models import adapter_for, check_returns_logits
 from ..schedule import Schedule
 from ..seeding import seeded
 from ..training.batches import Loader, fitting_labels, model_fingerprint, step_batches
@@ -127,6 +127,7 @@ def search(
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise InputValueError(f"checkpoint_every must be a whole number of at least 1, got {checkpoint_every!r}")
     settings = settings or SearchSettings()
+    check_returns_logits(model, "search")
     target_gflops = gflops_of(model, target_gflops)
     check_target(model, target_gflops, settings.granularity, method=settings.method)
     plain = uncompressed_copy(model)  # shares the weights; its modules are those that change

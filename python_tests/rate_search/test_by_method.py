@@ -25,7 +25,7 @@ from diffrate_ext.methods.masking import BlockRates
 from diffrate_ext.methods.tome_search import merge_by_keys
 from diffrate_ext.models.adapter import TokenRules
 from diffrate_ext.models.compressed import TokenState
-from diffrate_ext.models.vision_transformer import VisionTransformerAdapter
+from diffrate_ext.models.transformer_adapter import TransformerAdapter
 
 OPTIONS = [
     "match=keys",
@@ -44,9 +44,9 @@ METHODS = [*(f"diffrate:{options}" for options in OPTIONS), "tome", "tome:propor
 @pytest.fixture
 def plain_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes add up as they are: of cosines, the paper's two modes keep different books."""
-    own = VisionTransformerAdapter.rules.fget
+    own = TransformerAdapter.rules.fget
     assert own is not None
-    monkeypatch.setattr(VisionTransformerAdapter, "rules", property(lambda self: replace(own(self), size_rule="sum")))
+    monkeypatch.setattr(TransformerAdapter, "rules", property(lambda self: replace(own(self), size_rule="sum")))
 
 
 def assert_masked_is_dropped(model: nn.Module, method: str) -> None:
