@@ -126,6 +126,10 @@ class MethodPlan(Plan):
     def __init__(self, method: Method, rules: TokenRules, tokens: int, numbers: KeptNumbers, fewest: int) -> None:
         self.method, self.rules, self.tokens, self.numbers, self.fewest = method, rules, tokens, numbers, fewest
 
+    @property
+    def fewest_left(self) -> int:
+        return min(after for _, after in self.numbers)
+
     def steps(self, tokens: int, training: bool) -> Sequence[NewStep]:
         numbers = self.numbers
         if tokens != self.tokens:  # images of another size keep the rates

@@ -97,6 +97,11 @@ class Plan(ABC):
     def steps(self, tokens: int, training: bool) -> Sequence[NewStep]:
         """For each block, what it does in a forward pass of ``tokens`` tokens, prefix included."""
 
+    @property
+    def fewest_left(self) -> int | None:
+        """Tokens that the block with the fewest leaves, prefix included; None: there is a patch in any case."""
+        return None
+
     def release(self) -> None:  # noqa: B027  most have nothing to undo
         """Called when the plan is replaced or removed: undo what it changed beside the model's classes."""
 

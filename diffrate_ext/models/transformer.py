@@ -129,6 +129,20 @@ class CompressedTransformer(CompressedModule, nn.Module):
         logits: Tensor = super().forward_head(x)  # type: ignore[misc]  # the model's own, which sums in another order
         return logits
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, **options: Any) -> None:
+        """As of the uncompressed model.
+
+        Raises:
+            InputValueError: the new pool is over patches, and the schedule leaves none.
+        """
+        left = self._diffrate_plan.fewest_left
+        if global_pool not in (None, *POOLS_CLASS_TOKEN) and left is not None and left <= self.num_prefix_tokens:
+            raise InputValueError(
+                f"global_pool={global_pool!r} pools over patches, but the schedule leaves none: {left} tokens, "
+                f"{self.num_prefix_tokens} of them prefix. restore() the model first"
+            )
+        super().reset_classifier(num_classes, global_pool, **options)  # type: ignore[misc]
+
     def forward_intermediates(
         self,
         x: Tensor,

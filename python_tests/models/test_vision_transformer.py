@@ -388,6 +388,25 @@ def test_a_head_that_pools_over_patches_needs_one(pool: str) -> None:
         model(images)
 
 
+@pytest.mark.parametrize("variant", ["plain", "rotary"])
+def test_a_new_pool_is_checked(variant: str) -> None:
+    model, images = build(variant, global_pool="token"), torch.randn(2, 3, 16, 16)
+    compress(model, Schedule([17, 17, 1, 1], [17, 10, 1, 1]))
+    with pytest.raises(InputValueError, match=r"global_pool='avg' pools over patches.*: 1 tokens, 1 of them prefix"):
+        model.reset_classifier(3, "avg")
+    assert model.global_pool == "token"
+    model.reset_classifier(3)
+    assert model(images).shape == (2, 3)
+    compress(model, schedule_for(model))
+    model.reset_classifier(7, "avg")
+    tokens, size = model.forward_tokens(images)
+    torch.testing.assert_close(model(images), model.forward_head(tokens, size=size))
+    assert model(images).shape == (2, 7)
+    RateSearch(model)
+    model.reset_classifier(4, "max")
+    assert model(images).shape == (2, 4)
+
+
 @pytest.mark.parametrize("variant", ["plain", "only registers", "rotary"])
 def test_intermediate_features_are_back_on_their_grid(variant: str) -> None:
     model, images = build(variant), torch.randn(2, 3, 16, 16)
