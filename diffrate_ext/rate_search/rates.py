@@ -362,12 +362,18 @@ class _SearchPlan(Plan):
 
     def __init__(self, rates: RateSearch, index: int) -> None:
         self.rates, self.index = rates, index
+        self.tokens = rates._adapter.stages[index].tokens  # when the search began
 
     def steps(self, tokens: int, training: bool) -> Sequence[NewStep]:
-        rates = self.rates
+        rates, own = self.rates, self.tokens
+        now = rates._adapter.stages[self.index].tokens
+        if now != own:
+            raise InputValueError(
+                f"the model's image size changed since this search began, from {own} tokens to {now}: restore() it and "
+                "make a new RateSearch"
+            )
         if not training:
             return rates._drop_plan(self.index).steps(tokens, training)
-        own = rates._adapter.stages[self.index].tokens
         if tokens != own:
             raise InputValueError(
                 f"the search needs images of the model's own size and no patch dropout: {own} tokens, got {tokens}"

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny_models import tiny_images, tiny_vit
 from torch import nn
 
-from diffrate_ext import RateSearch, compress, restore
+from diffrate_ext import RateSearch, compress, restore, token_slots, uniform_schedule
 
 
 @pytest.fixture(params=KINDS)
@@ -201,6 +201,28 @@ def test_few_images(kind: str, training: bool, count: int) -> None:
 def test_images_do_not_depend_on_each_other(model: nn.Module) -> None:
     rates, images = searching(model).train(), tiny_images(model)
     torch.testing.assert_close(rates(images)[1:2], rates(images[1:2]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["class token", "rotary"])
+def test_image_sizes(kind: str) -> None:
+    """Before a search and after it, but not meanwhile."""
+    model: Any = build(kind)
+    model.set_input_size((24, 16))
+    rates, images = searching(model), torch.randn(2, 3, 24, 16)
+    assert rates.schedule().grid == (6, 4)
+    loss_of(rates.train()(images)).backward()
+    assert rates.prune_logits.grad.abs().sum() > 0
+    kept = rates.schedule().after_merging
+    assert [int(slot.max()) + 1 for slot in token_slots(model, images)] == list(kept)
+    model.set_input_size((24, 24))
+    for training in (True, False):
+        with pytest.raises(
+            ValueError, match="image size changed since this search began, from 25 tokens to 37: restore"
+        ):
+            rates.train(training)(torch.randn(2, 3, 24, 24))
+    restore(model)
+    compress(model, uniform_schedule(model, "60%"))
+    assert model(torch.randn(2, 3, 24, 24)).shape == (2, 5)
 
 
 @pytest.mark.parametrize(("kind", "side", "tokens"), [("any image size", 24, (17, 37)), ("CAFormer", 96, (16, 36))])
