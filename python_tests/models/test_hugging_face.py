@@ -210,6 +210,15 @@ def test_it_compiles() -> None:
     torch.testing.assert_close(result_of(compiled(images())), expected)
 
 
+@pytest.mark.parametrize(("kind", "options"), [("ViT", {"interpolate_pos_encoding": True}), ("DINOv3", {})])
+def test_images_of_another_size_keep_the_rates(kind: str, options: dict[str, Any]) -> None:
+    model = MODELS[kind]()
+    schedule, prefix = schedule_for(model), adapter_for(model).rules.prefix
+    compress(model, schedule)
+    left = model(torch.randn(2, 3, 32, 16), **options).last_hidden_state.shape[1] - prefix
+    assert left == 2 * (schedule.after_merging[-1] - prefix)
+
+
 def test_a_tower_inside_a_model() -> None:
     """LLaVA takes the last layer but one and leaves out the class token."""
     tower = MODELS["CLIP"]()
