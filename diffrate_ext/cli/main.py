@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     What the caller can mend gets one line; everything else is a fault of ours, and gets its traceback.
     """
+    if not (sys.argv[1:] if argv is None else argv):
+        build_parser().print_help(sys.stderr)
+        return 2
     try:
         arguments = build_parser().parse_args(argv)
         command: Callable[[argparse.Namespace], None] = arguments.command

@@ -29,6 +29,11 @@ def gflops_of(model: nn.Module, target: float | str) -> float:
     return found
 
 
+def share_meant(gflops: float, uncompressed: float) -> str:
+    """For a target that is out of reach: how it is written, if it looks like per cents without their sign."""
+    return f". As a share, write '{gflops:g}%'" if uncompressed < gflops and 1 < gflops <= 100 else ""
+
+
 def _share_in(text: str) -> float:
     try:
         if text.endswith("%"):

@@ -9,7 +9,7 @@ from ..methods import Method, method_of
 from ..models import adapter_for
 from ..schedule import Schedule
 from .flops import flops
-from .targets import gflops_of
+from .targets import gflops_of, share_meant
 
 SHARES = (0.80, 0.65, 0.50)
 """Of the uncompressed model's FLOPs: the targets when nobody names others."""
@@ -50,6 +50,7 @@ def uniform_schedule(model: nn.Module, gflops: float | str, *, method: str | Met
         raise InputValueError(
             f"{target / 1e9:g} GFLOPs cannot be reached: the model takes {flops_of(0) / 1e9:.4g} uncompressed, and "
             f"{flops_of(1) / 1e9:.4g} with as few tokens as a uniform schedule can keep"
+            + share_meant(target / 1e9, flops_of(0) / 1e9)
         )
     low, high = 0.0, 1.0  # FLOPs fall with the strength, in steps
     for _ in range(50):

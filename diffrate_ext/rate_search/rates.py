@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..compression.flops import flops
 from ..compression.patching import install_plans, without_plans
+from ..compression.targets import gflops_of, share_meant
 from ..errors import DivergedError, InputTypeError, InputValueError
 from ..methods import METHODS, Method, MethodPlan, method_of
 from ..methods.masking import BlockRates, MaskGradient, everything
@@ -221,21 +222,23 @@ class RateSearch(nn.Module):
             proxies[0].fill_(NEVER)[:, 0] = 0.0
 
     @torch.no_grad()
-    def project(self, gflops: float, tolerance: float = 0.0) -> None:
+    def project(self, gflops: float | str, tolerance: float = 0.0) -> None:
         """Shift the rates so that :meth:`schedule` takes so many GFLOPs, as nearly as whole tokens allow.
 
         Every distribution over candidates is tilted by the same factor per patch, ``p_k ~ exp(logit_k + tilt * c_k)``:
         where the search was sure, little moves.
 
         Args:
-            gflops: multiply-accumulates of one image, in units of 1e9.
-            tolerance: the share of ``gflops`` that it may be off: the first tilt that is near enough is taken, none
+            gflops: multiply-accumulates of one image, in units of 1e9, or a share of the uncompressed model's, such as
+                ``"60%"``.
+            tolerance: the share of the target that it may be off: the first tilt that is near enough is taken, none
                 where the rates are near enough as they are.
 
         Raises:
             InputValueError: no rates lead there.
             DivergedError: the logits hold NaN or infinity.
         """
+        gflops = gflops_of(self.model, gflops)
         check_reachable(self, gflops)
         found = torch.stack(self._proxies(), dim=1).cpu()  # once: each tilt that is tried would stop the stream
         direction = self.tilt_direction().cpu()
@@ -400,7 +403,7 @@ def check_reachable(rates: RateSearch, gflops: float) -> None:
     if not least <= gflops <= most * (1 + 1e-9):
         raise InputValueError(
             f"{gflops:g} GFLOPs cannot be reached: the model takes {most:.4g} uncompressed, and {least:.4g} "
-            "with all the tokens removed that may be removed"
+            "with all the tokens removed that may be removed" + share_meant(gflops, most)
         )
 
 

@@ -180,6 +180,14 @@ def test_as_a_module(tmp_path):
     assert done.stderr == "diffrate: error: unrecognized arguments: --nonsense (see diffrate demo --help)\n"
 
 
+def test_no_command_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "search" in captured.err
+    assert "evaluate" in captured.err
+
+
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_reader_who_has_enough_is_no_error(options: list[str], tmp_path: Path) -> None:
     """``diffrate info | head -1``, here of a reader that is gone at once."""

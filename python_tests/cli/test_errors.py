@@ -13,7 +13,6 @@ from diffrate_ext.schedule import Schedule
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "COMMAND"),
         (["dance"], "invalid choice: 'dance'"),
         (["demo", "--n-images", "0"], "at least 1, got '0'"),
         (["demo", "--n-images", "many"], "at least 1, got 'many'"),
@@ -46,6 +45,7 @@ from diffrate_ext.schedule import Schedule
         (["search", *TEST_VIT, "--images", "/no/such/folder"], "/no/such/folder"),
         (["search", "--split", "val"], "'search' and 'test', got 'val'"),
         (["search", "--gflops", "0.2", "9"], "9 GFLOPs cannot be reached: the model takes 0.3509"),
+        (["evaluate", "--gflops", "80"], "as a uniform schedule can keep. As a share, write '80%'"),
         (["search", "--gflops", "0.2", "0.2"], "a target twice"),
         (["search", "--mixup", "1", "--batch-size", "3"], "even"),
         (["search", "--device", "abacus"], "abacus"),

@@ -200,6 +200,8 @@ def test_projection_meets_the_target(model: nn.Module) -> None:
     for target in (0.99 * low, 1.01 * high):
         with pytest.raises(ValueError, match="GFLOPs cannot be reached"):
             rates.project(target)
+    rates.project(f"{50 * (low + high) / high:g}%")
+    assert flops(model, rates.schedule()) / 1e9 == pytest.approx((low + high) / 2, abs=one_token)
 
 
 def test_a_schedule_to_search_from(model: nn.Module) -> None:
