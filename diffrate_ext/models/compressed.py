@@ -187,16 +187,32 @@ def attention(attn: Any, q: Tensor, k: Tensor, v: Tensor, step: Step | None) -> 
         InputTypeError: there is no step: the module was not called by a compressed model.
         InputValueError: training with dropout on the attention map, which is never built here.
     """
-    if step is None:
-        raise InputTypeError(NO_STEP)
-    if attn.training and attn.attn_drop.p > 0:
-        raise InputValueError(f"attention dropout ({attn.attn_drop.p}) cannot be trained with compression: set it to 0")
     q = getattr(attn, "q_norm", _same)(q)
     k = getattr(attn, "k_norm", _same)(k)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    return attended(q, k, v, step, scale=attn.scale, dropout=dropout, halves=getattr(attn, "rotate_half", False))
+
+
+def attended(
+    q: Tensor, k: Tensor, v: Tensor, step: Step | None, *, scale: float, dropout: float, halves: bool
+) -> Tensor:
+    """The same from normed queries and keys, whatever module they are of.
+
+    Args:
+        dropout: on the attention map, as it is to be now: 0 in evaluation mode.
+        halves: as for :func:`rotated`, where the step has positions.
+
+    Raises:
+        InputTypeError, InputValueError: as :func:`attention`.
+    """
+    if step is None:
+        raise InputTypeError(NO_STEP)
+    if dropout > 0:
+        raise InputValueError(f"attention dropout ({dropout}) cannot be trained with compression: set it to 0")
     if step.positions is not None:
-        q, k = (rotated(x, step.positions, getattr(attn, "rotate_half", False)) for x in (q, k))
+        q, k = (rotated(x, step.positions, halves) for x in (q, k))
     # under autocast, norms give float32
-    out = step.attend(q.to(v.dtype), k.to(v.dtype), v, attn.scale)
+    out = step.attend(q.to(v.dtype), k.to(v.dtype), v, scale)
     return out.transpose(1, 2).flatten(2)
 
 

@@ -23,9 +23,9 @@ from ..errors import InputTypeError, InputValueError
 from ..schedule import Schedule
 from .adapter import Adapter, Stage, TokenRules, linear_weights
 from .classes import CompressedModule, original_class
-from .compressed import NO_STEP, Observer, Plan, Step, TokenState
+from .compressed import NO_STEP, Observer, Plan, Step, TokenState, attended
 from .patch_embedding import is_tiled
-from .rotary import RotaryPositions, rotated
+from .rotary import RotaryPositions
 
 _MODULE = "transformers.models."
 
@@ -194,18 +194,12 @@ class CompressedAttention(CompressedModule, nn.Module):
     head_dim: int
 
     def forward(self, hidden_states: Tensor, step: Step | None = None) -> tuple[Tensor, None]:
-        if step is None:
-            raise InputTypeError(NO_STEP)
-        dropout = getattr(self, "attention_dropout", getattr(self, "dropout", 0.0))
-        if self.training and dropout > 0:
-            raise InputValueError(f"attention dropout ({dropout}) cannot be trained with compression: set it to 0")
         q, k, v = (
             projection(hidden_states).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if step.positions is not None:
-            q, k = (rotated(x, step.positions, halves=True).to(v.dtype) for x in (q, k))
-        out = step.attend(q, k, v, self.head_dim**-0.5).transpose(1, 2).flatten(2)
+        dropout = getattr(self, "attention_dropout", getattr(self, "dropout", 0.0)) if self.training else 0.0
+        out = attended(q, k, v, step, scale=self.head_dim**-0.5, dropout=dropout, halves=True)
         return _projection(self)(out), None
 
 
