@@ -38,6 +38,7 @@ OPTIONS = [
     "match=keys,operations=merge_prune,importance=value_norm",
     "match=keys,importance=random",
 ]
+BY_ALL_METHODS = ["class token", "registers", "mean pool", "rotary", "rotary by block and head"]
 METHODS = [*(f"diffrate:{options}" for options in OPTIONS), "tome", "tome:proportional_attention=false"]
 
 
@@ -60,19 +61,20 @@ def assert_masked_is_dropped(model: nn.Module, method: str) -> None:
     assert (dropped - before).abs().max() > 1e-2  # something was lost
 
 
-@pytest.mark.parametrize("kind", ["class token", "registers", "mean pool"])
+@pytest.mark.parametrize("kind", BY_ALL_METHODS)
 @pytest.mark.parametrize("method", METHODS)
 def test_masking_is_dropping(method: str, kind: str, plain_sizes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(kind)
     if "random" in method:  # the same for whatever is alive: the last come first
 
         def rising(images: int, patches: int, device: Any = None) -> Tensor:
             return torch.arange(patches, dtype=torch.float64).expand(images, -1)
 
         monkeypatch.setattr(torch, "rand", rising)
-    assert_masked_is_dropped(build(kind), method)
+    assert_masked_is_dropped(model, method)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("class token", "registers", "mean pool")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in BY_ALL_METHODS])
 def test_masking_is_dropping_by_tome(kind: str) -> None:
     assert_masked_is_dropped(build(kind), "tome")
 
