@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .compression.compress import compress, restore, token_slots
     from .compression.copies import compressed_copy, uncompressed_copy
     from .compression.flops import flops
+    from .compression.output_tokens import output_tokens
     from .compression.uniform import uniform_schedule
     from .evaluation import Evaluation, evaluate
     from .finetuning.history import FinetuneHistory, FinetuneRecord
@@ -76,6 +77,7 @@ __all__ = [
     "finetune",
     "flops",
     "ops",
+    "output_tokens",
     "reference",
     "restore",
     "schedule_for",
@@ -114,6 +116,7 @@ _LAZY = {
     "evaluate": "evaluation",
     "finetune": "finetuning.loop",
     "flops": "compression.flops",
+    "output_tokens": "compression.output_tokens",
     "restore": "compression.compress",
     "schedule_for": "compression.choice",
     "search": "rate_search.loop",

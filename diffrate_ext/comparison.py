@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from .answers import answer_of, has_classes
 from .compression.compress import check_made_for
 from .compression.flops import flops
 from .compression.targets import gflops_of
@@ -18,7 +20,7 @@ from .compression.uniform import SHARES, uniform_schedule
 from .errors import InputTypeError, InputValueError
 from .evaluation import Batch, Evaluation, evaluate_all, split_batch
 from .methods import METHODS, Method, method_of
-from .models import adapter_for, check_returns_logits
+from .models import adapter_for
 from .schedule import Schedule
 from .timing import Benchmark, Comparison, random_images
 
@@ -82,7 +84,6 @@ def compare(
         InputTypeError, InputValueError: the model, a schedule, a method or a target does not fit, or there are no
             images.
     """
-    check_returns_logits(model, "compare")
     if rounds < 1:
         raise InputValueError(f"rounds must be at least 1, got {rounds}")
     for name, values in (("gflops", gflops), ("methods", methods)):
@@ -99,18 +100,18 @@ def compare(
         random_images(model, batch_size),
         methods=[one.method for one in settings],
     )
-    has_classes = bool(getattr(model, "num_classes", 1))
+    with_classes = has_classes(model)
 
     def watched() -> Iterator[Batch]:
         for index, batch in enumerate(loader):
-            yield batch if has_classes else split_batch(batch)[0]  # labels say nothing about features
+            yield batch if with_classes else split_batch(batch)[0]  # labels say nothing about features
             if on_progress is not None:
                 on_progress("images", index + 1)
 
     with _pooled_features(timing.models) as cosines:
         evaluations = evaluate_all(timing.models, watched())
     evaluations[0] = replace(evaluations[0], agreement=1.0)
-    if not has_classes:
+    if not with_classes:
         evaluations = [replace(evaluation, agreement=None) for evaluation in evaluations]
     for done in timing.run(rounds):
         if on_progress is not None:
@@ -189,23 +190,21 @@ def _pooled_features(models: Sequence[nn.Module]) -> Iterator[list[float]]:
     sums = [0.0] * len(models)
     wanted: list[Tensor] = []
 
-    def hook(index: int) -> Callable[..., None]:
-        def compare_with_first(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            features = inputs[0].to(torch.float32)
-            if index == 0:
-                wanted[:] = [features]
-            sums[index] += float(F.cosine_similarity(features, wanted[0], dim=-1).sum())
+    def compare_with_first(index: int, features: Tensor) -> None:
+        features = features.to(torch.float32)
+        if index == 0:
+            wanted[:] = [features]
+        sums[index] += float(F.cosine_similarity(features, wanted[0], dim=-1).sum())
 
-        return compare_with_first
+    def watch(index: int, model: nn.Module) -> RemovableHandle:
+        head = adapter_for(model).head
+        if head is None:
+            return model.register_forward_hook(lambda _, __, output: compare_with_first(index, answer_of(output)))
+        return head.register_forward_pre_hook(lambda _, inputs: compare_with_first(index, inputs[0]))
 
-    handles = [_head_of(model).register_forward_pre_hook(hook(index)) for index, model in enumerate(models)]
+    handles = [watch(index, model) for index, model in enumerate(models)]
     try:
         yield sums
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _head_of(model: Any) -> nn.Module:
-    head = model.get_classifier()
-    return head[0] if isinstance(head, tuple) else head  # a distilled model has two

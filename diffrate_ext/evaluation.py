@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .answers import answer_of
 from .errors import InputTypeError, InputValueError
 from .modes import evaluating
 
@@ -123,9 +124,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
         InputTypeError, InputValueError: it is not one row for each image.
     """
     own = next((p for p in model.parameters() if p.is_floating_point()), None)
-    logits = model(images if own is None else images.to(own.device, own.dtype))
-    if not isinstance(logits, Tensor):
-        raise InputTypeError(f"the model must return logits (B, classes) as one tensor, got {type(logits).__name__}")
+    logits = answer_of(model(images if own is None else images.to(own.device, own.dtype)))
     if logits.ndim != 2 or len(logits) != len(images):
         raise InputValueError(f"the model must return logits ({len(images)}, classes), got shape {tuple(logits.shape)}")
     return logits

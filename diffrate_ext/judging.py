@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .answers import has_classes
 from .evaluation import Batch, check_labels, logits_of, split_batch
 from .modes import evaluating
 
@@ -43,12 +44,8 @@ def judge(uncompressed: nn.Module, models: Sequence[nn.Module], loader: Iterable
             images, labels = split_batch(batch)
             reference = logits_of(uncompressed, images).double()
             for parts, model in zip(found, models, strict=True):
-                parts.append(_judged(logits_of(model, images).double(), reference, labels, _has_classes(uncompressed)))
+                parts.append(_judged(logits_of(model, images).double(), reference, labels, has_classes(uncompressed)))
     return [_together([torch.cat(column) for column in zip(*parts, strict=True)]) for parts in found]
-
-
-def _has_classes(model: nn.Module) -> bool:
-    return bool(getattr(model, "num_classes", 1))
 
 
 def _judged(found: Tensor, reference: Tensor, labels: Tensor | None, classes: bool) -> tuple[Tensor, ...]:

@@ -1,21 +1,28 @@
-"""timm models by name, with errors that say what to do."""
+"""Models by name, with errors that say what to do."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .errors import InputValueError
+from .hub import UNREACHABLE, from_the_cache_alone, hub_answers, no_pretrained
+from .transformers_loading import PREFIX, load_transformers_model
 
-PATIENCE = 5.0
-"""Seconds to wait for the Hugging Face hub."""
-UNREACHABLE = "they are not on this machine, and the Hugging Face hub cannot be reached"
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def load_model(
+    name: str, *, pretrained: bool = True, weights: str | Path | None = None, num_classes: int | None = None
+) -> nn.Module:
+    """As :func:`load_timm_model`; after ``"transformers:"``, as :func:`load_transformers_model`."""
+    load = load_transformers_model if name.startswith(PREFIX) else load_timm_model
+    return load(name.removeprefix(PREFIX), pretrained=pretrained, weights=weights, num_classes=num_classes)
 
 
 def load_timm_model(
@@ -43,14 +50,14 @@ def load_timm_model(
     pretrained = pretrained and weights is None
     if pretrained and registered and not timm.is_model_pretrained(name):
         # before the model is built: a large one takes a while
-        raise _no_pretrained(name, "timm names none")
+        raise no_pretrained(name, "timm names none")
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"no such file of weights: {weights}")
     reachable = not pretrained or hub_answers()
     try:
         head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         checkpoint = "" if weights is None else str(weights)
-        with nullcontext() if reachable else _from_the_cache_alone():
+        with nullcontext() if reachable else from_the_cache_alone():
             model = timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint, **head)
     except Exception as error:  # the hub clients raise errors of their own HTTP libraries, torch of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -59,9 +66,9 @@ def load_timm_model(
             hint = " (a head of another number of classes: --num-classes)" if "size mismatch for head" in words else ""
             raise InputValueError(f"the weights {weights} do not load into {name}{hint}: {words}") from error
         if not reachable:
-            raise _no_pretrained(name, UNREACHABLE) from error
+            raise no_pretrained(name, UNREACHABLE) from error
         if pretrained:
-            raise _no_pretrained(name, reason.rstrip(".")) from error
+            raise no_pretrained(name, reason.rstrip(".")) from error
         raise InputValueError(f"timm cannot build {name}: {reason}") from error
     return model.eval()
 
@@ -74,39 +81,3 @@ def _nearest(name: str, known: Sequence[str]) -> list[str]:
         if longer:
             return longer[:3]
     return difflib.get_close_matches(name, known, n=3)
-
-
-def hub_answers() -> bool:
-    """Whether the Hugging Face hub can be reached, or is not to be asked.
-
-    Its own client finds out by ten attempts, which take 46 seconds.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return True
-    try:
-        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
-    except Exception:  # each release of the client has errors of its own
-        return False
-    return True
-
-
-@contextmanager
-def _from_the_cache_alone() -> Iterator[None]:
-    """Within a ``with`` block the hub's client does not try the network."""
-    from huggingface_hub import constants
-
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def _no_pretrained(name: str, reason: str) -> InputValueError:
-    return InputValueError(
-        f"no pretrained weights for {name}: {reason}. "
-        "Give local ones with --weights FILE, or try it with random ones: --no-pretrained"
-    )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import embedded
+from .answers import answer_of, has_classes
 from .errors import InputValueError
 from .models import adapter_for
 from .modes import evaluating
@@ -47,8 +48,8 @@ def predictions(
         InputValueError: another number of names than of classes.
     """
     with torch.no_grad(), evaluating(model, compressed):
-        before, after = model(images).float(), compressed(images).float()
-    if not getattr(model, "num_classes", 1):
+        before, after = (answer_of(form(images)).float() for form in (model, compressed))
+    if not has_classes(model):
         cosines = F.cosine_similarity(before.flatten(1), after.flatten(1), dim=1).tolist()
         of_images = [Prediction(None, f"{cosine:.3f}", changed=False) for cosine in cosines]
         return Predictions("features kept\n(cosine)", of_images)
@@ -61,9 +62,11 @@ def predictions(
 
 
 def class_names_of(model: nn.Module) -> Sequence[str] | None:
-    """Names of the classes of the embedded model, and of timm's models with the classes of ImageNet."""
+    """Names of the classes of the embedded model, of timm's with the classes of ImageNet, and of transformers'."""
     if adapter_for(model).name == embedded.NAME:
         return embedded.CLASSES
+    if (names := getattr(getattr(model, "config", None), "id2label", None)) is not None:
+        return None if names[0] == "LABEL_0" else [names[index].partition(",")[0] for index in range(len(names))]
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset(model)

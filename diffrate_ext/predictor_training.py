@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .answers import has_classes
 from .compression.copies import uncompressed_copy
 from .compression.patching import install_plans
 from .compression.uniform import uniform_schedule
@@ -28,7 +29,7 @@ from .methods import DynamicViT, Predictors
 from .methods.dynamicvit import pruning_blocks
 from .methods.method import after_each_quarter
 from .methods.predictors import Predictor
-from .models import Stage, adapter_for, check_returns_logits
+from .models import Stage, adapter_for
 from .models.adapter import TokenRules
 from .models.compressed import NewStep, Plan, Step, TokenState
 from .numeric import wide_dtype
@@ -104,8 +105,12 @@ def train_predictors(
         DivergedError: the loss is not finite.
     """
     settings = settings or PredictorSettings()
-    check_returns_logits(model, "train_predictors")
     student: Any = uncompressed_copy(model)  # shares the weights
+    if not hasattr(student, "forward_features"):
+        raise InputTypeError(
+            "predictors learn on timm's models, from what their forward_features and forward_head return; a "
+            f"{type(student).__name__} has none"
+        )
     predictors, schedule = _start(student, target, settings.seed)
     own = next(student.parameters())
     predictors.to(own.device)
@@ -241,7 +246,7 @@ class Lesson:
         return self._answers(found, wanted, labels) + settings.feature_weight * features + settings.ratio_weight * ratio
 
     def _answers(self, found: Tensor, wanted: Tensor, labels: Tensor | None) -> Tensor:
-        if not getattr(self.student, "num_classes", 1):
+        if not has_classes(self.student):
             return 1 - F.cosine_similarity(found, wanted).mean()
         divergence = F.kl_div(found.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
         if labels is None:

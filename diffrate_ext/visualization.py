@@ -20,7 +20,7 @@ from .compression.flops import flops
 from .compression.uniform import is_uniform
 from .errors import InputValueError
 from .images.data_config import data_config
-from .models import adapter_for, check_returns_logits
+from .models import adapter_for
 from .painting import (
     HIGHLIGHTS,
     PRUNED,
@@ -109,7 +109,6 @@ def visualize(
         raise InputValueError(f"got {len(titles)} titles for {len(images)} images")
     if names is not None and len(names) != len(schedules):
         raise InputValueError(f"got {len(names)} names for {len(schedules)} schedules")
-    check_returns_logits(model, "visualize")
     if paint not in get_args(Paint):
         raise InputValueError(f"paint must be one of {', '.join(get_args(Paint))}, got {paint!r}")
     if not any_model:

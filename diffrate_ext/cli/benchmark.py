@@ -36,7 +36,9 @@ def add_benchmark_command(commands: Any) -> None:
             "diffrate benchmark --model vit_base_patch16_224 --gflops 80% 60% --device cuda --dtype bfloat16",
         ],
     )
-    benchmark.add_argument("--model", metavar="NAME", help="a timm model (default: the embedded one)")
+    benchmark.add_argument(
+        "--model", metavar="NAME", help="a model of timm or transformers (default: the embedded one)"
+    )
     add_no_pretrained_option(benchmark, "random weights, as always here")
     add_schedule_options(benchmark)
     add_timing_options(benchmark, batch_size=16, rounds=10)
@@ -52,11 +54,11 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     from rich.progress import Progress
 
     from .. import embedded
-    from ..model_loading import load_timm_model
+    from ..model_loading import load_model
     from ..timing import Comparison, random_images
 
     results, remarks = consoles()
-    model = load_timm_model(arguments.model, pretrained=False) if arguments.model else embedded.build_model()
+    model = load_model(arguments.model, pretrained=False) if arguments.model else embedded.build_model()
     model.to(device_named(arguments), getattr(torch, arguments.dtype)).eval()
     schedules = schedules_named(arguments, model)
     comparison = Comparison(model, [named.schedule for named in schedules], random_images(model, arguments.batch_size))

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="NAME", help="a timm model, e.g. deit_small_patch16_224 (default: the embedded one)"
+        "--model",
+        metavar="NAME",
+        help="a timm model, e.g. deit_small_patch16_224, or one of transformers, e.g. "
+        "transformers:google/vit-base-patch16-224 (default: the embedded one)",
     )
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
@@ -31,7 +34,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add_no_pretrained_option(weights)
     parser.add_argument(
-        "--num-classes", type=positive, metavar="N", help="of the head of --weights (default: as timm has the model)"
+        "--num-classes", type=positive, metavar="N", help="of the head of --weights (default: as the model comes)"
     )
 
 
@@ -136,13 +139,13 @@ def default_workers() -> int:
 
 
 def model_named(arguments: argparse.Namespace) -> nn.Module:
-    """The timm model that the arguments name, with its weights; by default the embedded one."""
+    """The model that the arguments name, with its weights; by default the embedded one."""
     from .. import embedded
-    from ..model_loading import load_timm_model
+    from ..model_loading import load_model
 
     if arguments.model is None:
         return embedded.load_model(arguments.weights)
-    return load_timm_model(
+    return load_model(
         arguments.model,
         pretrained=not arguments.no_pretrained,
         weights=arguments.weights,

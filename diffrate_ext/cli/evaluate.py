@@ -150,6 +150,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _images_and_model(arguments: argparse.Namespace, remarks: Console) -> tuple[ImageSource, nn.Module]:
+    from ..answers import number_of_classes
     from ..images.sources import match_classes, open_images, spread_over, without_labels
 
     images = open_images(arguments.images, split=arguments.split, purpose="evaluation")
@@ -159,7 +160,7 @@ def _images_and_model(arguments: argparse.Namespace, remarks: Console) -> tuple[
     if arguments.model is None or not images.labelled:
         return images, model
     try:
-        return match_classes(images, model.num_classes), model  # type: ignore[arg-type]
+        return match_classes(images, number_of_classes(model)), model
     except InputValueError as error:
         remarks.print(f"agreement only: {error}", style="yellow", markup=False, soft_wrap=True)
         return without_labels(images), model

@@ -148,6 +148,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace, device: torch.device, remarks: Console) -> FinetuneResult:
     import torch
 
+    from ..answers import has_classes
     from ..finetuning.history import FinetuneFolder
     from ..finetuning.loop import finetune
     from ..images.sources import open_images
@@ -160,7 +161,7 @@ def _run(arguments: argparse.Namespace, device: torch.device, remarks: Console) 
     images = open_images(arguments.images, split=arguments.split)
     torch.manual_seed(arguments.seed)  # random weights are the same when the run is resumed
     model: Any = model_named(arguments).to(device)
-    if not model.num_classes:
+    if not has_classes(model):
         if arguments.distill not in (None, 1):
             raise UsageError(f"--distill {arguments.distill:g}: the model has no classes; only 1 keeps its features")
         settings = replace(settings, distill=1.0)
@@ -178,7 +179,7 @@ def _run(arguments: argparse.Namespace, device: torch.device, remarks: Console) 
         run: dict[str, Any] = {"steps": settings.steps, "seed": settings.seed, "start": start}
         return training_loader(images, model, **loading, **run, **place)
 
-    measure: Measure = "accuracy" if images.labelled else "agreement" if model.num_classes else "cosine"
+    measure: Measure = "accuracy" if images.labelled else "agreement" if has_classes(model) else "cosine"
     means = RunningMeans(2)
     with progress_of_steps(remarks, "fine-tuning", settings.steps) as show:
         return finetune(
@@ -213,6 +214,7 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> FinetuneSe
 
 def _with_labels_that_count(images: ImageSource, model: Any, settings: FinetuneSettings) -> ImageSource:
     """The images with the model's labels, or without where nobody asks for them."""
+    from ..answers import number_of_classes
     from ..images.sources import match_classes, without_labels
 
     if settings.distill == 1:
@@ -223,7 +225,7 @@ def _with_labels_that_count(images: ImageSource, model: Any, settings: FinetuneS
             "uncompressed model says"
         )
     try:
-        return match_classes(images, model.num_classes)
+        return match_classes(images, number_of_classes(model))
     except InputValueError as error:
         raise UsageError(f"{error}; with --distill 1 labels are not needed") from error
 
@@ -242,6 +244,7 @@ def _validation(
     arguments: argparse.Namespace, training: ImageSource, model: Any, remarks: Console
 ) -> _Announced | None:
     """The images to evaluate on; None where there are none that the training does not see."""
+    from ..answers import has_classes, number_of_classes
     from ..images.loading import evaluation_loader
     from ..images.sources import match_classes, open_images, without_labels
 
@@ -255,9 +258,9 @@ def _validation(
             soft_wrap=True,
         )
         return None
-    if images.labelled and model.num_classes:
+    if images.labelled and has_classes(model):
         try:
-            images = match_classes(images, model.num_classes)
+            images = match_classes(images, number_of_classes(model))
         except InputValueError as error:
             remarks.print(f"agreement only: {error}", style="yellow", markup=False, soft_wrap=True)
             images = without_labels(images)

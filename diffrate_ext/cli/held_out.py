@@ -63,6 +63,7 @@ def hold_out(
 
 def _evaluation_part(arguments: argparse.Namespace, training: ImageSource, model: Any) -> ImageSource | None:
     """The images' own part for evaluation, with the labels that fit the model; None where they have none."""
+    from ..answers import has_classes, number_of_classes
     from ..images.sources import match_classes, open_images, without_labels
 
     try:
@@ -72,7 +73,7 @@ def _evaluation_part(arguments: argparse.Namespace, training: ImageSource, model
     if part.where == training.where:
         return None
     try:
-        return match_classes(part, model.num_classes) if model.num_classes else without_labels(part)
+        return match_classes(part, number_of_classes(model)) if has_classes(model) else without_labels(part)
     except InputValueError:
         return without_labels(part)
 

@@ -66,6 +66,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     import torch
     from rich.table import Table
 
+    from ..answers import has_classes
     from ..compression.copies import compressed_copy
     from ..compression.flops import flops
     from ..predictions import class_names_of
@@ -81,7 +82,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     results, remarks = consoles()
     workload = workload_named(arguments, 1, 1, remarks)
     model = workload.model.to(device_named(arguments))
-    if not getattr(model, "num_classes", 1):
+    if not has_classes(model):
         raise UsageError(f"{workload.name} has no classes to predict; diffrate visualize draws its tokens")
     named = _schedule_named(arguments, model)
     if arguments.no_pretrained:

@@ -168,6 +168,7 @@ def _search(arguments: argparse.Namespace) -> None:
 def _job(arguments: argparse.Namespace, device: torch.device, processes: Processes, remarks: Console) -> _Job:
     import torch
 
+    from ..answers import has_classes, number_of_classes
     from ..images.sources import match_classes, open_images
 
     if arguments.model is not None and arguments.images is None:
@@ -178,7 +179,7 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
     images = open_images(arguments.images, split=arguments.split)
     torch.manual_seed(arguments.seed)  # random weights are the same when the search is resumed
     model: Any = model_named(arguments)
-    if not model.num_classes:
+    if not has_classes(model):
         if arguments.soft_targets is False:
             raise UsageError("--no-soft-targets: the model has no classes, so labels say nothing about it")
         settings = replace(settings, soft_targets=True)
@@ -189,7 +190,7 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
         )
     if images.labelled and not settings.soft_targets:
         try:
-            images = match_classes(images, model.num_classes)
+            images = match_classes(images, number_of_classes(model))
         except InputValueError as error:
             raise UsageError(f"{error}; with --soft-targets labels are not needed") from error
     if not images.labelled or settings.soft_targets:
@@ -258,6 +259,7 @@ def _targets(arguments: argparse.Namespace, job: _Job) -> dict[float, Path]:
 
 
 def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder: Path) -> SearchResult:
+    from ..answers import has_classes
     from ..rate_search.loop import search
     from ..rate_search.report import all_reports, progress_report, tensorboard_report
     from ..training.data import training_loader
@@ -269,7 +271,7 @@ def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder:
         run: dict[str, Any] = {"steps": settings.steps, "seed": settings.seed, "start": start}
         return training_loader(job.images, job.model, **job.loading, **run, **place)
 
-    measure: Measure = "accuracy" if job.images.labelled else "agreement" if job.model.num_classes else "cosine"
+    measure: Measure = "accuracy" if job.images.labelled else "agreement" if has_classes(job.model) else "cosine"
     with ExitStack() as stack:
         reports = [
             stack.enter_context(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..answers import number_of_classes
 from ..methods import Method, method_of
 from ..models import adapter_for
 from ..schedule import Schedule
@@ -61,7 +62,7 @@ def named_uniform(model: nn.Module, gflops: float | str, method: str | Method = 
 def _published_for(model: nn.Module) -> list[tuple[float, Schedule]]:
     """The GFLOPs and numbers of the schedules that were learned on a model's weights."""
     adapter = adapter_for(model)
-    if getattr(model, "num_classes", None) != IMAGENET_CLASSES:  # trained further, or not yet
+    if number_of_classes(model) != IMAGENET_CLASSES:  # trained further, or not yet
         return []
     found = [
         (known.gflops, Schedule.published(known.weights, known.gflops))

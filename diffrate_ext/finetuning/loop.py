@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..answers import answer_of, has_classes
 from ..compression.compress import compress
 from ..compression.copies import compressed_copy, uncompressed_copy
 from ..errors import DivergedError, InputValueError
 from ..evaluation import Batch, split_batch
 from ..methods import Method, method_of
-from ..models import check_returns_logits
+from ..models import adapter_for
 from ..schedule import Schedule
 from ..seeding import seeded
 from ..training.batches import Loader, fitting_labels, model_fingerprint, step_batches
@@ -115,7 +116,6 @@ def finetune(
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise InputValueError(f"checkpoint_every must be a whole number of at least 1, got {checkpoint_every!r}")
     settings = settings or FinetuneSettings()
-    check_returns_logits(model, "finetune")
     method = method_of(schedule.method if method is None else method)
     schedule = replace(schedule, method=str(method))
     teacher = uncompressed_copy(model).eval()  # shares the caller's weights
@@ -152,7 +152,7 @@ def _check(model: nn.Module, settings: FinetuneSettings) -> None:
             "no parameter of the model needs a gradient: there is nothing to train (a RateSearch "
             "freezes the weights: restore(model) first)"
         )
-    if not getattr(model, "num_classes", 1) and settings.distill != 1:
+    if not has_classes(model) and settings.distill != 1:
         raise InputValueError(
             "the model has no classes (num_classes=0), so labels say nothing about it: fine-tune with distill=1, which "
             "keeps its features"
@@ -169,10 +169,10 @@ class _Finetuning:
 
         self.model, self.teacher, self.settings, self.folder = model, teacher, settings, folder
         self.processes = Processes.current()
-        self.has_classes = bool(getattr(model, "num_classes", 1))
+        self.has_classes = has_classes(model)
         own = next(model.parameters())
         self.device, self.dtype = own.device, own.dtype
-        spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
+        spared = adapter_for(model).undecayed
         groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
@@ -238,7 +238,7 @@ class _Finetuning:
         with seeded(settings.seed, step, self.processes.rank, _IN_THE_STEP, device=self.device):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.amp):
                 said = self._teacher(images) if settings.distill > 0 else None
-                found = self.module(images).float()
+                found = answer_of(self.module(images)).float()
             loss, accuracy = self._lesson(found, labels, said)
             loss.backward()
         gradient = nn.utils.clip_grad_norm_(self.parameters, settings.clip)
@@ -266,7 +266,7 @@ class _Finetuning:
     def _teacher(self, images: Tensor) -> Tensor:
         """What the uncompressed model says: probabilities, or features where it has no classes."""
         with torch.no_grad():
-            said = self.teacher(images).float()
+            said = answer_of(self.teacher(images)).float()
             return said.softmax(1) if self.has_classes else said
 
     def _lesson(self, found: Tensor, labels: Tensor | None, said: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..answers import answer_of, has_classes
 from ..errors import InputValueError
 from ..evaluation import Batch, evaluate_all, split_batch
 from ..modes import evaluating
@@ -41,7 +42,7 @@ class Quality:
 
 def qualities(uncompressed: nn.Module, model: nn.Module, loader: Iterable[Batch]) -> tuple[Quality, Quality]:
     """Of the uncompressed model, and of another, on the same images."""
-    if not getattr(uncompressed, "num_classes", 1):
+    if not has_classes(uncompressed):
         n, cosine = _cosine(uncompressed, model, loader)
         return Quality(n, None, None, None, 1.0), Quality(n, None, None, None, cosine)
     first, second = evaluate_all([uncompressed, model], loader)
@@ -58,7 +59,8 @@ def _cosine(uncompressed: nn.Module, model: nn.Module, loader: Iterable[Batch]) 
     with evaluating(uncompressed, model):
         for batch in loader:
             images = split_batch(batch)[0].to(own.device, own.dtype)
-            total += float(F.cosine_similarity(uncompressed(images), model(images)).sum())
+            features, compressed = (answer_of(form(images)) for form in (uncompressed, model))
+            total += float(F.cosine_similarity(features, compressed).sum())
             n += len(images)
     if n == 0:
         raise InputValueError("the loader gave no images")

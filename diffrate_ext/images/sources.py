@@ -90,8 +90,8 @@ def open_images(path: str | Path | None, *, split: str | None = None, purpose: P
     return _open_folder(root, split, purpose)
 
 
-def match_classes(source: ImageSource, num_classes: int) -> ImageSource:
-    """The same pictures with the labels of a model of ``num_classes`` classes.
+def match_classes(source: ImageSource, num_classes: int | None) -> ImageSource:
+    """The same pictures with the labels of a model of ``num_classes`` classes, or as they are where it does not tell.
 
     They count the classes in the same order, the sorted one of ImageNet and its likes. Classes named by WordNet ids
     ("n01440764") are looked up by name where the model has the 1,000 classes of ImageNet-1k, so that a subset serves.
@@ -110,7 +110,7 @@ def match_classes(source: ImageSource, num_classes: int) -> ImageSource:
         if unknown:
             raise InputValueError(f"{source.where} has classes that are not in ImageNet-1k: {_some(unknown)}")
         return _Relabelled(source, list(names), [number[name] for name in source.classes])
-    if len(source.classes) != num_classes:
+    if num_classes is not None and len(source.classes) != num_classes:
         words = "1 class" if len(source.classes) == 1 else f"{len(source.classes)} classes"
         raise InputValueError(f"{source.where} has {words} ({_some(source.classes)}), but the model has {num_classes}")
     return source

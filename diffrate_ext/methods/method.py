@@ -131,7 +131,10 @@ class MethodPlan(Plan):
         return min(after for _, after in self.numbers)
 
     def steps(self, tokens: int, training: bool) -> Sequence[NewStep]:
-        numbers = self.numbers
-        if tokens != self.tokens:  # images of another size keep the rates
-            numbers = scale_kept_numbers(numbers, self.tokens, tokens, self.rules.prefix, self.fewest)
-        return self.method.steps(self.rules, numbers)
+        return self.method.steps(self.rules, self.numbers_for(tokens))
+
+    def numbers_for(self, tokens: int) -> KeptNumbers:
+        """What each block keeps of so many tokens: images of another size keep the rates."""
+        if tokens == self.tokens:
+            return self.numbers
+        return scale_kept_numbers(self.numbers, self.tokens, tokens, self.rules.prefix, self.fewest)

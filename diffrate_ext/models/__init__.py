@@ -11,7 +11,7 @@ from .hugging_face import HuggingFaceAdapter
 from .metaformer import MetaFormerAdapter
 from .vision_transformer import VisionTransformerAdapter
 
-__all__ = ["Adapter", "Stage", "TokenRules", "adapter_for", "check_returns_logits"]
+__all__ = ["Adapter", "Stage", "TokenRules", "adapter_for"]
 
 OF_TIMM: tuple[type[Adapter], ...] = (VisionTransformerAdapter, EvaAdapter, MetaFormerAdapter)
 ADAPTERS: tuple[type[Adapter], ...] = (*OF_TIMM, HuggingFaceAdapter)
@@ -30,16 +30,12 @@ def adapter_for(model: nn.Module) -> Adapter:
     hint = ""
     if hasattr(model, "_orig_mod") or hasattr(model, "module"):
         hint = "; compress the model first and wrap it (torch.compile, DistributedDataParallel) afterwards"
+    else:
+        for name, part in model.named_modules():
+            if any(adapter.knows(part) for adapter in ADAPTERS):
+                hint = f". Its {name} is one, a {type(part).__name__}: take that"
+                break
     raise InputTypeError(
         f"{type(model).__name__} is not supported: expected one of timm's "
         f"{', '.join(adapter.family for adapter in OF_TIMM)}, or of transformers' {HuggingFaceAdapter.family}{hint}"
     )
-
-
-def check_returns_logits(model: nn.Module, called: str) -> None:
-    """Raise InputTypeError where a function, called so, cannot read what the model returns."""
-    if not adapter_for(model).returns_logits:
-        raise InputTypeError(
-            f"{called} takes models that return logits or features as one tensor, and a {type(model).__name__} returns "
-            "several by name: use compress, or RateSearch in a loop of your own (docs/models.md, Hugging Face)"
-        )

@@ -70,8 +70,10 @@ class Adapter(ABC):
     family: ClassVar[str]
     prunes: ClassVar[bool] = True
     """False: the family is only ever merged."""
-    returns_logits: ClassVar[bool] = True
-    """Whether a model returns its logits or features as one tensor, as timm's do."""
+    drop_paths: ClassVar[tuple[str, ...]] = ("drop_path1", "drop_path2")
+    """Where its blocks drop their branches, by name."""
+
+    model: Any
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -118,6 +120,25 @@ class Adapter(ABC):
     @abstractmethod
     def observe(self, images: Tensor, observe: Observer) -> None:
         """Run the compressed model on images, observed after each block."""
+
+    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the patches of an image of another size (height, width).
+
+        Raises:
+            InputValueError: the family takes no such images, or has several grids.
+        """
+        raise InputValueError(f"of a {self.family} only images of its own size are known")
+
+    @property
+    def head(self) -> nn.Module | None:
+        """What takes the pooled features of an image; None: the model's answer is those."""
+        head = self.model.get_classifier()
+        return head[0] if isinstance(head, tuple) else head  # a distilled model has two
+
+    @property
+    def undecayed(self) -> set[str]:
+        """Parameters of several dimensions that weight decay spares: tokens and position embeddings."""
+        return set(self.model.no_weight_decay()) if hasattr(self.model, "no_weight_decay") else set()
 
     @property
     def name(self) -> str | None:

@@ -15,6 +15,8 @@ from torch import nn
 class CompressedModule:
     """Mixin of the compressed classes of models, blocks and attention: another forward, all else as it was."""
 
+    named: ClassVar[str] = "Compressed{}"
+    """What such a class is called, after the original one."""
     _mixin: ClassVar[type[CompressedModule]]
     _original: ClassVar[type[nn.Module]]
 
@@ -29,7 +31,7 @@ class CompressedModule:
 def compressed_class(mixin: type[CompressedModule], original: type[nn.Module]) -> type[nn.Module]:
     """``original`` with the forward of ``mixin``."""
     members = {"__module__": mixin.__module__, "__doc__": mixin.__doc__, "_mixin": mixin, "_original": original}
-    return type(f"Compressed{original.__name__}", (mixin, original), members)
+    return type(mixin.named.format(original.__name__), (mixin, original), members)
 
 
 def _new_compressed(mixin: type[CompressedModule], original: type[nn.Module]) -> nn.Module:

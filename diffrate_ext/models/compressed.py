@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..errors import InputTypeError, InputValueError
+from ..numeric import TINY
 from .norm_ahead import NormAhead
 from .rotary import RotaryPositions, rotated
 
@@ -33,6 +34,13 @@ class TokenState(NamedTuple):
     """Token sizes (B, N); None: ones."""
     mask: Tensor | None = None
     """In the rate search (B, N), 1 for tokens that are there and 0 for the others; None: all are there."""
+
+    @property
+    def weights(self) -> Tensor | None:
+        """What the tokens count for where they are pooled (B, N), never 0 but for masked ones; None: alike."""
+        if self.size is None:
+            return None
+        return self.size.clamp_min(TINY) if self.mask is None else self.size * self.mask
 
     def on(self, device: torch.device) -> TokenState:
         """The same on the tokens' device, where a model is spread over several."""

@@ -34,11 +34,16 @@ def _masked_attention_pool(pool: Any, x: Tensor, size: Tensor) -> Tensor:
     latent = pool.latent.expand(len(x), -1, -1)
     q = pool.q_norm(pool.q(latent).unflatten(2, (pool.num_heads, -1)).transpose(1, 2))
     k, v = pool.kv(x).unflatten(2, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    logits = q @ pool.k_norm(k).transpose(-1, -2) * pool.scale
-    logits = logits.to(wide_dtype(logits))
-    weights = (logits - logits.detach().amax(-1, keepdim=True)).exp() * size[:, None, None]
-    weights = weights / weights.sum(-1, keepdim=True)
-    x = pool.proj_drop(pool.proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)))
+    pooled = masked_attention_to(q, pool.k_norm(k), v, size, pool.scale)
+    x = pool.proj_drop(pool.proj(pooled.transpose(1, 2).flatten(2)))
     if pool.mlp is not None:
         x = x + pool.mlp(pool.norm(x))
     return x.mean(1) if pool.pool == "avg" else x[:, 0] if pool.pool == "token" else x
+
+
+def masked_attention_to(q: Tensor, k: Tensor, v: Tensor, size: Tensor, scale: float) -> Tensor:
+    """Attention (B, H, Q, D) of some queries to tokens (B, H, K, D) of these sizes (B, K), differentiable at size 0."""
+    logits = q @ k.transpose(-1, -2) * scale
+    logits = logits.to(wide_dtype(logits))
+    weights = (logits - logits.detach().amax(-1, keepdim=True)).exp() * size[:, None, None]
+    return (weights / weights.sum(-1, keepdim=True)).to(v.dtype) @ v

@@ -9,7 +9,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..errors import InputValueError
-from ..numeric import TINY, wide_dtype
+from ..numeric import wide_dtype
 from .classes import CompressedModule
 from .compressed import Observer, Plan, run_blocks
 from .dense_features import DenseFeatures, Fill
@@ -70,9 +70,7 @@ class CompressedTransformer(CompressedModule, nn.Module):
         steps = self._diffrate_plan.steps(x.shape[1], self.training)
         blocks = list(self.blocks)[:depth]
         x, state = run_blocks(blocks, x, steps, rotary=rotary, checkpointing=self.grad_checkpointing, observe=observe)
-        if state.size is None:
-            return x, None
-        return x, state.size.clamp_min(TINY) if state.mask is None else state.size * state.mask
+        return x, state.weights
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to the tokens that are left (B, K, C), normalised."""

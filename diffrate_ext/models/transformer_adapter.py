@@ -91,6 +91,10 @@ class TransformerAdapter(Adapter):
         compressible = tuple(0 < index < end for index in range(len(blocks)))
         return (Stage(self.model, blocks, (rows, columns), rows * columns + prefix, compressible, prefix + 1),)
 
+    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = self.model.patch_embed.dynamic_feat_size(image_size)
+        return rows, columns
+
     @property
     def cost(self) -> ModelCost:
         model = self.model

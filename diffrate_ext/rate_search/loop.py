@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..answers import answer_of, has_classes
 from ..compression.copies import compressed_copy, uncompressed_copy
 from ..compression.flops import flops
 from ..compression.patching import remove_plans
@@ -24,7 +25,7 @@ from ..compression.uniform import uniform_schedule
 from ..errors import DivergedError, InputValueError
 from ..evaluation import Batch, Evaluation, evaluate_all, split_batch
 from ..methods import Method
-from ..models import adapter_for, check_returns_logits
+from ..models import adapter_for
 from ..schedule import Schedule
 from ..seeding import seeded
 from ..training.batches import Loader, fitting_labels, model_fingerprint, step_batches
@@ -127,7 +128,6 @@ def search(
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise InputValueError(f"checkpoint_every must be a whole number of at least 1, got {checkpoint_every!r}")
     settings = settings or SearchSettings()
-    check_returns_logits(model, "search")
     target_gflops = gflops_of(model, target_gflops)
     check_target(model, target_gflops, settings.granularity, method=settings.method)
     plain = uncompressed_copy(model)  # shares the weights; its modules are those that change
@@ -186,7 +186,7 @@ class _Search:
         self.history = SearchHistory(target_gflops, self.uncompressed, settings.steps, tokens)
         self.step = self.steps_before = 0
         self.saved: int | None = None  # the step of the checkpoint on disk
-        self.has_classes = bool(getattr(rates.model, "num_classes", 1))
+        self.has_classes = has_classes(rates.model)
         if not self.has_classes and not settings.soft_targets:
             raise InputValueError(
                 "the model has no classes (num_classes=0), so labels say nothing about it: search with soft targets "
@@ -357,7 +357,7 @@ class _Search:
         """The loss, and how much is right, of what the model says of images at the current rates."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
             teacher = self._teacher(images) if self.settings.soft_targets else None
-            found = self.module(images).float()
+            found = answer_of(self.module(images)).float()
         return self._lesson(found, labels, teacher)
 
     def _lesson(self, found: Tensor, labels: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -372,7 +372,7 @@ class _Search:
     def _teacher(self, images: Tensor) -> Tensor:
         """What the uncompressed model says: probabilities, or features where it has no classes."""
         with torch.no_grad(), self.rates.uncompressed() as plain:
-            found = plain(images).float()
+            found = answer_of(plain(images)).float()
             return found.softmax(1) if self.has_classes else found
 
     def _measure_of(self, batch: Batch) -> Measure:
