@@ -63,6 +63,8 @@ def load_transformers_model(
         raise InputValueError(f"transformers cannot load {name}, neither a folder nor from the hub: {why}") from error
     cls: Any = getattr(transformers, _class_for(config, name, num_classes))
     head: dict[str, Any] = {} if num_classes is None else {"num_labels": num_classes}
+    logging, verbosity = transformers.logging, transformers.logging.get_verbosity()
+    logging.set_verbosity_error()  # else it lists a text tower's weights, and a new head's, as not used
     try:
         if pretrained and weights is None:
             options = {"ignore_mismatched_sizes": True} if head else {}
@@ -71,6 +73,8 @@ def load_transformers_model(
             model = cls(cls.config_class.from_pretrained(name, **known, **head))
     except Exception as error:
         raise no_pretrained(name, reason or _first_line(error)) from error
+    finally:
+        logging.set_verbosity(verbosity)
     if weights is not None:
         _load_weights(model, weights, name)
     model.pretrained_cfg = _data_config(name, model, known)  # as timm's models have it

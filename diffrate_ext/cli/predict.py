@@ -66,7 +66,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     import torch
     from rich.table import Table
 
-    from ..answers import has_classes
+    from ..answers import answer_of, has_classes
     from ..compression.copies import compressed_copy
     from ..compression.flops import flops
     from ..predictions import class_names_of
@@ -90,7 +90,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     images = workload.images.to(next(model.parameters()).device)
     compressed = compressed_copy(model, named.schedule)
     with torch.inference_mode():
-        before, after = (form(images).float().softmax(1)[0].cpu() for form in (model, compressed))
+        before, after = (answer_of(form(images)).float().softmax(1)[0].cpu() for form in (model, compressed))
 
     cost, before_cost = (flops(model, schedule) / 1e9 for schedule in (named.schedule, None))
     table = Table(title=f"{workload.name}, {workload.titles[0]}", caption=f"{cost:.3g} of {before_cost:.3g} GFLOPs")
