@@ -29,7 +29,7 @@ def add_demo_command(commands: Any) -> None:
         help="accuracy and speed of a model with and without compression, and a picture",
         description="Without arguments: learns how many tokens each layer of the embedded Vision Transformer keeps, "
         "on embedded Fashion-MNIST training images, and compares that with a uniform schedule on test images. With "
-        "--model and --images: any supported timm model on your pictures, under published or uniform schedules.",
+        "--model and --images: any supported model on your pictures, under published or uniform schedules.",
         examples=[
             "diffrate demo --quick",
             "diffrate demo",
