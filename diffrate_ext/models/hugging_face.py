@@ -66,6 +66,8 @@ class _ModelForm:
     """The convolution that makes patches of pixels."""
     head: str = ""
     """A linear layer on the class token."""
+    makes_mask: bool = False
+    """Whether, under torch.export, the model makes an attention mask for the layers that masks nothing."""
 
     @property
     def host(self) -> str:
@@ -78,7 +80,7 @@ class _ModelForm:
 
 
 _VIT = _ModelForm("layers", "embeddings.patch_embeddings.projection")
-_DINO = _ModelForm("encoder.layer", "embeddings.patch_embeddings.projection")
+_DINO = _ModelForm("encoder.layer", "embeddings.patch_embeddings.projection", makes_mask=True)
 _CLIP = _ModelForm("encoder.layers", "embeddings.patch_embedding")
 _MODELS: Mapping[str, _ModelForm] = {
     "ViTModel": _VIT,
@@ -142,10 +144,11 @@ class CompressedEncoder(CompressedModule, nn.Module):
         *arguments: Any,
         attention_mask: Tensor | None = None,
         diffrate_observe: Observer | None = None,
+        diffrate_masks_nothing: bool = False,
         **options: Any,
     ) -> Any:
-        if attention_mask is not None:
-            raise InputValueError("a compressed model takes no attention_mask: restore() it first")
+        if not diffrate_masks_nothing:
+            _refuse_mask(attention_mask)
         if options.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise InputValueError(
                 "output_attentions=True: a compressed model never builds the attention maps; restore() it first"
@@ -154,6 +157,21 @@ class CompressedEncoder(CompressedModule, nn.Module):
         _keep_recording(self)
         options["diffrate_pass"] = _Pass(self._diffrate_plan, list(layers), self.training, diffrate_observe)
         return super().forward(*arguments, **options)
+
+
+class MaskMaker(CompressedModule, nn.Module):
+    """A model that makes a mask for its encoder: it takes none, so that the one it makes can be left out."""
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        _refuse_mask(attention_mask)
+        _keep_recording(self)
+        return super().forward(pixel_values, bool_masked_pos, diffrate_masks_nothing=True, **options)
 
 
 class CompressedLayer(CompressedModule, nn.Module):
@@ -273,6 +291,8 @@ class HuggingFaceAdapter(Adapter):
     @property
     def replacements(self) -> list[tuple[nn.Module, type[CompressedModule]]]:
         replaced: list[tuple[nn.Module, type[CompressedModule]]] = [(self._host, CompressedEncoder)]
+        if self._form.makes_mask:
+            replaced.append((self.model, MaskMaker))
         for layer in self._layers:
             replaced += [(layer, CompressedLayer), (_attention_of(layer), CompressedAttention)]
         return replaced
@@ -312,6 +332,11 @@ class HuggingFaceAdapter(Adapter):
     @property
     def _config(self) -> Any:
         return self.model.config
+
+
+def _refuse_mask(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        raise InputValueError("a compressed model takes no attention_mask: restore() it first")
 
 
 def _keep_recording(model: Any) -> None:
