@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from ..errors import InputTypeError
@@ -30,8 +31,8 @@ def adapter_for(model: nn.Module) -> Adapter:
     hint = ""
     if hasattr(model, "_orig_mod") or hasattr(model, "module"):
         hint = "; compress the model first and wrap it (torch.compile, DistributedDataParallel) afterwards"
-    elif name := next((name for name, part in model.named_modules() if any(a.knows(part) for a in ADAPTERS)), ""):
-        hint = f"; its {name} is a {type(model.get_submodule(name)).__name__}: compress that, in place"
+    elif isinstance(model, FeatureGetterNet):  # features_only=True
+        hint = "; compress the model inside it, its .model"
     raise InputTypeError(
         f"{type(model).__name__} is not supported: expected one of timm's "
         f"{', '.join(adapter.family for adapter in OF_TIMM)}, or of transformers' {HuggingFaceAdapter.family}{hint}"

@@ -140,9 +140,7 @@ class TransformerAdapter(Adapter):
 
 def _grid(patch_embed: Any) -> tuple[int, int]:
     """(rows, columns) of patches for the model's own image size."""
-    padded = getattr(
-        patch_embed, "dynamic_img_pad", False
-    )  # timm's grid_size leaves out the patches at the border then
+    padded = getattr(patch_embed, "dynamic_img_pad", False)  # grid_size counts no patch that is partly padding
     rows, columns = patch_embed.dynamic_feat_size(patch_embed.img_size) if padded else patch_embed.grid_size
     return rows, columns
 

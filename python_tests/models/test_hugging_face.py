@@ -345,9 +345,11 @@ def parameters(name: str, module: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.{own}": weights.detach() for own, weights in module.named_parameters()}
 
 
-def test_through_standard_operators_to_onnx(model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ViT", "ViT with classes", "DINOv2", "DINOv2 with registers", "DINOv3", "CLIP"])
+def test_through_standard_operators_to_onnx(kind: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
+    model = MODELS[kind]()
     compress(model, schedule_for(model))
     free = torch.export.ShapesCollection()
     free[given := images()] = {0: torch.export.Dim("batch", min=1)}

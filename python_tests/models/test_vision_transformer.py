@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,10 +25,10 @@ from diffrate_ext.compression.compress import compress, restore, token_slots
 from diffrate_ext.compression.copies import compressed_copy
 from diffrate_ext.compression.flops import flops
 from diffrate_ext.compression.uniform import uniform_schedule
-from diffrate_ext.errors import InputValueError
+from diffrate_ext.errors import InputTypeError, InputValueError
 from diffrate_ext.models.compressed import Step
 from diffrate_ext.rate_search.rates import RateSearch
-from diffrate_ext.schedule import Schedule
+from diffrate_ext.schedule import Schedule, scale_kept_numbers
 
 
 class GatedAttention(Attention):
@@ -214,6 +215,31 @@ def test_an_image_of_another_size_keeps_the_rates() -> None:
         assert tokens.shape == (2, 1 + kept, 16)
 
 
+@pytest.mark.parametrize("variant", ["plain", "rotary"])
+@pytest.mark.parametrize("size", [(16, 24), (18, 22), (13, 31)])
+def test_images_that_are_padded_to_whole_patches(variant: str, size: tuple[int, int]) -> None:
+    """The model's own image size, whether or not it is one of whole patches, and another."""
+    model = build(variant, img_size=size, dynamic_img_size=True, dynamic_img_pad=True)
+    rows, columns = (math.ceil(side / 4) for side in size)
+    schedule = uniform_schedule(model, "70%")
+    assert schedule.grid == (rows, columns)
+    whole = build(variant, img_size=(4 * rows, 4 * columns))
+    for given in (None, schedule):
+        assert flops(model, given) == flops(whole, given)
+
+    compress(model, schedule)
+    for height, width in (size, (23, 30)):
+        images = torch.randn(2, 3, height, width)
+        grid = math.ceil(height / 4), math.ceil(width / 4)
+        kept = scale_kept_numbers(
+            schedule.kept_numbers(1 + rows * columns), 1 + rows * columns, 1 + grid[0] * grid[1], 1, 2
+        )
+        assert [int(slot.max()) + 1 for slot in token_slots(model, images)] == [after for _, after in kept]
+        assert model(images).shape == (2, 5)
+        (features,) = model.forward_intermediates(images, indices=1, intermediates_only=True)
+        assert features.shape == (2, 16, *grid)
+
+
 def test_pruning_to_the_prefix() -> None:
     model = build("registers")
     schedule = Schedule([20, 20, 10, 4], [20, 18, 8, 4], prefix=4)
@@ -304,6 +330,27 @@ def test_models_of_the_registry(name: str) -> None:
     assert not torch.equal(after, before)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_a_backbone_of_the_registry(name: str) -> None:
+    """timm's wrapper returns the features of some blocks as maps."""
+    options: dict[str, Any] = {"img_size": 64, "depth": 4, "embed_dim": 24, "num_heads": 2}
+    backbone = timm.create_model(name, features_only=True, out_indices=[1, 3], **options).eval()
+    images = torch.randn(2, 3, 64, 64)
+    before = backbone(images)
+    with pytest.raises(InputTypeError, match=r"FeatureGetterNet is not .*; compress the model inside it, its \.model"):
+        uniform_schedule(backbone, "80%")
+    compress(backbone.model, gflops="80%")
+    found = backbone(images)
+    assert [features.shape for features in found] == [(2, 24, 4, 4)] * 2 == [features.shape for features in before]
+    expected = backbone.model.forward_intermediates(images, indices=[1, 3], intermediates_only=True)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.allclose(found[1], before[1], atol=1e-3)
+    restore(backbone.model)
+    for one, other in zip(backbone(images), before, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_parallel_blocks_of_the_registry_are_refused() -> None:
     model = timm.create_model("vit_small_patch16_18x2_224", depth=3, embed_dim=24, num_heads=2)
     with pytest.raises(ValueError, match=r"blocks\[0\] is a ParallelThingsBlock"):
@@ -334,6 +381,23 @@ class OwnHead(VisionTransformer):
 def test_unsupported_parts_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compress(VisionTransformer(**{**TINY, **arguments}), Schedule([17] * 4, [17] * 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("samvit_base_patch16", "VisionTransformerSAM"),
+        ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),
+        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("beit_base_patch16_224", "Beit"),
+    ],
+)
+def test_families_of_the_registry_that_are_refused(name: str, cls: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    for call in (lambda: compress(model, gflops="60%"), lambda: uniform_schedule(model, "60%"), lambda: flops(model)):
+        with pytest.raises(InputTypeError, match=rf"^{cls} is not supported: expected one of timm's VisionTransformer"):
+            call()
 
 
 def test_a_model_with_a_head_of_its_own_is_refused() -> None:
