@@ -24,7 +24,8 @@ from .reference import attention_map, gather_tokens, token_importance
 def to_standard_operators(program: ExportedProgram) -> ExportedProgram:
     """The same program without the operators of this library.
 
-    It is for ``torch.onnx.export(to_standard_operators(program), dynamo=True).save("model.onnx")``.
+    It is for ``torch.onnx.export(to_standard_operators(program), dynamo=True).save("model.onnx")``, and for
+    ``torch._inductor.aoti_compile_and_package``, whose package then runs without this library.
 
     Args:
         program: a compressed model in evaluation mode, exported by ``torch.export.export``.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from timm.models.eva import Eva
-from tiny_models import tiny_vit
+from timm.models.metaformer import MetaFormer
+from tiny_models import tiny_caformer, tiny_eva, tiny_images, tiny_predictors, tiny_schedule, tiny_vit
 from torch import Tensor, nn
 
 from diffrate_ext import (
@@ -21,6 +22,7 @@ from diffrate_ext import (
     to_standard_operators,
     uniform_schedule,
 )
+from diffrate_ext.methods import DynamicViT
 
 B, H, D, C = 2, 3, 4, 12
 
@@ -108,28 +110,34 @@ def exported(model: nn.Module, method: str, *, grad: bool) -> tuple[nn.Module, t
     with torch.no_grad():
         for weights in model.parameters():
             weights.add_(torch.randn_like(weights) * 0.05)
-    compress(model.eval(), uniform_schedule(model, "60%", method=method))
-    images = torch.randn(3, 3, 16, 16)
+    with_predictors = DynamicViT(tiny_predictors(model)) if method == "dynamicvit" else method
+    caformer = isinstance(model, MetaFormer)  # which so few FLOPs cannot be had of
+    schedule = tiny_schedule(model) if caformer else uniform_schedule(model, "60%", method=with_predictors)
+    compress(model.eval(), schedule, method=with_predictors)
+    images = tiny_images(model)
     with torch.set_grad_enabled(grad):  # without gradients more is fused
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     return model, program, images
 
 
-MODELS = {
-    "diffrate": ({}, "diffrate"),
-    "no class token": ({"class_token": False, "global_pool": "avg"}, "diffrate"),
-    "registers, pooling by attention": ({"reg_tokens": 3, "global_pool": "map"}, "diffrate"),
-    "tome": ({}, "tome"),
-    "rotary": ({"cls": Eva, "use_rot_pos_emb": True}, "diffrate"),
-    "rotary, tome": ({"cls": Eva, "use_rot_pos_emb": True}, "tome"),
-    "evit": ({}, "evit"),
+MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "diffrate": (tiny_vit, "diffrate"),
+    "no class token": (lambda: tiny_vit(class_token=False, global_pool="avg"), "diffrate"),
+    "registers, pooling by attention": (lambda: tiny_vit(reg_tokens=3, global_pool="map"), "diffrate"),
+    "tome": (tiny_vit, "tome"),
+    "rotary": (tiny_eva, "diffrate"),
+    "rotary, tome": (tiny_eva, "tome"),
+    "evit": (tiny_vit, "evit"),
+    "dynamicvit": (tiny_vit, "dynamicvit"),
+    "caformer": (tiny_caformer, "diffrate"),
+    "caformer, tome": (tiny_caformer, "tome"),
 }
 
 
 @pytest.mark.parametrize(("name", "grad"), [*((name, False) for name in MODELS), ("diffrate", True)])
 def test_models(name: str, grad: bool, tmp_path: Path) -> None:
-    options, method = MODELS[name]
-    model, program, images = exported(tiny_vit(**options), method, grad=grad)
+    make, method = MODELS[name]
+    model, program, images = exported(make(), method, grad=grad)
     assert "diffrate" in str(program.graph)
     standard = to_standard_operators(program)
     assert "diffrate" not in str(standard.graph)

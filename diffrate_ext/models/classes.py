@@ -7,9 +7,12 @@ state_dict stay as they are.
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
+import torch.fx
 from torch import nn
+
+from ..errors import InputTypeError
 
 
 class CompressedModule:
@@ -25,6 +28,19 @@ class CompressedModule:
         reduced = super().__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
         return (_new_compressed, (self._mixin, self._original), *reduced[2:])
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        # torch.jit.script asks every module for what it is to read
+        raise InputTypeError(_NO_SOURCE.format("torch.jit.script"))
+
+
+_NO_SOURCE = "{} cannot read a compressed model: use torch.export.export, or restore() the model first"
+
+
+def refuse_symbolic_trace(x: object) -> None:
+    """Raise InputTypeError for what torch.fx.symbolic_trace passes in the place of a tensor."""
+    if isinstance(x, torch.fx.Proxy):
+        raise InputTypeError(_NO_SOURCE.format("torch.fx.symbolic_trace"))
 
 
 @functools.cache

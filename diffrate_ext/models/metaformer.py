@@ -16,7 +16,7 @@ from ..costs import BlockCost, ModelCost, StageCost
 from ..errors import InputTypeError, InputValueError
 from ..schedule import Schedule
 from .adapter import Adapter, Stage, TokenRules, convolution_weights, linear_weights
-from .classes import CompressedModule, has_forward_of, original_class, unwrapped
+from .classes import CompressedModule, has_forward_of, original_class, refuse_symbolic_trace, unwrapped
 from .compressed import NO_STEP, Observer, Plan, Step, packed_attention, run_blocks
 
 
@@ -48,6 +48,7 @@ class CompressedMetaFormerStage(CompressedModule, MetaFormerStage):
     _diffrate_plan: Plan
 
     def forward(self, x: Tensor, observe: Observer | None = None) -> Tensor:
+        refuse_symbolic_trace(x)
         x = self.downsample(x)
         rows, columns = x.shape[-2:]
         slots: list[Tensor] = []

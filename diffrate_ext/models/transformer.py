@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InputValueError
 from ..numeric import wide_dtype
-from .classes import CompressedModule
+from .classes import CompressedModule, refuse_symbolic_trace
 from .compressed import Observer, Plan, run_blocks
 from .dense_features import DenseFeatures, Fill
 from .pooling import attention_pool, weighted_mean, without_masked
@@ -74,7 +74,7 @@ class CompressedTransformer(CompressedModule, nn.Module):
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to the tokens that are left (B, K, C), normalised."""
-        _refuse_masks(attn_mask, is_causal)
+        _check_call(x, attn_mask, is_causal)
         return _with_sizes(*self.forward_tokens(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, size: Tensor | None = None) -> Tensor:
@@ -118,7 +118,7 @@ class CompressedTransformer(CompressedModule, nn.Module):
             )
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        _refuse_masks(attn_mask, is_causal)
+        _check_call(x, attn_mask, is_causal)
         x, size = self._run_blocks(*self._embed(x))
         x = self.norm(x)
         if size is not None:
@@ -168,7 +168,7 @@ class CompressedTransformer(CompressedModule, nn.Module):
         Raises:
             InputValueError: the model is in its search step, or an argument is not known.
         """
-        _refuse_masks(attn_mask, is_causal)
+        _check_call(x, attn_mask, is_causal)
         if self.training and self._diffrate_plan.masks_in_training:
             raise InputValueError("the search step has no intermediate features: call eval() first")
         if output_fmt not in ("NCHW", "NLC"):
@@ -210,6 +210,7 @@ def _with_sizes(tokens: Tensor, size: Tensor | None) -> Tensor:
     return tokens
 
 
-def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+def _check_call(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+    refuse_symbolic_trace(x)
     if attn_mask is not None or is_causal:
         raise InputValueError("a compressed model takes no attn_mask and no is_causal: restore() it first")

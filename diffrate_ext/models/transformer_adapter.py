@@ -85,7 +85,7 @@ class TransformerAdapter(Adapter):
     @property
     def stages(self) -> tuple[Stage, ...]:
         blocks, prefix = self._blocks, self.model.num_prefix_tokens
-        rows, columns = self.model.patch_embed.grid_size
+        rows, columns = _grid(self.model.patch_embed)
         # what the last block does reaches a class token no more, but it does reach a pool over patches
         end = len(blocks) if self.model.global_pool in POOLS_CLASS_TOKEN else len(blocks) - 1
         compressible = tuple(0 < index < end for index in range(len(blocks)))
@@ -140,6 +140,13 @@ class TransformerAdapter(Adapter):
 
     def observe(self, images: Tensor, observe: Observer) -> None:
         self.model.forward_tokens(images, observe)
+
+
+def _grid(patch_embed: Any) -> tuple[int, int]:
+    """(rows, columns) of patches for the model's own image size."""
+    padded = getattr(patch_embed, "dynamic_img_pad", False)  # grid_size counts no patch that is partly padding
+    rows, columns = patch_embed.dynamic_feat_size(patch_embed.img_size) if padded else patch_embed.grid_size
+    return rows, columns
 
 
 def _of(cls: type, name: str) -> object:

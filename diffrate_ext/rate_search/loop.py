@@ -95,7 +95,8 @@ def search(
 
     Args:
         model: a supported model (docs/models.md), trained. One without classes (``num_classes=0``, or a transformers
-            model that is no classifier, such as DINOv2) needs soft targets: the search then keeps its features, by their cosine.
+            model that is no classifier, such as DINOv2) needs soft targets: the search then keeps its features, by
+            their cosine.
         loader: batches of (images, labels) or, with soft targets, images alone: images (B, C, H, W) of the model's own
             size, labels (B,) of an integer dtype or probabilities (B, classes). Any iterable; it is iterated again and
             again. Or a function that takes a step and returns the batches from that step on, so that a resumed search

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from diffrate_ext import (
     compress,
     flops,
     restore,
+    to_standard_operators,
     token_slots,
     train_predictors,
 )
@@ -174,8 +176,13 @@ def test_what_is_not_supported_is_refused() -> None:
     model = compress(MODELS["ViT"](), schedule_for(MODELS["ViT"]()))
     with pytest.raises(InputValueError, match="output_attentions=True: a compressed model never builds"):
         model(images(), output_attentions=True)
+    for kind in ("ViT", "DINOv2", "DINOv2 with registers"):
+        masked = compress(MODELS[kind](), schedule_for(MODELS[kind]()))
+        for given in ((images(),), (images(), None)):
+            with pytest.raises(InputValueError, match="takes no attention_mask"):
+                masked(*given, attention_mask=torch.ones(3, 17))
     with pytest.raises(InputValueError, match="takes no attention_mask"):
-        model(images(), attention_mask=torch.ones(3, 17))
+        masked(images(), None, torch.ones(3, 17))
     with pytest.raises(InputTypeError, match="call the model"):
         model.layers[0](torch.zeros(1, 17, 16))
     broken = MODELS["ViT"]()
@@ -192,3 +199,27 @@ def test_what_is_not_supported_is_refused() -> None:
     dropout = made("ViTModel", "ViTConfig", attention_probs_dropout_prob=0.1)()
     with pytest.raises(InputValueError, match=r"attention dropout \(0\.1\) cannot be trained"):
         compress(dropout, schedule_for(dropout)).train()(images())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["ViT", "ViT with classes", "DINOv2", "DINOv2 with registers", "DINOv3", "CLIP", "SigLIP", "DINOv2 with classes"],
+)
+def test_through_standard_operators_to_onnx(kind: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = MODELS[kind]()
+    compress(model, schedule_for(model))
+    free = torch.export.ShapesCollection()
+    free[given := images()] = {0: torch.export.Dim("batch", min=1)}
+    with torch.no_grad():
+        program = to_standard_operators(torch.export.export(model, (given,), dynamic_shapes=free))
+    assert "diffrate" not in str(program.graph)
+    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for some in (given, given[:1] - 1, torch.cat((given, -given))):
+        with torch.no_grad():
+            expected, again = model(some).to_tuple(), program.module()(some).to_tuple()
+        found = [torch.from_numpy(array) for array in session.run(None, {session.get_inputs()[0].name: some.numpy()})]
+        torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found, list(expected), atol=1e-4, rtol=1e-4)

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, DiffAttention, RmsNorm, SwiGLU, SwiGLUPacked
@@ -27,7 +27,7 @@ from diffrate_ext.compression.uniform import uniform_schedule
 from diffrate_ext.errors import InputValueError
 from diffrate_ext.models.compressed import Step
 from diffrate_ext.rate_search.rates import RateSearch
-from diffrate_ext.schedule import Schedule
+from diffrate_ext.schedule import Schedule, scale_kept_numbers
 
 
 class GatedAttention(Attention):
@@ -214,6 +214,31 @@ def test_an_image_of_another_size_keeps_the_rates() -> None:
         assert tokens.shape == (2, 1 + kept, 16)
 
 
+@pytest.mark.parametrize("variant", ["plain", "rotary"])
+@pytest.mark.parametrize("size", [(16, 24), (18, 22), (13, 31)])
+def test_images_that_are_padded_to_whole_patches(variant: str, size: tuple[int, int]) -> None:
+    """The model's own image size, whether or not it is one of whole patches, and another."""
+    model = build(variant, img_size=size, dynamic_img_size=True, dynamic_img_pad=True)
+    rows, columns = (math.ceil(side / 4) for side in size)
+    schedule = uniform_schedule(model, "70%")
+    assert schedule.grid == (rows, columns)
+    whole = build(variant, img_size=(4 * rows, 4 * columns))
+    for given in (None, schedule):
+        assert flops(model, given) == flops(whole, given)
+
+    compress(model, schedule)
+    for height, width in (size, (23, 30)):
+        images = torch.randn(2, 3, height, width)
+        grid = math.ceil(height / 4), math.ceil(width / 4)
+        kept = scale_kept_numbers(
+            schedule.kept_numbers(1 + rows * columns), 1 + rows * columns, 1 + grid[0] * grid[1], 1, 2
+        )
+        assert [int(slot.max()) + 1 for slot in token_slots(model, images)] == [after for _, after in kept]
+        assert model(images).shape == (2, 5)
+        (features,) = model.forward_intermediates(images, indices=1, intermediates_only=True)
+        assert features.shape == (2, 16, *grid)
+
+
 def test_pruning_to_the_prefix() -> None:
     model = build("registers")
     schedule = Schedule([20, 20, 10, 4], [20, 18, 8, 4], prefix=4)
@@ -271,43 +296,6 @@ def test_a_distilled_model(training: bool) -> None:
     assert len(logits) == 2  # class and distillation logits in training; else two images
     assert isinstance(logits, tuple) == training
     assert type(restore(model)) is VisionTransformerDistilled
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "deit_tiny_distilled_patch16_224",
-        "deit3_small_patch16_224",
-        "vit_small_patch14_reg4_dinov2",
-        "vit_base_patch16_siglip_224",
-        "vit_base_patch16_clip_224",
-        "vit_medium_patch16_gap_256",
-        "vit_base_patch16_224.mae",
-        "vit_small_patch16_dinov3",
-        "vit_small_plus_patch16_dinov3",
-        "eva02_tiny_patch14_224",
-        "eva02_base_patch16_clip_224",
-        "vit_pe_core_tiny_patch16_384",
-        "vit_small_patch16_rope_mixed_224",
-        "vit_mediumd_patch16_rope_reg1_gap_256",
-        "eva_giant_patch14_224",
-    ],
-)
-def test_models_of_the_registry(name: str) -> None:
-    torch.manual_seed(0)
-    model = timm.create_model(name, img_size=112, depth=3, embed_dim=24, num_heads=2, num_classes=7).eval()
-    schedule = uniform_schedule(model, 0.8 * flops(model) / 1e9)
-    images = torch.randn(2, 3, 112, 112)
-    before = model(images)
-    after = compress(model, schedule)(images)
-    assert after.shape == before.shape == (2, 7)
-    assert not torch.equal(after, before)
-
-
-def test_parallel_blocks_of_the_registry_are_refused() -> None:
-    model = timm.create_model("vit_small_patch16_18x2_224", depth=3, embed_dim=24, num_heads=2)
-    with pytest.raises(ValueError, match=r"blocks\[0\] is a ParallelThingsBlock"):
-        uniform_schedule(model, 0.1)
 
 
 class OwnBlock(Block):

@@ -16,7 +16,7 @@ from ..compressed import Observer
 from ..patch_embedding import is_tiled
 from .forms import LAYERS, MODELS, ModelForm, Pool
 from .heads import CompressedAttentionPool, CompressedAttentionPooled, CompressedClassifier
-from .layers import CompressedAttention, CompressedEncoder, CompressedLayer
+from .layers import CompressedAttention, CompressedEncoder, CompressedLayer, MaskMaker
 
 _MODULE = "transformers.models."
 _POOLS_PATCHES = ("class and patches", "patches", "attention")
@@ -106,6 +106,8 @@ class HuggingFaceAdapter(Adapter):
     @property
     def replacements(self) -> list[tuple[nn.Module, type[CompressedModule]]]:
         replaced: list[tuple[nn.Module, type[CompressedModule]]] = [(self._host, CompressedEncoder)]
+        if self._form.makes_mask:
+            replaced.append((self._base, MaskMaker))
         for layer in self._layers:
             replaced += [(layer, CompressedLayer), (_attention_of(layer), CompressedAttention)]
         if self._pool == "attention":

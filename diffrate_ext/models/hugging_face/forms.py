@@ -53,6 +53,8 @@ class ModelForm:
     """A linear layer on what was pooled."""
     pool: Pool = "class"
     has_class_token: bool = True
+    makes_mask: bool = False
+    """Whether, under torch.export, the model makes an attention mask for the layers that masks nothing."""
 
     @property
     def host(self) -> str:
@@ -67,7 +69,7 @@ class ModelForm:
 
 
 _VIT = ModelForm("layers", "embeddings.patch_embeddings.projection")
-_DINO = ModelForm("encoder.layer", "embeddings.patch_embeddings.projection")
+_DINO = ModelForm("encoder.layer", "embeddings.patch_embeddings.projection", makes_mask=True)
 _CLIP = ModelForm("encoder.layers", "embeddings.patch_embedding")
 _SIGLIP = ModelForm("encoder.layers", "embeddings.patch_embedding", pool="attention", has_class_token=False)
 MODELS: Mapping[str, ModelForm] = {

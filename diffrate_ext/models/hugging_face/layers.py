@@ -85,11 +85,12 @@ class CompressedEncoder(CompressedHost):
         attention_mask: Tensor | None = None,
         diffrate_observe: Observer | None = None,
         diffrate_weights: list[Tensor | None] | None = None,
+        diffrate_masks_nothing: bool = False,
         **options: Any,
     ) -> Any:
         """As of the uncompressed module. ``diffrate_weights`` gets what the tokens count for in the end."""
-        if attention_mask is not None:
-            raise InputValueError("a compressed model takes no attention_mask: restore() it first")
+        if not diffrate_masks_nothing:
+            _refuse_mask(attention_mask)
         if options.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise InputValueError(
                 "output_attentions=True: a compressed model never builds the attention maps; restore() it first"
@@ -101,6 +102,21 @@ class CompressedEncoder(CompressedHost):
         if diffrate_weights is not None:
             diffrate_weights.append(this.states[len(this.layers)].weights)
         return output
+
+
+class MaskMaker(CompressedHost):
+    """A model that makes a mask for its encoder: it takes none, so that the one it makes can be left out."""
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        _refuse_mask(attention_mask)
+        self._keep_recording()
+        return super().forward(pixel_values, bool_masked_pos, diffrate_masks_nothing=True, **options)
 
 
 class CompressedLayer(CompressedModule, nn.Module):
@@ -155,3 +171,8 @@ class CompressedAttention(CompressedModule, nn.Module):
         out = attended(q, k, v, step, scale=self.head_dim**-0.5, dropout=dropout, halves=True)
         projection: Any = self.o_proj if hasattr(self, "o_proj") else self.out_proj
         return projection(out), None
+
+
+def _refuse_mask(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        raise InputValueError("a compressed model takes no attention_mask: restore() it first")
