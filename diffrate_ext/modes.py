@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 
 @contextmanager
@@ -27,6 +28,11 @@ def in_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation runs, such as jvp."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
 def is_traced() -> bool:
-    """Whether a compiler, a trace or a transform of torch.func looks on: to them the number of images is open."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform()
+    """Whether a compiler, a trace or a transform of torch.func looks on, or forward mode: plain steps alone will do."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform() or in_forward_mode()
