@@ -13,6 +13,11 @@ from ..modes import in_forward_mode, in_transform
 _IN_TRANSFORMS: dict[Any, type[torch.autograd.Function]] = {}
 """By operator: transforms refuse the autograd functions that torch.library makes, so each operator has one for them."""
 
+_NO_FORWARD_MODE = (
+    "diffrate_ext's operators have no forward-mode derivative (jvp, jacfwd, hessian, forward_ad): differentiate in "
+    "reverse mode (backward, torch.func.grad, vjp, jacrev)"
+)
+
 
 def register_gradient(name: str, backward: Callable, setup_context: Callable) -> None:
     """The formula for the gradient of an operator, which is then to be called by :func:`with_gradient`."""
@@ -49,33 +54,32 @@ def with_gradient(operator: Any, *arguments: Any) -> Any:
         arguments: all of its arguments: transforms add no defaults.
     """
     if in_forward_mode():
-        refuse_tangents(operator.__name__.removesuffix(".default"), *arguments)
-    if in_transform():
+        refuse_tangents(*arguments)
+    if torch.is_grad_enabled() and in_transform():
         return _IN_TRANSFORMS[operator].apply(*arguments)
     return operator(*arguments)
 
 
-def refuse_tangents(name: str, *arguments: Any) -> None:
-    """Raises where one of the arguments has a tangent, which the result would silently lack."""
-    _TangentsRefused.apply(name, *arguments)
+def refuse_tangents(*arguments: Any) -> None:
+    """In forward mode: raises where one of the arguments has a tangent, which the result would silently lack."""
+    if torch.compiler.is_compiling():  # a compiler does not see tangents
+        raise NotImplementedError(_NO_FORWARD_MODE)
+    _TangentsRefused.apply(*arguments)
 
 
 class _TangentsRefused(torch.autograd.Function):
-    """What torch calls where there is a tangent, however many transforms it is wrapped in."""
+    """torch calls ``jvp`` where there is a tangent, however many transforms it is wrapped in."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(name: str, *arguments: Any) -> Tensor:
+    def forward(*arguments: Any) -> Tensor:
         return torch.empty(0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.name = inputs[0]
+        pass
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Tensor:
-        raise NotImplementedError(
-            f"{ctx.name} has no forward-mode derivative (jvp, jacfwd, hessian, forward_ad): differentiate in reverse "
-            "mode (backward, torch.func.grad, vjp, jacrev)"
-        )
+        raise NotImplementedError(_NO_FORWARD_MODE)

@@ -67,7 +67,8 @@ def constant(tensor: Tensor) -> Tensor:
 
     In a transform each is detached: there a tensor's ``requires_grad`` does not tell.
     """
-    return tensor.detach() if tensor.requires_grad or in_transform() else tensor
+    wants_gradient = tensor.requires_grad or (torch.is_grad_enabled() and in_transform())
+    return tensor.detach() if wants_gradient else tensor
 
 
 def check_int(name: str, value: object, least: int | None = None) -> int:

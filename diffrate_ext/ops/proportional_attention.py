@@ -65,7 +65,7 @@ def proportional_attention(
     if refused is not None:
         raise refused
     if in_forward_mode():
-        refuse_tangents("proportional_attention", q, k, v)
+        refuse_tangents(q, k, v)
     out = _fused_attention(q, k, v, _key_bias(size, q), scale)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as it mostly is: a copy only if torch followed q's layout
     if importance_from is None:
