@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 
 @contextmanager
@@ -24,9 +27,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 def in_transform() -> bool:
     """Whether a transform of torch.func, such as vmap, runs."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+    return not is_compiling() and maybe_current_level() is not None
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation runs, such as jvp."""
+    return forward_ad._current_level >= 0  # compilers see it, too
 
 
 def is_traced() -> bool:
-    """Whether a compiler, a trace or a transform of torch.func looks on: to them the number of images is open."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform()
+    """Whether a compiler, a trace or a transform of torch.func looks on, or forward mode: plain steps alone will do."""
+    return is_compiling() or torch.jit.is_tracing() or in_transform() or in_forward_mode()

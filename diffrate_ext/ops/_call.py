@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modes import in_transform
+from ..modes import in_forward_mode, in_transform
+from ._autograd import with_gradient
 
 REFUSED = (RuntimeError, TypeError, AttributeError)
 """What an operator, or the way to it, raises for a wrong argument."""
@@ -26,13 +27,15 @@ def call(operator: Any, arguments: tuple, *differentiable: Tensor | None) -> Any
         differentiable: those that it has a gradient for.
     """
     if torch.compiler.is_compiling() or needs_gradient(*differentiable):
-        return operator(*arguments)
+        return with_gradient(operator, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a gradient is wanted of one of the tensors, or may be: a transform's tensors do not tell."""
+    """Whether a derivative is wanted by one of the tensors, or may be: a transform's tensors do not tell."""
+    if in_forward_mode():  # with or without grad mode
+        return True
     if not torch.is_grad_enabled():
         return False
     return in_transform() or any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -63,8 +63,12 @@ def check_residual(residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """Without its gradient. A tensor that has none stays itself: detach() takes a microsecond."""
-    return tensor.detach() if tensor.requires_grad else tensor
+    """Without its gradient. A tensor that has none stays itself: detach() takes a microsecond.
+
+    In a transform each is detached: there a tensor's ``requires_grad`` does not tell.
+    """
+    wants_gradient = tensor.requires_grad or (torch.is_grad_enabled() and in_transform())
+    return tensor.detach() if wants_gradient else tensor
 
 
 def check_int(name: str, value: object, least: int | None = None) -> int:

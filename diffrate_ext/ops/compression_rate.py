@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import InputTypeError, InputValueError
 from ..numeric import rate_candidates
-from ._autograd import refuse_gradient
+from ._autograd import refuse_gradient, register_gradient, with_gradient
 from ._checks import check_int, check_tensor
 
 
@@ -42,7 +42,7 @@ def compression_rate(logits: Tensor, n_patches: int, granularity: int = 1, prefi
             f"logits must have one column for each of the {candidates} candidates (n_patches {n_patches}, granularity "
             f"{granularity}), got shape {tuple(logits.shape)}"
         )
-    return torch.ops.diffrate.compression_rate(logits, n_patches, granularity, prefix)
+    return with_gradient(torch.ops.diffrate.compression_rate.default, logits, n_patches, granularity, prefix)
 
 
 @torch.library.register_fake("diffrate::compression_rate")
@@ -65,8 +65,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 def _backward(ctx: Any, grad_kept: Tensor, grad_keep_prob: Tensor) -> tuple:
     (logits,) = ctx.saved_tensors
     arguments = (grad_kept, grad_keep_prob, logits, ctx.n_patches, ctx.granularity, ctx.prefix)
-    return torch.ops.diffrate.compression_rate_backward(*arguments), None, None, None
+    return with_gradient(torch.ops.diffrate.compression_rate_backward.default, *arguments), None, None, None
 
 
-torch.library.register_autograd("diffrate::compression_rate", _backward, setup_context=_setup_context)
+register_gradient("compression_rate", _backward, _setup_context)
 refuse_gradient("compression_rate_backward", "compression_rate cannot be differentiated twice")

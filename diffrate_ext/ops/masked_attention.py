@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..numeric import wide_dtype
 from ._attention import check_class_token, check_fits_cuda_kernels, check_queries, check_values, empty_heads
-from ._autograd import refuse_gradient
+from ._autograd import refuse_gradient, register_gradient, with_gradient
 from ._checks import check_choice, check_wide_vector
 
 
@@ -59,7 +59,9 @@ def masked_attention(
     check_values(v, q)
     check_fits_cuda_kernels(q)
     mask = check_wide_vector("mask", mask, q, "q", (q.shape[0], q.shape[2]))
-    return torch.ops.diffrate.masked_attention(q, k, v, mask, size, scale, prefix, importance_from, mask_gradient)
+    return with_gradient(
+        torch.ops.diffrate.masked_attention.default, q, k, v, mask, size, scale, prefix, importance_from, mask_gradient
+    )
 
 
 @torch.library.register_fake("diffrate::masked_attention")
@@ -98,9 +100,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
-    gradients = torch.ops.diffrate.masked_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.mask_gradient)
+    gradients = with_gradient(
+        torch.ops.diffrate.masked_attention_backward.default, grad, *ctx.saved_tensors, ctx.scale, ctx.mask_gradient
+    )
     return (*gradients, None, None, None, None, None)
 
 
-torch.library.register_autograd("diffrate::masked_attention", _backward, setup_context=_setup_context)
+register_gradient("masked_attention", _backward, _setup_context)
 refuse_gradient("masked_attention_backward", "masked_attention cannot be differentiated twice")

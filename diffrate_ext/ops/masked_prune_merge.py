@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputValueError
+from ..modes import in_transform
 from ..numeric import wide_dtype
-from ._autograd import refuse_gradient
+from ._autograd import refuse_gradient, register_gradient, with_gradient
 from ._checks import (
     check_choice,
     check_importance,
@@ -85,10 +86,10 @@ def masked_prune_merge(
     merge_prob = _check_rate("merge_prob", merge_prob, x, (tokens,), "(N,)")
     kept_p = _check_rate("kept_p", kept_p, x, (), "0-d").detach()
     kept_m = _check_rate("kept_m", kept_m, x, (), "0-d").detach()
-    if images and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if images and x.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform():
         _check_kept(mask, kept_p, kept_m, prefix)
     arguments = (x, mask, importance, size, prune_prob, merge_prob, kept_p, kept_m, prefix, size_rule)
-    return MaskedTokens(*torch.ops.diffrate.masked_prune_merge(*arguments))
+    return MaskedTokens(*with_gradient(torch.ops.diffrate.masked_prune_merge.default, *arguments))
 
 
 def _check_rate(name: str, value: Tensor, x: Tensor, shape: tuple[int, ...], meaning: str) -> Tensor:
@@ -99,7 +100,7 @@ def _check_rate(name: str, value: Tensor, x: Tensor, shape: tuple[int, ...], mea
 
 
 def _check_kept(mask: Tensor, kept_p: Tensor, kept_m: Tensor, prefix: int) -> None:
-    """Looked at on the CPU only, elsewhere looking would stop the stream."""
+    """Looked at on the CPU only, elsewhere looking would stop the stream; and not in transforms: see check_range."""
     alive = mask.detach()[0].sum()
     if not 0 <= alive <= mask.shape[1]:
         raise InputValueError(f"mask must lie in 0 .. 1, but its first row adds up to {float(alive)}")
@@ -169,12 +170,16 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_out_mask: Tensor | None, *
     with_mask = (needs_mask or needs_prune_prob or needs_merge_prob) and grad_out_mask is not None
     if not with_x and not with_mask:
         return (None,) * 10
-    of_x, of_mask, of_prune_prob, of_merge_prob = torch.ops.diffrate.masked_prune_merge_backward(
-        grad_out if with_x else None, grad_out_mask if with_mask else None, *ctx.saved_tensors, ctx.prefix
+    of_x, of_mask, of_prune_prob, of_merge_prob = with_gradient(
+        torch.ops.diffrate.masked_prune_merge_backward.default,
+        grad_out if with_x else None,
+        grad_out_mask if with_mask else None,
+        *ctx.saved_tensors,
+        ctx.prefix,
     )
     rates = (of_prune_prob, of_merge_prob) if with_mask else (None, None)
     return of_x if with_x else None, of_mask if with_mask else None, None, None, *rates, *[None] * 4
 
 
-torch.library.register_autograd("diffrate::masked_prune_merge", _backward, setup_context=_setup_context)
+register_gradient("masked_prune_merge", _backward, _setup_context)
 refuse_gradient("masked_prune_merge_backward", "masked_prune_merge cannot be differentiated twice")

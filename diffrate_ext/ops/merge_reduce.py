@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputTypeError, InputValueError
+from ._autograd import register_gradient, with_gradient
 from ._checks import check_int, check_like, check_range, check_residual, check_shape, check_tensor, check_wide_vector
 
 
@@ -45,7 +46,7 @@ def merge_reduce(
                 "weights must not require a gradient (merge_reduce treats them as constants): detach them"
             )
     check_range("dst", dst, kept)
-    return torch.ops.diffrate.merge_reduce(x, dst, kept, weights, residual)
+    return with_gradient(torch.ops.diffrate.merge_reduce.default, x, dst, kept, weights, residual)
 
 
 @torch.library.register_fake("diffrate::merge_reduce")
@@ -70,7 +71,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     dst, weights = ctx.saved_tensors
-    grad_x = torch.ops.diffrate.merge_reduce_backward(grad, dst, weights)
+    grad_x = with_gradient(torch.ops.diffrate.merge_reduce_backward.default, grad, dst, weights)
     return grad_x, None, None, None, grad_x if ctx.has_residual else None
 
 
@@ -83,10 +84,8 @@ def _setup_backward_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _double_backward(ctx: Any, grad: Tensor) -> tuple:
     # d out_j / d grad_i = w_j / W_i where dst_j = i: the transpose is a sum over j, which is merge_reduce
     dst, weights = ctx.saved_tensors
-    return torch.ops.diffrate.merge_reduce(grad, dst, ctx.kept, weights), None, None
+    return with_gradient(torch.ops.diffrate.merge_reduce.default, grad, dst, ctx.kept, weights, None), None, None
 
 
-torch.library.register_autograd("diffrate::merge_reduce", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "diffrate::merge_reduce_backward", _double_backward, setup_context=_setup_backward_context
-)
+register_gradient("merge_reduce", _backward, _setup_context)
+register_gradient("merge_reduce_backward", _double_backward, _setup_backward_context)

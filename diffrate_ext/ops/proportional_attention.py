@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..modes import in_forward_mode
 from ..numeric import TINY, wide_dtype
 from . import _attention
 from ._attention import check_class_token, check_queries, check_values, empty_heads, fits_cuda_kernels
-from ._autograd import refuse_gradient
+from ._autograd import refuse_gradient, refuse_tangents
 from ._call import REFUSED, call, needs_gradient
 from ._checks import check_choice, constant
 from .class_attention import class_attention
@@ -63,6 +64,8 @@ def proportional_attention(
     size, scale, prefix = _check(q, k, v, size, scale, prefix, importance_from)
     if refused is not None:
         raise refused
+    if in_forward_mode():
+        refuse_tangents(q, k, v)
     out = _fused_attention(q, k, v, _key_bias(size, q), scale)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as it mostly is: a copy only if torch followed q's layout
     if importance_from is None:

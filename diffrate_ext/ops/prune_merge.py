@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import InputValueError
 from ..numeric import TINY, wide_dtype
-from ._autograd import refuse_gradient
+from ._autograd import refuse_gradient, register_gradient, with_gradient
 from ._call import REFUSED, call, needs_gradient
 from ._checks import (
     check_choice,
@@ -141,7 +141,7 @@ def _run(arguments: tuple, norm: Norm | None) -> MergedTokens | NormalizedTokens
         return MergedTokens(*call(torch.ops.diffrate.prune_merge.default, arguments, x, residual))
     if needs_gradient(x, residual, *norm[:2]):
         check_norm(norm, x)
-        merged = MergedTokens(*torch.ops.diffrate.prune_merge(*arguments))
+        merged = MergedTokens(*with_gradient(torch.ops.diffrate.prune_merge.default, *arguments))
         normalized = F.layer_norm(merged.x, (x.shape[2],), *norm)
         return NormalizedTokens(*merged, normalized.to(x.dtype))  # under autocast it is float32
     attn, k_p, k_m, *options = others
@@ -281,10 +281,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
     # linear in x and residual once the order and the matching are fixed: the gradient is that of merge_reduce
     slot, weights = ctx.saved_tensors
-    grad_x = torch.ops.diffrate.merge_reduce_backward(grad, slot, weights)
+    grad_x = with_gradient(torch.ops.diffrate.merge_reduce_backward.default, grad, slot, weights)
     return (grad_x, *[None] * 8, grad_x if ctx.has_residual else None)
 
 
-torch.library.register_autograd("diffrate::prune_merge", _backward, setup_context=_setup_context)
+register_gradient("prune_merge", _backward, _setup_context)
 
 refuse_gradient("prune_merge_norm", "prune_merge_norm has no gradient: ops.prune_merge(norm=...) has one")

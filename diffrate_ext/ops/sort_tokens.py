@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..numeric import wide_dtype
+from ._autograd import register_gradient, with_gradient
 from ._checks import check_importance, check_prefix, check_tensor, check_wide_vector
 
 
@@ -39,7 +40,7 @@ def sort_tokens(x: Tensor, importance: Tensor, size: Tensor | None = None, *, pr
     importance = check_importance("importance", importance, x, prefix)
     if size is not None:
         size = check_wide_vector("size", size, x, "x", (x.shape[0], x.shape[1]))
-    return SortedTokens(*torch.ops.diffrate.sort_tokens(x, importance, size, prefix))
+    return SortedTokens(*with_gradient(torch.ops.diffrate.sort_tokens.default, x, importance, size, prefix))
 
 
 @torch.library.register_fake("diffrate::sort_tokens")
@@ -62,7 +63,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
     (order,) = ctx.saved_tensors
     position = torch.arange(order.shape[1], device=order.device).expand_as(order)
     slot = torch.empty_like(order).scatter_(1, order, position)
-    return torch.ops.diffrate.merge_reduce_backward(grad, slot, None), None, None, None
+    return with_gradient(torch.ops.diffrate.merge_reduce_backward.default, grad, slot, None), None, None, None
 
 
-torch.library.register_autograd("diffrate::sort_tokens", _backward, setup_context=_setup_context)
+register_gradient("sort_tokens", _backward, _setup_context)

@@ -176,6 +176,39 @@ def test_under_vmap(method: str) -> None:
         torch.testing.assert_close(found.flatten(0, 1), model(images))
 
 
+@pytest.mark.parametrize("method", ["diffrate", "tome", "evit", "dynamicvit"])
+def test_gradients_per_picture(method: str) -> None:
+    model = tiny_vit()
+    compress(model, weak_schedule(model), method=runnable(method, model))
+    images, parameters = tiny_images(model, 3), dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    detached = {name: parameter.detach() for name, parameter in parameters.items()}
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(detached, images)
+    for number, image in enumerate(images):
+        expected = torch.autograd.grad(loss(parameters, image), list(parameters.values()), materialize_grads=True)
+        for name, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(found[name][number], gradient, rtol=1e-4, atol=1e-5)
+        assert any(gradient.abs().sum() > 0 for gradient in expected)
+
+
+@pytest.mark.parametrize("grad_mode", [False, True])
+@pytest.mark.parametrize("method", ["diffrate", "tome", "evit", "dynamicvit"])
+def test_forward_mode_is_refused(method: str, grad_mode: bool) -> None:
+    """Instead of a derivative without what the operators have to say."""
+    model = tiny_vit()
+    compress(model, weak_schedule(model), method=runnable(method, model))
+    images = tiny_images(model, 16)
+    refused = pytest.raises(NotImplementedError, match="diffrate_ext's operators have no forward-mode derivative")
+    with torch.set_grad_enabled(grad_mode):
+        with refused:
+            torch.func.jvp(model, (images,), (images,))
+        with refused, torch.autograd.forward_ad.dual_level():
+            model(torch.autograd.forward_ad.make_dual(images, images))
+
+
 def test_evit_needs_a_place_for_the_fused_token() -> None:
     model = tiny_vit()
     with pytest.raises(InputValueError, match="one fused token, 2 tokens, or more; the schedule has 1"):
