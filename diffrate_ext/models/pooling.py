@@ -31,7 +31,7 @@ def attention_pool(pool: Any, x: Tensor, size: Tensor) -> Tensor:
 
 def _masked_attention_pool(pool: Any, x: Tensor, size: Tensor) -> Tensor:
     """timm's attention pooling over tokens that count for their sizes, differentiable where a size is 0."""
-    latent = pool.latent.expand(len(x), -1, -1)
+    latent = pool.latent.expand(x.shape[0], -1, -1)
     q = pool.q_norm(pool.q(latent).unflatten(2, (pool.num_heads, -1)).transpose(1, 2))
     k, v = pool.kv(x).unflatten(2, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4)
     pooled = masked_attention_to(q, pool.k_norm(k), v, size, pool.scale)

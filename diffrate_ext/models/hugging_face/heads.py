@@ -83,7 +83,7 @@ class CompressedAttentionPool(CompressedModule, nn.Module):
         """The query after attention (B, 1, C), for tokens (B, K, C) that count for these (B, K)."""
         attention, heads = self.attention, self.attention.num_heads
         parts = zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True)
-        inputs = (self.probe.expand(len(tokens), -1, -1), tokens, tokens)
+        inputs = (self.probe.expand(tokens.shape[0], -1, -1), tokens, tokens)
         q, k, v = (
             F.linear(x, *part).unflatten(2, (heads, -1)).transpose(1, 2) for x, part in zip(inputs, parts, strict=True)
         )
