@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for one in representatives(options.cache):
         if one.quick or not options.quick:
             print(f"{one.name}, {one.share}", file=sys.stderr, flush=True)
-            limits = {"rounds": 3, "most_pictures": 50} if options.quick else {"rounds": 11}
+            limits = {"rounds": 3, "most_pictures": 50} if options.quick else {"rounds": 15}
             results.add(measured(one, **limits))
     if folder.resolve() == RESULTS:
         rewrite(folder)
