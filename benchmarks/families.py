@@ -53,6 +53,10 @@ class Representative:
     quick: bool = False
     """Part of the quick form, too."""
 
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"family": self.family, "model": self.name, "share": self.share}
+
 
 def representatives(cache: Path) -> list[Representative]:
     """A family that is added to the library needs a line here."""
@@ -120,11 +124,9 @@ def measured(one: Representative, *, rounds: int, most_pictures: int | None = No
     speed = benchmark(model, schedule, images=images, rounds=rounds)
     (low, high), stages = speed.speed_up_quartiles, adapter_for(model).stages
     record: Record = {
-        "family": one.family,
-        "model": one.name,
+        **one.key,
         "image_size": images.shape[-1],
         "batch": one.batch,
-        "share": one.share,
         "uncompressed_gflops": speed.uncompressed_gflops,
         "gflops": speed.gflops,
         "tokens": max(stage.tokens for stage in stages),
@@ -165,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="in seconds and without a download: three models, 3 rounds, 50 pictures, results in a temporary folder",
     )
     parser.add_argument("--cache", type=Path, default=Path("/tmp/diffrate_dinov2"), help="where the packages are kept")
+    parser.add_argument("--resume", action="store_true", help="keep the records of an interrupted run and go on")
     parser.add_argument("--output", type=Path, help="folder for the results (default: benchmarks/results)")
     options = parser.parse_args(argv)
     folder = options.output or (Path(tempfile.mkdtemp(prefix="diffrate_families_")) if options.quick else RESULTS)
@@ -173,10 +176,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     machine = describe(torch.device("cpu"))
     machine["remark"] = f"Written by `python benchmarks/families.py`, with transformers {transformers.__version__}."
-    results = Results(folder / "cpu_families.json", machine, resume=False)
+    results = Results(folder / "cpu_families.json", machine, resume=options.resume)
     for one in representatives(options.cache):
-        if one.quick or not options.quick:
-            print(f"{one.name}, {one.share}", file=sys.stderr, flush=True)
+        if (one.quick or not options.quick) and not results.has(one.key):
+            print(*one.key.values(), file=sys.stderr, flush=True)
             limits = {"rounds": 3, "most_pictures": 50} if options.quick else {"rounds": 15}
             results.add(measured(one, **limits))
     if folder.resolve() == RESULTS:
