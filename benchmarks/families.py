@@ -103,8 +103,15 @@ def hugging_face_clip() -> nn.Module:
     """The image tower of LLaVA 1.5."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    return CLIPVisionModel(CLIPVisionConfig(image_size=336, patch_size=14, **sizes))
+    config = CLIPVisionConfig(
+        image_size=336,
+        patch_size=14,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+    )
+    return CLIPVisionModel(config)
 
 
 def embedded_test_pictures() -> ImageSource:
