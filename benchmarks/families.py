@@ -137,15 +137,16 @@ def measured(one: Representative, *, rounds: int, most_pictures: int | None = No
         comparison.seconds.append([cpu_seconds(form, images) for form in comparison.models])
     del comparison.seconds[:WARM_UP]
     (speed,) = comparison.results()
-    (low, high), stages = speed.speed_up_quartiles, adapter_for(model).stages
+    low, high = speed.speed_up_quartiles
+    adapter = adapter_for(model)
     record: Record = {
         **one.key,
         "image_size": images.shape[-1],
         "batch": one.batch,
         "uncompressed_gflops": speed.uncompressed_gflops,
         "gflops": speed.gflops,
-        "tokens": max(stage.tokens for stage in stages),
-        "fewest_tokens": min(schedule.after_merging),
+        "tokens": adapter.stages[0].tokens,
+        "tokens_left": adapter.kept_numbers(schedule)[0][-1][1],  # of the stage that is compressed
         "rounds": rounds,
         "seconds": {"uncompressed": speed.uncompressed_seconds, "diffrate_ext": speed.seconds},
         "speed_up": {"median": speed.speed_up, "low": low, "high": high},

@@ -216,7 +216,7 @@ def families_table(records: Sequence[Record]) -> str:
             f"{record['image_size']} px",
             str(record["batch"]),
             f"{record['uncompressed_gflops']:.3g} → {record['gflops']:.3g}",
-            f"{record['tokens']} → {record['fewest_tokens']}",
+            f"{record['tokens']} → {record['tokens_left']}",
             f"{record['uncompressed_gflops'] / record['gflops']:.2f}",
             times(record["speed_up"]),
         ]

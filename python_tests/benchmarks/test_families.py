@@ -12,6 +12,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from tiny_models import tiny_caformer
 from torch import nn
 
 from diffrate_ext import compress, embedded, flops, uniform_schedule
@@ -60,7 +61,7 @@ def test_a_record_of_a_model_with_classes() -> None:
     record = families.measured(TRAINED, rounds=2, most_pictures=5)
     assert record["uncompressed_gflops"] == flops(model) / 1e9
     assert record["gflops"] == flops(model, schedule) / 1e9
-    assert (record["tokens"], record["fewest_tokens"]) == (197, schedule.after_merging[-1])
+    assert (record["tokens"], record["tokens_left"]) == (197, schedule.after_merging[-1])
     assert (record["image_size"], record["batch"], record["rounds"]) == (28, 2, 2)
     assert record["speed_up"]["low"] <= record["speed_up"]["median"] <= record["speed_up"]["high"]
     assert record["kept"]["pictures"] == 5
@@ -74,6 +75,13 @@ def test_speed_up_is_uncompressed_over_compressed_cpu_time_after_a_warm_up(monke
     assert record["speed_up"]["median"] == 4.0
     assert record["seconds"] == {"uncompressed": 8.0, "diffrate_ext": 2.0}
     assert "kept" not in record
+
+
+def test_tokens_are_those_of_the_stage_that_is_compressed() -> None:
+    one = families.Representative("`MetaFormer`", "tiny", tiny_caformer, batch=1, share="90%")
+    record = families.measured(one, rounds=2)
+    assert record["tokens"] == 16
+    assert record["tokens_left"] == uniform_schedule(tiny_caformer(), "90%").after_merging[3] == 7  # not the next stage's
 
 
 def test_cpu_time_does_not_count_waiting() -> None:
