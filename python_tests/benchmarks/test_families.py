@@ -81,7 +81,7 @@ def test_tokens_are_those_of_the_stage_that_is_compressed() -> None:
     one = families.Representative("`MetaFormer`", "tiny", tiny_caformer, batch=1, share="90%")
     record = families.measured(one, rounds=2)
     assert record["tokens"] == 16
-    assert uniform_schedule(tiny_caformer(), "90%").after_merging == (16, 12, 7, 7, 4, 4)  # the last two: the next stage
+    assert uniform_schedule(tiny_caformer(), "90%").after_merging == (16, 12, 7, 7, 4, 4)  # 4: another stage
     assert record["tokens_left"] == 7
 
 
