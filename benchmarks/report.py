@@ -102,7 +102,8 @@ def machine_line(machine: dict[str, Any]) -> str:
 
 
 def where(machine: Mapping[str, Any]) -> str:
-    return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    threads = machine["threads"]
+    return machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def at_commit(machine: Mapping[str, Any]) -> str:
