@@ -44,6 +44,8 @@ def load_timm_model(
 
     registered = not name.startswith(HUB_PREFIXES)
     if registered and not timm.is_model(name):
+        if Path(name).is_dir():
+            raise InputValueError(f"timm has no model {name!r}; for the folder of a transformers model: {PREFIX}{name}")
         near = _nearest(name.partition(".")[0], timm.list_models())
         hint = f"; the nearest names are {', '.join(near)}" if near else ""
         raise InputValueError(f"timm has no model {name!r}{hint}")

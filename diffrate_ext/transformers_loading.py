@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import InputValueError
 from .hub import UNREACHABLE, hub_answers, no_pretrained
@@ -60,24 +62,27 @@ def load_transformers_model(
         config = transformers.AutoConfig.from_pretrained(name, **known)
     except Exception as error:  # the hub's client raises errors of its own HTTP library
         why = reason or _first_line(error)
-        raise InputValueError(f"transformers cannot load {name}, neither a folder nor from the hub: {why}") from error
+        raise InputValueError(f"transformers cannot load {name!r}, as a folder or from the hub: {why}") from error
     cls: Any = getattr(transformers, _class_for(config, name, num_classes))
     head: dict[str, Any] = {} if num_classes is None else {"num_labels": num_classes}
     logging, verbosity = transformers.logging, transformers.logging.get_verbosity()
     logging.set_verbosity_error()  # else it lists a text tower's weights, and a new head's, as not used
     try:
-        if pretrained and weights is None:
+        if weights is not None:
+            model = _with_weights(cls, cls.config_class.from_pretrained(name, **known, **head), weights, name)
+        elif pretrained:
             options = {"ignore_mismatched_sizes": True} if head else {}
-            model = cls.from_pretrained(name, **known, **head, **options)
+            model, info = cls.from_pretrained(name, **known, **head, **options, output_loading_info=True)
+            _check_complete(model, info, name, new_head=bool(head))
         else:
             model = cls(cls.config_class.from_pretrained(name, **known, **head))
+    except InputValueError:
+        raise
     except Exception as error:
         raise no_pretrained(name, reason or _first_line(error)) from error
     finally:
         logging.set_verbosity(verbosity)
-    if weights is not None:
-        _load_weights(model, weights, name)
-    model.pretrained_cfg = _data_config(name, model, known)  # as timm's models have it
+    model.pretrained_cfg = _data_config(name, model, known)  # type: ignore[assignment]  # as timm's models have it
     return model.eval()
 
 
@@ -92,18 +97,42 @@ def _class_for(config: Any, name: str, num_classes: int | None) -> str:
         if classifier is None:
             raise InputValueError(f"{name} is a {config.model_type!r} model, which has no classes: go without a number")
         return classifier
-    return saved if saved in (classifier, "CLIPVisionModel") else base
+    return saved if saved in (classifier, "CLIPVisionModel", "CLIPVisionModelWithProjection") else base
 
 
-def _load_weights(model: nn.Module, weights: str | Path, name: str) -> None:
-    from safetensors.torch import load_file
+def _with_weights(cls: Any, config: Any, weights: str | Path, name: str) -> nn.Module:
+    """A model with the weights of a file, read by transformers, which knows what they were called before."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        kind = "model.safetensors" if Path(weights).suffix == ".safetensors" else "pytorch_model.bin"
+        (Path(folder) / kind).symlink_to(Path(weights).resolve())
+        try:
+            model, info = cls.from_pretrained(folder, output_loading_info=True)
+        except Exception as error:  # safetensors, pickle and transformers have errors of their own
+            words = " ".join(str(error).split())[:300]
+            hint = " (a head of another number of classes: --num-classes)" if "size mismatch" in words else ""
+            raise InputValueError(f"the weights {weights} do not load into {name}{hint}: {words}") from error
+    _check_complete(model, info, f"{name}, of {weights}")
+    model.config.name_or_path = name
+    loaded: nn.Module = model
+    return loaded
 
-    try:
-        model.load_state_dict(load_file(weights))
-    except Exception as error:  # safetensors has errors of its own
-        words = " ".join(str(error).split())[:300]
-        hint = " (a head of another number of classes: --num-classes)" if "classifier" in words else ""
-        raise InputValueError(f"the weights {weights} do not load into {name}{hint}: {words}") from error
+
+def _check_complete(model: Any, info: Any, name: str, *, new_head: bool = False) -> None:
+    """Refuse a model some of whose weights are random. A pooler that was not trained becomes the class token."""
+    missing = {key for key in info["missing_keys"] if not (new_head and key.startswith("classifier."))}
+    if missing and all(key.startswith("pooler.") for key in missing):
+        model.pooler = ClassToken()
+    elif missing:
+        some = ", ".join(sorted(missing)[:3])
+        raise InputValueError(f"the weights of {name} do not load: {len(missing)} are missing, such as {some}")
+
+
+class ClassToken(nn.Module):
+    """In place of a pooler that was never trained: the class token (B, C) of tokens (B, N, C)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
 
 
 def _data_config(name: str, model: Any, known: dict[str, Any]) -> dict[str, Any]:
@@ -115,8 +144,12 @@ def _data_config(name: str, model: Any, known: dict[str, Any]) -> dict[str, Any]
     rows, columns = (side, side) if isinstance(side, int) else side
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name, **known)
-    except OSError:  # without one, as its own image processor by default has it
+    except OSError:
         processor = {}
+        warnings.warn(
+            f"{name} comes without an image processor: pictures are read with mean 0.5 and standard deviation 0.5",
+            stacklevel=3,
+        )
     cropped = processor.get("do_center_crop", False)
     return {
         "input_size": (getattr(config, "num_channels", 3), rows, columns),

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import fails, search
+from command_line import search
 from safetensors.torch import load_file
-from tiny_hugging_face import MODELS, TINY
+from tiny_hugging_face import MODELS, TINY, images
 
 from diffrate_ext import FinetuneSettings
 from diffrate_ext.cli.main import main
 from diffrate_ext.images.data_config import data_config
 from diffrate_ext.model_loading import load_model
+from diffrate_ext.models import adapter_for
 from diffrate_ext.schedule import Schedule
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -58,7 +60,8 @@ def test_the_weights_and_the_image_processor_of_a_folder(saved):
     assert config["input_size"] == (3, 16, 16)
     assert (config["mean"], config["std"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (config["interpolation"], config["crop_pct"], config["crop_mode"]) == ("bicubic", 0.8, "center")
-    plain = data_config(load_model(saved("SigLIP")))
+    with pytest.warns(UserWarning, match="comes without an image processor: pictures are read with mean 0"):
+        plain = data_config(load_model(saved("SigLIP")))
     assert (plain["mean"], plain["crop_pct"], plain["crop_mode"]) == ((0.5, 0.5, 0.5), 1.0, "squash")
 
 
@@ -89,6 +92,30 @@ def test_the_image_tower_of_a_model_of_images_and_text(tmp_path):
     assert torch.equal(model.visual_projection.weight, whole.visual_projection.weight)
 
 
+@pytest.mark.filterwarnings("ignore:.*without an image processor")
+@pytest.mark.parametrize("kind", ["ViT with classes", "DINOv2", "DINOv3", "CLIP with projection"])
+def test_weights_of_a_file_that_save_pretrained_wrote(saved, kind, tmp_path):
+    name = saved(kind)
+    expected = load_model(name)
+    assert type(expected).__name__ == type(MODELS[kind]()).__name__
+    torch.save(expected.state_dict(), tmp_path / "weights.pth")
+    for path in (Path(name.removeprefix("transformers:")) / "model.safetensors", tmp_path / "weights.pth"):
+        found = load_model(name, weights=path)
+        assert adapter_for(found).name == adapter_for(expected).name
+        for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:.*without an image processor")
+def test_a_pooler_that_was_never_trained_is_the_class_token(tmp_path):
+    config = transformers.ViTConfig(**TINY)
+    model = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    model.save_pretrained(tmp_path / "vit")
+    found = load_model(f"transformers:{tmp_path / 'vit'}")
+    assert torch.equal(found(images()).pooler_output, model(images()).last_hidden_state[:, 0])
+    assert found.state_dict().keys() == model.state_dict().keys()
+
+
 def test_evaluate_predict_and_benchmark(two_classes, labelled, tmp_path, capsys):
     common = ["--model", two_classes, "--gflops", "70%"]
     assert main(["evaluate", *common, "--images", str(labelled), "--workers", "0", "--json"]) == 0
@@ -105,7 +132,7 @@ def test_search_and_finetune(two_classes, saved, labelled, tmp_path, capsys):
     folder = tmp_path / "found"
     assert main([*search(folder, "--model", two_classes, "--images", str(labelled)), "--gflops", "70%"]) == 0
     schedule = Schedule.load(folder / "schedule.json")
-    assert schedule.model == two_classes.removeprefix("transformers:")
+    assert schedule.model == str(Path(two_classes.removeprefix("transformers:")).resolve())
     tuned = tmp_path / "tuned"
     argv = ["finetune", "--model", two_classes, "--images", str(labelled), "--steps", "2", "--batch-size", "2"]
     argv += ["--workers", "0", "--schedule", str(folder / "schedule.json"), "--output", str(tuned)]
@@ -120,6 +147,12 @@ def test_search_and_finetune(two_classes, saved, labelled, tmp_path, capsys):
     capsys.readouterr()
 
 
+def refused(argv, capsys) -> str:
+    """The last line on stderr: transformers and what it imports may say things before."""
+    assert main(argv) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
 def test_errors(saved, labelled, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("diffrate_ext.transformers_loading.hub_answers", lambda: False)
     common = ["evaluate", "--images", str(labelled)]
@@ -127,17 +160,21 @@ def test_errors(saved, labelled, tmp_path, capsys, monkeypatch):
     swin = tmp_path / "swin"
     transformers.SwinConfig().save_pretrained(swin)
     capsys.readouterr()
-    message = fails([*common, "--model", "transformers:nobody/nothing"], capsys)
-    assert "transformers cannot load nobody/nothing, neither a folder nor from the hub: they are not on this" in message
-    message = fails([*common, "--model", f"transformers:{swin}"], capsys)
+    message = refused([*common, "--model", "transformers:nobody/nothing"], capsys)
+    assert "transformers cannot load 'nobody/nothing', as a folder or from the hub: they are not on this" in message
+    message = refused([*common, "--model", f"transformers:{swin}"], capsys)
     assert "is a 'swin' model, which is not supported: expected vit, dinov2" in message
-    message = fails([*common, "--model", dinov3, "--num-classes", "5"], capsys)
+    message = refused([*common, "--model", dinov3, "--num-classes", "5"], capsys)
     assert "'dinov3_vit' model, which has no classes" in message
     other = vit.removeprefix("transformers:")
-    message = fails([*common, "--model", dinov2, "--weights", f"{other}/model.safetensors"], capsys)
-    assert "model.safetensors do not load into" in message
+    message = refused([*common, "--model", dinov2, "--weights", f"{other}/model.safetensors"], capsys)
+    assert re.search(r"the weights of .*DINOv2, of .*ViT/model\.safetensors do not load: \d+ are missing", message)
+    broken = tmp_path / "broken.pth"
+    broken.write_text("hello")
+    assert "broken.pth do not load into" in refused([*common, "--model", vit, "--weights", str(broken)], capsys)
+    assert f"for the folder of a transformers model: {vit}" in refused([*common, "--model", other], capsys)
     with pytest.raises(FileNotFoundError, match="no such file of weights"):
         load_model(vit, weights=tmp_path / "nowhere.safetensors")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    message = fails([*common, "--model", vit], capsys)
+    message = refused([*common, "--model", vit], capsys)
     assert "needs the package transformers: pip install transformers" in message

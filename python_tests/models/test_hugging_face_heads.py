@@ -66,6 +66,7 @@ def test_labels_and_tuples(kind: str) -> None:
     assert isinstance(as_tuple, tuple)
     for one, other in zip(flat(as_tuple), flat(by_name.to_tuple()), strict=True):
         assert torch.equal(one, other)
+    assert list(by_name) == list(MODELS[kind]()(images(), output_hidden_states=True))
     if kind != "SigLIP":
         labels = torch.tensor([0, 4, 2])
         expected = nn.functional.cross_entropy(by_name.logits, labels)

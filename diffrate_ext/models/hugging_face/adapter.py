@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -34,6 +35,7 @@ class HuggingFaceAdapter(Adapter):
         return original.__module__.startswith(_MODULE) and original.__name__ in MODELS
 
     def _check(self) -> None:
+        self.family = self._name  # type: ignore[misc]  # in messages about one model
         for path in (self._form.layers, self._form.patches):
             try:
                 self.model.get_submodule(path)
@@ -135,8 +137,9 @@ class HuggingFaceAdapter(Adapter):
 
     @property
     def name(self) -> str | None:
-        """As the model was loaded, where it was."""
-        return getattr(self.model.config, "name_or_path", "") or None
+        """As the model was loaded, where it was; a folder by its whole path."""
+        name = getattr(self.model.config, "name_or_path", "")
+        return (os.path.realpath(name) if os.path.isdir(name) else name) or None
 
     @property
     def _name(self) -> str:
