@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,20 +49,33 @@ class StageTimes:
             before = after
         return total
 
-    def _at(self, times: Sequence[float], tokens: Any) -> Any:
-        """Between two numbers of tokens on a straight line; below the first as at the first."""
-        if isinstance(tokens, Tensor):
-            known, values = (torch.tensor(row, dtype=tokens.dtype, device=tokens.device) for row in (self.tokens, times))
-            upper = torch.searchsorted(known, tokens.detach(), right=True).clamp(1, len(self.tokens) - 1)
-            low, high = known[upper - 1], known[upper]
-            share = ((tokens - low) / (high - low)).clamp_min(0)
-            return values[upper - 1] + share * (values[upper] - values[upper - 1])
+    def _at(self, times: tuple[float, ...], tokens: Any) -> Any:
+        """On straight lines between the numbers that were measured; outside of them as at the nearest.
+
+        The gradient of a tensor is that of a line over a quarter of the range: from one number to the next, time may
+        stand still and jump, and a search has to see further.
+        """
+        if not isinstance(tokens, Tensor):
+            return float(np.interp(tokens, self.tokens, times))
+        reach, here = self.entering / 8, tokens.detach()
+        slope = (self._read(times, here + reach) - self._read(times, here - reach)) / (2 * reach)
+        return self._read(times, here) + slope.clamp_min(0) * (tokens - here)
+
+    def _read(self, times: tuple[float, ...], tokens: Tensor) -> Tensor:
+        """The same for a tensor (0-d) without a gradient, where it is."""
+        known = _row(self.tokens, tokens.dtype, tokens.device)
+        values = _row(times, tokens.dtype, tokens.device)
         if len(self.tokens) == 1:
-            return times[0]
-        upper = min(max(bisect_right(self.tokens, tokens), 1), len(self.tokens) - 1)
-        low, high = self.tokens[upper - 1], self.tokens[upper]
-        share = max((tokens - low) / (high - low), 0.0)
-        return times[upper - 1] + share * (times[upper] - times[upper - 1])
+            return values[0]
+        upper = torch.searchsorted(known, tokens, right=True).clamp(1, len(self.tokens) - 1)
+        low, high = known[upper - 1], known[upper]
+        share = ((tokens - low) / (high - low)).clamp(0, 1)
+        return values[upper - 1].lerp(values[upper], share)
+
+
+@lru_cache(maxsize=64)  # made once: within a CUDA graph nothing can be copied from the host
+def _row(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,8 @@ class CostTable:
     versions: dict[str, str]
     prefix: int
     """Class and register tokens."""
+    gflops: float
+    """Of the uncompressed model: what tells models of one shape from others."""
     fixed: float
     """All but the blocks: patch embedding, head, and what lies between stages."""
     stages: tuple[StageTimes, ...]
@@ -107,13 +123,15 @@ class CostTable:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             assert content.pop("format") == FORMAT
-            stages = tuple(
-                StageTimes(**{name: tuple(row) if isinstance(row, list) else row for name, row in stage.items()})
-                for stage in content.pop("stages")
-            )
+            stages = tuple(map(_stage, content.pop("stages")))
             assert set(content) == {field.name for field in fields(cls)} - {"stages"}
             return cls(**content, stages=stages)
         except FileNotFoundError:
             raise
         except Exception as error:
             raise InputValueError(f"{path} is no cost table, as diffrate profile writes it") from error
+
+
+def _stage(content: dict[str, Any]) -> StageTimes:
+    values: dict[str, Any] = {name: tuple(row) if isinstance(row, list) else row for name, row in content.items()}
+    return StageTimes(**values)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .compression.copies import uncompressed_copy
+from .compression.flops import flops
 from .compression.patching import install_plans
 from .cost_table import CostTable, StageTimes
 from .errors import InputValueError
@@ -100,6 +101,7 @@ def profile_model(
         threads=torch.get_num_threads(),
         versions={name: version(name) for name in ("torch", "diffrate_ext")},
         prefix=adapter.rules.prefix,
+        gflops=flops(plain) / 1e9,
         fixed=1e3 * statistics.median(rest),
         stages=tuple(plan.times() for plan in plans),
         uncompressed=1e3 * statistics.median(whole[1:]),

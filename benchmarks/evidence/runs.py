@@ -87,7 +87,7 @@ class Outcome:
     """1 where it is the uncompressed model's."""
     gflops: float
     schedule: Schedule | None
-    searched_gflops: float | None
+    searched: float | None
     """Where a search ended, before its rates were shifted to the target."""
 
 
@@ -116,7 +116,7 @@ class Runs:
             arrays.get("agrees"),
             facts["gflops"],
             None if schedule is None else Schedule(**schedule),
-            facts["searched_gflops"],
+            facts["searched"],
         )
 
     def do(self, run: Run, on_step: OnStep) -> None:
@@ -138,7 +138,7 @@ class Runs:
         facts = {
             "gflops": flops(self.subject.model, schedule) / 1e9,
             "schedule": None if schedule is None else vars(schedule),
-            "searched_gflops": searched,
+            "searched": searched,
         }
         self._write(run, facts, arrays)
 
@@ -178,7 +178,7 @@ class Runs:
                 SearchSettings(steps=steps, soft_targets=True, seed=run.seed, method=method),
                 report=lambda record: on_step(record.step + 1, steps),
             )
-            return found.schedule, found.searched_gflops
+            return found.schedule, found.searched
         if run.schedule in SIMPLE[1:]:
             return list(simple_schedules(model, gflops, method_of(method)))[SIMPLE.index(run.schedule)], None
         if method == "dynamicvit":
@@ -210,7 +210,7 @@ class Runs:
             FinetuneSettings(steps=steps, lr=subject.tuning_lr, seed=run.seed),
             report=lambda record: on_step(record.step + 1, steps),
         )
-        return tuned.model.eval(), outcome.schedule, outcome.searched_gflops
+        return tuned.model.eval(), outcome.schedule, outcome.searched
 
     @torch.inference_mode()
     def _outputs(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
