@@ -83,7 +83,7 @@ class Results:
 
 def page(path: Path, content: dict[str, Any]) -> str:
     """The Markdown page of a results file: its name says what it holds."""
-    tables = {"ops": operators_table, "models": models_table, "search": search_table}
+    tables = {"ops": operators_table, "models": models_table, "search": search_table, "families": families_table}
     parts = [
         machine_line(content["machine"]),
         *(f"**Failed**: {', '.join(map(str, failure.values()))}" for failure in content.get("failures", [])),
@@ -102,7 +102,8 @@ def machine_line(machine: dict[str, Any]) -> str:
 
 
 def where(machine: Mapping[str, Any]) -> str:
-    return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    threads = machine["threads"]
+    return machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def at_commit(machine: Mapping[str, Any]) -> str:
@@ -204,6 +205,43 @@ def search_table(records: Sequence[Record]) -> str:
                 ]
             )
     return "\n\n".join(part for part in (_table(header, rows), unavailable_list(records), bars_table(records)) if part)
+
+
+def families_table(records: Sequence[Record]) -> str:
+    """FLOPs, tokens and speed-up of one model of each family; of the trained ones also what each method keeps."""
+    header = ["family", "model", "image", "batch", "GFLOPs", "tokens", "FLOPs ratio", "speed-up (quartiles)"]
+    rows = [
+        [
+            record["family"],
+            record["model"],
+            f"{record['image_size']} px",
+            str(record["batch"]),
+            f"{record['uncompressed_gflops']:.3g} → {record['gflops']:.3g}",
+            f"{record['tokens']} → {record['tokens_left']}",
+            f"{record['uncompressed_gflops'] / record['gflops']:.2f}",
+            times(record["speed_up"]),
+        ]
+        for record in records
+    ]
+    return "\n\n".join(part for part in (_table(header, rows), kept_table(records)) if part)
+
+
+def kept_table(records: Sequence[Record]) -> str:
+    """What trained models keep of their answers; empty where none was judged."""
+    judged = [record for record in records if "kept" in record]
+    if not judged:
+        return ""
+    methods = list(judged[0]["kept"]["methods"])
+    rows = []
+    for record in judged:
+        kept = record["kept"]
+        shown = [kept["methods"][method] for method in methods]
+        form = ".1%" if kept["measure"] == "same class" else ".3f"
+        rows.append(
+            [record["model"], record["share"], f"{kept['pictures']}: {kept['of']}", kept["measure"]]
+            + [format(value, form) for value in shown]
+        )
+    return _table(["model", "FLOPs", "pictures", "what is kept", *methods], rows)
 
 
 def bars_table(records: Iterable[Record]) -> str:

@@ -13,6 +13,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import diffrate_ext  # noqa: F401  before timm: it makes a torchvision of another torch importable
+
+# isort: split
 import timm
 import torch
 from PIL import Image
