@@ -24,6 +24,10 @@ class StageTimes:
     """Of one block among others of the same shape, in milliseconds for a batch, at several numbers of tokens."""
 
     blocks: int
+    per_token: int
+    """Multiply-accumulates of a block for each token, and..."""
+    per_pair: int
+    """...for each pair of tokens."""
     entering: int
     """Tokens that enter the first of the blocks."""
     tokens: tuple[int, ...]
@@ -34,6 +38,10 @@ class StageTimes:
     """What it takes more where tokens go."""
     mlp: tuple[float, ...]
     """The rest of the block, at so many tokens."""
+
+    def flops(self, tokens: int) -> int:
+        """Multiply-accumulates of one image in a block that keeps so many tokens."""
+        return tokens * self.per_token + tokens**2 * self.per_pair
 
     def total(self, left: Sequence[Any]) -> Any:
         """Milliseconds of the blocks, given the tokens left after each: whole numbers, or 0-d tensors."""

@@ -18,6 +18,7 @@ from .compression.copies import uncompressed_copy
 from .compression.flops import flops
 from .compression.patching import install_plans
 from .cost_table import CostTable, StageTimes
+from .costs import BlockCost
 from .errors import InputValueError
 from .machine import processor
 from .methods import Method, method_of
@@ -103,7 +104,7 @@ def profile_model(
         prefix=adapter.rules.prefix,
         gflops=flops(plain) / 1e9,
         fixed=1e3 * statistics.median(rest),
-        stages=tuple(plan.times() for plan in plans),
+        stages=tuple(plan.times(cost.blocks[0]) for plan, cost in zip(plans, adapter.cost.stages, strict=True)),
         uncompressed=1e3 * statistics.median(whole[1:]),
     )
 
@@ -182,7 +183,7 @@ class _Profile(Plan):
             self.samples["mlp"][self.now].append(durations[2 * index + 1])
         return sum(durations)
 
-    def times(self) -> StageTimes:
+    def times(self, cost: BlockCost) -> StageTimes:
         def medians(piece: str) -> tuple[float, ...]:
             found = self.samples[piece]
             return tuple(1e3 * statistics.median(found[tokens]) if found[tokens] else 0.0 for tokens in self.tokens)
@@ -190,6 +191,8 @@ class _Profile(Plan):
         attention, reduction, mlp = (medians(piece) for piece in ("attention", "reduction", "mlp"))
         return StageTimes(
             blocks=len(self.stage.blocks),
+            per_token=cost.attention + cost.mlp,
+            per_pair=cost.pairs,
             entering=self.stage.tokens,
             tokens=self.tokens,
             attention=attention,

@@ -87,7 +87,7 @@ class Outcome:
     """1 where it is the uncompressed model's."""
     gflops: float
     schedule: Schedule | None
-    searched: float | None
+    searched_gflops: float | None
     """Where a search ended, before its rates were shifted to the target."""
 
 
@@ -116,7 +116,7 @@ class Runs:
             arrays.get("agrees"),
             facts["gflops"],
             None if schedule is None else Schedule(**schedule),
-            facts["searched"],
+            facts["searched_gflops"],
         )
 
     def do(self, run: Run, on_step: OnStep) -> None:
@@ -138,7 +138,7 @@ class Runs:
         facts = {
             "gflops": flops(self.subject.model, schedule) / 1e9,
             "schedule": None if schedule is None else vars(schedule),
-            "searched": searched,
+            "searched_gflops": searched,
         }
         self._write(run, facts, arrays)
 
@@ -210,7 +210,7 @@ class Runs:
             FinetuneSettings(steps=steps, lr=subject.tuning_lr, seed=run.seed),
             report=lambda record: on_step(record.step + 1, steps),
         )
-        return tuned.model.eval(), outcome.schedule, outcome.searched
+        return tuned.model.eval(), outcome.schedule, outcome.searched_gflops
 
     @torch.inference_mode()
     def _outputs(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from torch import nn
 
@@ -17,26 +17,28 @@ from .targets import gflops_of, share_in, share_meant
 Unit = Literal["GFLOPs", "ms"]
 
 
-class _Cost(Protocol):
-    def total(self, kept: Sequence[Sequence[Any]]) -> Any: ...
-
-
 @dataclass(frozen=True)
 class Costing:
     """How a model's cost is counted: GFLOPs of one image, or milliseconds of a batch."""
 
-    unit: Unit
-    uncompressed: float
-    _model: nn.Module
-    _cost: _Cost
-    _scale: float
+    adapter: Adapter
+    costs: CostTable | None
+
+    @property
+    def unit(self) -> Unit:
+        return "GFLOPs" if self.costs is None else "ms"
+
+    @property
+    def uncompressed(self) -> float:
+        """What the model costs as it is now, without compression."""
+        return float(self.of([[stage.tokens] * len(stage.blocks) for stage in self.adapter.stages]))
 
     def of(self, kept: Sequence[Sequence[Any]]) -> Any:
         """The cost, given the tokens left after each block of each stage.
 
         Tokens are whole numbers or, in the rate search, 0-d tensors with a gradient; so is the result.
         """
-        return self._cost.total(kept) / self._scale
+        return self.adapter.cost.total(kept) / 1e9 if self.costs is None else self.costs.total(kept)
 
     def target(
         self, gflops: float | str | None = None, *, speedup: float | None = None, latency: float | None = None
@@ -54,7 +56,7 @@ class Costing:
         if gflops is not None:
             if self.unit != "GFLOPs":
                 raise InputTypeError("with costs name a target of time: speedup or latency")
-            return gflops_of(self._model, gflops)
+            return gflops_of(self.adapter.model, gflops)
         if self.unit != "ms":
             raise InputTypeError(f"{given[0]} needs costs: what diffrate_ext.profile_model(model) returns")
         if speedup is not None:
@@ -64,12 +66,12 @@ class Costing:
     def number(self, target: float | str) -> float:
         """A target as a number in this unit, or as a share of the uncompressed model's cost (``"60%"``)."""
         if self.unit == "GFLOPs":
-            return gflops_of(self._model, target)
+            return gflops_of(self.adapter.model, target)
         return share_in(target) * self.uncompressed if isinstance(target, str) else _positive("target", target)
 
     def options(self, target: float) -> dict[str, Any]:
         """What to call :func:`uniform_schedule` with for a target in this unit."""
-        return {"gflops": target} if self.unit == "GFLOPs" else {"latency": target, "costs": self._cost}
+        return {"gflops": target} if self.unit == "GFLOPs" else {"latency": target, "costs": self.costs}
 
     def unreachable(self, target: float, least: float, how: str) -> InputValueError:
         """What to raise where a target is out of reach; ``how`` the least was reached."""
@@ -88,19 +90,18 @@ def costing_of(model: nn.Module, costs: CostTable | None = None) -> Costing:
         InputValueError: the costs are of another model.
     """
     adapter = adapter_for(model)
-    everything = [[stage.tokens] * len(stage.blocks) for stage in adapter.stages]
-    if costs is None:
-        return Costing("GFLOPs", adapter.cost.total(everything) / 1e9, model, adapter.cost, 1e9)
-    if not isinstance(costs, CostTable):
+    if costs is not None and not isinstance(costs, CostTable):
         raise InputTypeError(
             f"costs must be a CostTable, as profile_model returns it and CostTable.load reads it, got "
             f"{type(costs).__name__}"
         )
-    _check_fits(adapter, costs, adapter.cost.total(everything) / 1e9)
-    return Costing("ms", costs.total(everything), model, costs, 1.0)
+    if costs is not None:
+        _check_fits(adapter, costs)
+    return Costing(adapter, costs)
 
 
-def _check_fits(adapter: Adapter, costs: CostTable, gflops: float) -> None:
+def _check_fits(adapter: Adapter, costs: CostTable) -> None:
+    gflops = Costing(adapter, None).uncompressed
     found = [(stage.blocks, stage.entering) for stage in costs.stages], costs.prefix, round(costs.gflops, 6)
     blocks = [(len(stage.blocks), stage.tokens) for stage in adapter.stages]
     wanted = blocks, adapter.rules.prefix, round(gflops, 6)

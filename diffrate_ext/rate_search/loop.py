@@ -204,9 +204,7 @@ class _Search:
             self.logits.values(), lr=settings.first_lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
         if settings.start == "uniform":
-            rates.set_schedule(
-                uniform_schedule(rates.model, method=rates.method, **rates.costing.options(target))
-            )
+            rates.set_schedule(uniform_schedule(rates.model, method=rates.method, **rates.costing.options(target)))
         self._return_to_target()
         self.direction = rates.tilt_direction()
         self.uncompressed = rates.costing.uncompressed
@@ -330,10 +328,8 @@ class _Search:
         """Start from the simple schedule of the least loss on these batches, which then train, too."""
         self.rates.eval()
         placed = [self._on_device(batch) for batch in batches]
-        schedules, losses = (
-            list(simple_schedules(self.rates.model, self.target, self.rates.method, self.rates.costs)),
-            [],
-        )
+        rates = self.rates
+        schedules, losses = list(simple_schedules(rates.model, self.target, rates.method, rates.costs)), []
         for schedule in schedules:
             self.rates.set_schedule(schedule)
             losses.append(torch.stack([self._answer_to(images, labels)[0] for images, labels in placed]).mean())

@@ -91,7 +91,7 @@ class RateSearch(nn.Module):
         self._adapter = adapter = adapter_for(model)
         stages = adapter.stages
         self.method = method = _searchable(method_of(method))
-        self.costing = costing_of(model, costs)
+        self.costs, self.costing = costs, costing_of(model, costs)
         method.check(adapter, [stage.all_tokens for stage in stages])
         with_rates = [index for index, stage in enumerate(stages) if any(method.compressible(stage))]
         if not with_rates:
