@@ -223,15 +223,18 @@ class _Watched(Step):
         return out
 
     def reduce(self, x: Tensor, branch: Tensor) -> Tensor:
-        raise NotImplementedError
+        return self._reduced(lambda step: step.reduce(x, branch))
 
     def reduce_and_norm(self, x: Tensor, branch: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        return self._reduced(lambda step: step.reduce_and_norm(x, branch, norm))
+
+    def _reduced(self, call: Callable[[Step], Any]) -> Any:
         if self.less is not None:
             begun = self.clock.mark()
-            self.less.reduce_and_norm(x, branch, norm)
+            call(self.less)
             self.moments.append((begun, self.clock.mark()))
         begun = self.clock.mark()
-        left = self.keep.reduce_and_norm(x, branch, norm)
+        left = call(self.keep)
         self.reduced = self.clock.mark()
         self.moments.append((begun, self.reduced))
         self.after, self.slot, self.source = self.keep.after, self.keep.slot, self.keep.source
