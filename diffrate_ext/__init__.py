@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from .compression.flops import flops
     from .compression.output_tokens import output_tokens
     from .compression.uniform import uniform_schedule
+    from .cost_table import CostTable
     from .evaluation import Evaluation, evaluate
     from .finetuning.history import FinetuneHistory, FinetuneRecord
     from .finetuning.loop import FinetuneResult, finetune
     from .finetuning.quality import Quality
     from .finetuning.settings import FinetuneSettings
     from .predictor_training import PredictorSettings, train_predictors
+    from .profiling import profile_model
     from .rate_search.history import SearchHistory, StepRecord
     from .rate_search.loop import SearchResult, search
     from .rate_search.rates import RateSearch
@@ -49,6 +51,7 @@ __version__ = _version("diffrate_ext")
 __all__ = [
     "Benchmark",
     "Compared",
+    "CostTable",
     "DivergedError",
     "Evaluation",
     "FinetuneHistory",
@@ -78,6 +81,7 @@ __all__ = [
     "flops",
     "ops",
     "output_tokens",
+    "profile_model",
     "reference",
     "restore",
     "schedule_for",
@@ -94,6 +98,7 @@ __all__ = [
 _LAZY = {
     "Benchmark": "timing",
     "Compared": "comparison",
+    "CostTable": "cost_table",
     "Evaluation": "evaluation",
     "FinetuneHistory": "finetuning.history",
     "FinetuneRecord": "finetuning.history",
@@ -117,6 +122,7 @@ _LAZY = {
     "finetune": "finetuning.loop",
     "flops": "compression.flops",
     "output_tokens": "compression.output_tokens",
+    "profile_model": "profiling",
     "restore": "compression.compress",
     "schedule_for": "compression.choice",
     "search": "rate_search.loop",

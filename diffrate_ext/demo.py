@@ -76,7 +76,7 @@ def learned_schedule(workload: Workload, steps: int, console: Console) -> list[N
     from .rate_search.report import progress_report
 
     gflops = round(embedded.SEARCH_SHARE * flops(workload.model) / 1e9, 4)
-    with progress_report(console, "search", steps, gflops, measure="agreement") as report:
+    with progress_report(console, "search", steps, f"{gflops:.4g} GFLOPs", measure="agreement") as report:
         found = search_embedded(gflops, steps=steps, report=report)
     share = f"{embedded.SEARCH_SHARE:.0%}"
     return [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -31,3 +33,15 @@ def place(device: str) -> str:
     """A device as the caption of a table names it: a CPU by the threads that torch uses."""
     threads = torch.get_num_threads()
     return device if device != "cpu" else f"{threads} CPU thread{'s' if threads > 1 else ''}"
+
+
+def processor(device: torch.device) -> str:
+    """A device by the name that its maker gave it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()

@@ -128,6 +128,6 @@ def test_a_search(amp: bool, soft_targets: bool) -> None:
     for there, here in zip(replayed, eager, strict=True):
         assert there.loss == pytest.approx(here.loss, rel=bound)
         assert there.flops_loss == pytest.approx(here.flops_loss, rel=10 * bound, abs=1e-3)
-        assert there.gflops == pytest.approx(here.gflops, rel=bound)
+        assert there.cost == pytest.approx(here.cost, rel=bound)
     # what the bound can tell apart: other random numbers
     assert max(abs(one.loss / here.loss - 1) for one, here in zip(other, eager, strict=True)) > 2 * bound

@@ -178,7 +178,7 @@ class Runs:
                 SearchSettings(steps=steps, soft_targets=True, seed=run.seed, method=method),
                 report=lambda record: on_step(record.step + 1, steps),
             )
-            return found.schedule, found.searched_gflops
+            return found.schedule, found.searched
         if run.schedule in SIMPLE[1:]:
             return list(simple_schedules(model, gflops, method_of(method)))[SIMPLE.index(run.schedule)], None
         if method == "dynamicvit":

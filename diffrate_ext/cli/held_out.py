@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from ..cost_table import CostTable
     from ..images.loading import ImageLoader
     from ..images.sources import ImageSource
     from ..judging import Judgement
@@ -79,27 +80,34 @@ def _evaluation_part(arguments: argparse.Namespace, training: ImageSource, model
 
 
 def compare_with_uniform(
-    model: nn.Module, results: Sequence[SearchResult], loader: ImageLoader, where: str, remarks: Console
+    model: nn.Module,
+    results: Sequence[SearchResult],
+    loader: ImageLoader,
+    where: str,
+    remarks: Console,
+    costs: CostTable | None = None,
 ) -> list[str]:
-    """What to say of each result of a search."""
+    """What to say of each result of a search, towards targets of time where there are costs."""
     from rich.progress import Progress
 
     from ..compression.copies import compressed_copy
+    from ..compression.costing import costing_of
     from ..compression.uniform import uniform_schedule
     from ..judging import judge
 
     models = []
     for result in results:
-        uniform = uniform_schedule(model, result.target_gflops, method=result.schedule.method)
+        target = costing_of(model, costs).options(result.target)
+        uniform = uniform_schedule(model, method=result.schedule.method, **target)
         models += [compressed_copy(model, schedule) for schedule in (result.schedule, uniform)]
     with Progress(console=remarks) as progress:
         batches = progress.track(loader, total=len(loader), description="comparing with uniform")
         judged = judge(model, models, batches)
     pairs = zip(results, judged[::2], judged[1::2], strict=True)
-    return [_said(result.target_gflops, learned, uniform, where) for result, learned, uniform in pairs]
+    return [_said(f"{result.target:g} {result.unit}", learned, uniform, where) for result, learned, uniform in pairs]
 
 
-def _said(gflops: float, learned: Judgement, uniform: Judgement, where: str) -> str:
+def _said(target: str, learned: Judgement, uniform: Judgement, where: str) -> str:
     from ..paired import paired_interval
 
     error = "1 - cosine" if learned.agreement is None else "loss"
@@ -107,7 +115,7 @@ def _said(gflops: float, learned: Judgement, uniform: Judgement, where: str) -> 
     verdict = {"lower": "learned is better", "higher": "UNIFORM IS BETTER"}.get(difference.verdict, difference.verdict)
     return "\n".join(
         [
-            f"{gflops:g} GFLOPs on {len(learned.errors):,} images that were not learned from ({where}):",
+            f"{target} on {len(learned.errors):,} images that were not learned from ({where}):",
             f"  learned: {_numbers(learned, error)}",
             f"  uniform: {_numbers(uniform, error)}",
             f"  learned - uniform: {error} {difference.mean:+.4f} "

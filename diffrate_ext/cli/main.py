@@ -21,6 +21,7 @@ from .finetune import add_finetune_command
 from .info import add_info_command, version
 from .parsing import CommandParser, OneLineParser, UsageError
 from .predict import add_predict_command
+from .profile import add_profile_command
 from .schedules import add_schedules_command
 from .search import add_search_command
 from .train_predictors import add_train_predictors_command
@@ -95,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_compare_command(commands)
     add_train_predictors_command(commands)
     add_benchmark_command(commands)
+    add_profile_command(commands)
     add_visualize_command(commands)
     add_info_command(commands)
     return parser

@@ -83,6 +83,14 @@ def amount(text: str) -> float:
     return number
 
 
+def positive_amount(text: str) -> float:
+    """A finite number above 0."""
+    number = amount(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
 def gflops_target(text: str) -> float | str:
     """GFLOPs, or a share of the uncompressed model's such as "60%", which stays text until the model is known."""
     try:

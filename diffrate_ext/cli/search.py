@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..embedded import SEARCH_SHARE, SEARCH_STEPS
 from ..errors import InputValueError
 from .common import add_model_options, check_embedded_options, consoles, device_named, model_named, warnings_on
+from .costs import add_time_options, costs_named
 from .held_out import add_held_out_option, compare_with_uniform, hold_out
 from .parsing import UsageError, add_command, amount, gflops_target, not_negative, positive
 from .training import (
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from ..cost_table import CostTable
     from ..images.sources import ImageSource
     from ..rate_search.loop import SearchResult
     from ..rate_search.settings import SearchSettings
@@ -64,6 +66,7 @@ def add_search_command(commands: Any) -> None:
         help="the target, or several for one search each, in GFLOPs or as shares of the model's such as 60%% "
         f"(default: {100 * SEARCH_SHARE:.0f}%%)",
     )
+    add_time_options(parser)
     add_held_out_option(parser)
     add_output_options(parser, "diffrate_search", "schedule, history, plot", "search")
 
@@ -145,6 +148,19 @@ class _Job:
     processes: Processes
     loading: dict[str, Any]
     remarks: Console
+    costs: CostTable | None
+    """Where targets are of time."""
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One of the targets of a call."""
+
+    value: float
+    """In GFLOPs, or in milliseconds of a batch."""
+    words: str
+    """As it was named."""
+    folder: Path
 
 
 def _search(arguments: argparse.Namespace) -> None:
@@ -157,9 +173,9 @@ def _search(arguments: argparse.Namespace) -> None:
         with warnings_on(remarks):
             job = _job(arguments, device, processes, remarks)
             targets = _targets(arguments, job)
-            found = [_search_one(arguments, job, gflops, folder) for gflops, folder in targets.items()]
-            for result, folder in zip(found, targets.values(), strict=True):
-                results.print(_summary(result, folder, job.settings), soft_wrap=True, markup=False)
+            found = [_search_one(arguments, job, target) for target in targets]
+            for result, target in zip(found, targets, strict=True):
+                results.print(_summary(result, target, job), soft_wrap=True, markup=False)
             if job.held_out is not None and processes.first:
                 for line in _comparison(arguments, job, found):
                     results.print(line, soft_wrap=True, markup=False)
@@ -203,7 +219,8 @@ def _job(arguments: argparse.Namespace, device: torch.device, processes: Process
         arguments, 0.0 if settings.soft_targets else choose(arguments, "label_smoothing", SMOOTHING, 0.0)
     )
     images, held_out = hold_out(arguments, images, model, remarks)
-    return _Job(model.to(device), images, held_out, settings, processes, loading, remarks)
+    model = model.to(device)
+    return _Job(model, images, held_out, settings, processes, loading, remarks, costs_named(arguments, model))
 
 
 def _settings(arguments: argparse.Namespace, device: torch.device) -> SearchSettings:
@@ -236,30 +253,40 @@ def _check_tensorboard(arguments: argparse.Namespace) -> None:
             raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
 
 
-def _targets(arguments: argparse.Namespace, job: _Job) -> dict[float, Path]:
-    """The folder of each target; all are checked before the first search starts."""
-    from ..compression.targets import gflops_of
+def _targets(arguments: argparse.Namespace, job: _Job) -> list[_Target]:
+    """All are checked before the first search starts."""
+    from ..compression.costing import costing_of
     from ..rate_search.checkpoints import SearchFolder
     from ..rate_search.loop import check_target
 
-    wanted = arguments.gflops or [f"{SEARCH_SHARE:.0%}"]
-    gflops = [round(gflops_of(job.model, one), 4) if isinstance(one, str) else one for one in wanted]
-    if len(set(gflops)) < len(gflops):
-        raise UsageError(f"--gflops names a target twice: {' '.join(f'{g:g}' for g in gflops)}")
-    several = len(gflops) > 1
-    targets = {g: arguments.output / f"{g:g}G" if several else arguments.output for g in gflops}
-    for target in targets:
-        check_target(job.model, target, job.settings.granularity, method=job.settings.method)
+    costing = costing_of(job.model, job.costs)
+    if job.costs is None:
+        wanted = arguments.gflops or [f"{SEARCH_SHARE:.0%}"]
+        values = [round(costing.target(one), 4) if isinstance(one, str) else one for one in wanted]
+        words = [f"{value:g} GFLOPs" for value in values]
+        names = [f"{value:g}G" for value in values]
+    else:
+        values = [costing.target(speedup=one) for one in arguments.speedup or []]
+        values += [costing.target(latency=one) for one in arguments.latency or []]
+        words = [f"{costing.uncompressed / value:.3g}x" for value in values]
+        names = words
+    if len(set(names)) < len(names):
+        raise UsageError(f"{'--speedup' if job.costs else '--gflops'} names a target twice: {' '.join(words)}")
+    for value in values:
+        check_target(job.model, value, job.settings.granularity, method=job.settings.method, costs=job.costs)
+    several = len(values) > 1
+    folders = [arguments.output / name if several else arguments.output for name in names]
     if job.processes.first:
-        for folder in targets.values():
+        for folder in folders:
             SearchFolder(folder).check(resume=arguments.resume)
             if arguments.resume and not SearchFolder(folder).checkpoint.exists():
                 job.remarks.print(f"{folder} holds no search yet: starting one", soft_wrap=True, markup=False)
-    return targets
+    return [_Target(*parts) for parts in zip(values, words, folders, strict=True)]
 
 
-def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder: Path) -> SearchResult:
+def _search_one(arguments: argparse.Namespace, job: _Job, target: _Target) -> SearchResult:
     from ..answers import has_classes
+    from ..compression.costing import costing_of
     from ..rate_search.loop import search
     from ..rate_search.report import all_reports, progress_report, tensorboard_report
     from ..training.data import training_loader
@@ -272,20 +299,20 @@ def _search_one(arguments: argparse.Namespace, job: _Job, gflops: float, folder:
         return training_loader(job.images, job.model, **job.loading, **run, **place)
 
     measure: Measure = "accuracy" if job.images.labelled else "agreement" if has_classes(job.model) else "cosine"
+    costing = costing_of(job.model, job.costs)
+    unit = costing.unit
     with ExitStack() as stack:
-        reports = [
-            stack.enter_context(
-                progress_report(job.remarks, f"{gflops:g} GFLOPs", settings.steps, gflops, measure=measure)
-            )
-        ]
+        words = f"{target.value:.4g} {unit}"
+        progress = progress_report(job.remarks, target.words, settings.steps, words, unit=unit, measure=measure)
+        reports = [stack.enter_context(progress)]
         if arguments.tensorboard:
-            reports.append(stack.enter_context(tensorboard_report(folder / "tensorboard")))
+            reports.append(stack.enter_context(tensorboard_report(target.folder / "tensorboard", unit)))
         return search(
             job.model,
             loader,
-            gflops,
-            settings,
-            output=folder,
+            settings=settings,
+            **costing.options(target.value),
+            output=target.folder,
             resume=arguments.resume,
             report=all_reports(reports),
             fingerprint=data_fingerprint(job.images, job.loading, processes),
@@ -298,24 +325,28 @@ def _comparison(arguments: argparse.Namespace, job: _Job, found: list[SearchResu
     assert job.held_out is not None
     workers = job.loading["workers"]
     loader = evaluation_loader(job.held_out, job.model, batch_size=arguments.batch_size, workers=workers)
-    return compare_with_uniform(job.model, found, loader, job.held_out.where, job.remarks)
+    return compare_with_uniform(job.model, found, loader, job.held_out.where, job.remarks, job.costs)
 
 
-def _summary(result: SearchResult, folder: Path, settings: SearchSettings) -> str:
+def _summary(result: SearchResult, target: _Target, job: _Job) -> str:
     from ..rate_search.checkpoints import SearchFolder
 
-    off = result.gflops / result.target_gflops - 1
+    off = result.cost / result.target - 1
     if abs(off) <= 0.01:
         verdict = f"{abs(off):.2%} from the target"
     else:
-        verdict = f"{abs(off):.1%} from the target: steps of {settings.granularity} patches come no nearer"
+        verdict = f"{abs(off):.1%} from the target: steps of {job.settings.granularity} patches come no nearer"
     before = ""
-    if result.steps_before == settings.steps:
+    if result.steps_before == job.settings.steps:
         before = "was finished before: "
     elif result.steps_before:
         before = f"resumed after step {result.steps_before}: "
-    files = SearchFolder(folder)
-    return (
-        f"{result.target_gflops:g} GFLOPs, {before}the search ended at {result.searched_gflops:.4g}, "
-        f"the schedule takes {result.gflops:.4g} ({verdict})\n  {files.schedule}\n  {files.plot}"
-    )
+    if result.unit == "GFLOPs":
+        found = f"the search ended at {result.searched:.4g}, the schedule takes {result.cost:.4g} ({verdict})"
+    else:
+        found = (
+            f"the search ended at {result.searched:.4g} ms for a batch, the schedule is to take {result.cost:.4g} "
+            f"({verdict}), {result.gflops:.4g} GFLOPs"
+        )
+    files = SearchFolder(target.folder)
+    return f"{target.words}, {before}{found}\n  {files.schedule}\n  {files.plot}"

@@ -19,7 +19,7 @@ def gflops_of(model: nn.Module, target: float | str) -> float:
         InputValueError: a text of another kind, or a number that is not positive and finite.
     """
     if isinstance(target, str):
-        found = _share_in(target) * flops(model) / 1e9
+        found = share_in(target) * flops(model) / 1e9
     elif isinstance(target, Real) and not isinstance(target, bool):
         found = float(target)
     else:
@@ -34,10 +34,11 @@ def share_meant(gflops: float, uncompressed: float) -> str:
     return f". As a share, write '{gflops:g}%'" if uncompressed < gflops and 1 < gflops <= 100 else ""
 
 
-def _share_in(text: str) -> float:
+def share_in(text: str) -> float:
+    """What "60%" says, 0.6."""
     try:
         if text.endswith("%"):
             return float(text[:-1]) / 100
     except ValueError:
         pass
-    raise InputValueError(f"gflops must be a number, or a share of the model's such as '60%', got {text!r}")
+    raise InputValueError(f"a target must be a number, or a share of the model's such as '60%', got {text!r}")

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..errors import InputError, InputValueError
+from ..cost_table import CostTable
+from ..errors import InputError
 from ..methods import Method, method_of
 from ..models import adapter_for
 from ..schedule import Schedule
+from .costing import costing_of
 from .flops import flops
-from .targets import gflops_of, share_meant
 
 SHARES = (0.80, 0.65, 0.50)
 """Of the uncompressed model's FLOPs: the targets when nobody names others."""
 
 
-def uniform_schedule(model: nn.Module, gflops: float | str, *, method: str | Method = "diffrate") -> Schedule:
-    """A schedule of so many GFLOPs by a method's usual rule.
+def uniform_schedule(
+    model: nn.Module,
+    gflops: float | str | None = None,
+    *,
+    method: str | Method = "diffrate",
+    speedup: float | None = None,
+    latency: float | None = None,
+    costs: CostTable | None = None,
+) -> Schedule:
+    """A schedule of so many GFLOPs, or of so much time, by a method's usual rule.
 
     - ``"diffrate"`` and ``"random"`` remove the same number of tokens in every block that the paper compresses. Up to
       rounding, DiffRate prunes half of them and merges half; in a hierarchical model it merges all. Its option
@@ -25,41 +34,41 @@ def uniform_schedule(model: nn.Module, gflops: float | str, *, method: str | Met
     - ``"evit"`` keeps the same share of the patches in the blocks after each quarter of the depth, DynamicViT in those
       that have a predictor, by default the same.
 
-    The GFLOPs are as near to ``gflops`` as whole tokens allow: within 1 % but for models of few tokens.
+    The GFLOPs are as near to ``gflops`` as whole tokens allow: within 1 % but for models of few tokens. So is the time.
 
     Args:
         model: a supported model (docs/models.md).
         gflops: multiply-accumulates of one image, in units of 1e9; or a share of the uncompressed model's, such as
             ``"60%"``.
         method: whose schedule it will be, as for :func:`compress`.
+        speedup: in place of GFLOPs, how many times as fast as uncompressed the model is to be, by ``costs``.
+        latency: in place of GFLOPs, what a batch is to take, in milliseconds, by ``costs``.
+        costs: of :func:`profile_model`.
 
     Raises:
-        InputTypeError: the model's family is not supported.
-        InputValueError: the method cannot run the model, or ``gflops`` is more than the uncompressed model takes or
-            less than the rule can reach.
+        InputTypeError: the model's family is not supported; there is not one target, or no cost table for it.
+        InputValueError: the method cannot run the model; the target is more than the uncompressed model takes or less
+            than the rule can reach; the costs are of another model.
     """
     adapter, method = adapter_for(model), method_of(method)
-    stages, cost = adapter.stages, adapter.cost
+    stages = adapter.stages
     method.check(adapter, [stage.all_tokens for stage in stages])
+    costing = costing_of(model, costs)
+    target = costing.target(gflops, speedup=speedup, latency=latency)
 
-    def flops_of(strength: float) -> int:
-        return cost.total([method.uniform(stage, strength) for stage in stages])
+    def cost_of(strength: float) -> float:
+        return costing.of([method.uniform(stage, strength) for stage in stages])
 
-    target = gflops_of(model, gflops) * 1e9
-    if not flops_of(1) * 0.99 <= target <= flops_of(0) * 1.01:
-        raise InputValueError(
-            f"{target / 1e9:g} GFLOPs cannot be reached: the model takes {flops_of(0) / 1e9:.4g} uncompressed, and "
-            f"{flops_of(1) / 1e9:.4g} with as few tokens as a uniform schedule can keep"
-            + share_meant(target / 1e9, flops_of(0) / 1e9)
-        )
-    low, high = 0.0, 1.0  # FLOPs fall with the strength, in steps
+    if not cost_of(1) * 0.99 <= target <= cost_of(0) * 1.01:
+        raise costing.unreachable(target, cost_of(1), "with as few tokens as a uniform schedule can keep")
+    low, high = 0.0, 1.0  # the cost falls with the strength, in steps
     for _ in range(50):
         middle = (low + high) / 2
-        if flops_of(middle) > target:
+        if cost_of(middle) > target:
             low = middle
         else:
             high = middle
-    strength = min((low, high), key=lambda strength: abs(flops_of(strength) - target))
+    strength = min((low, high), key=lambda strength: abs(cost_of(strength) - target))
 
     after_pruning, after_merging = [], []
     for stage in stages:

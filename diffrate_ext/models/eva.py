@@ -61,7 +61,7 @@ class CompressedEvaBlockPostNorm(CompressedModule, EvaBlockPostNorm):
         if step is None:
             raise InputTypeError(NO_STEP)
         x = step.reduce(x, self.drop_path1(self.norm1(self.attn(x, step))))
-        return x + self.drop_path2(self.norm2(self.mlp(x)))
+        return step.add(x, self.drop_path2(self.norm2(self.mlp(x))))
 
 
 class CompressedEva(CompressedTransformer, Eva):  # type: ignore[misc]  # more arguments

@@ -58,7 +58,7 @@ class CompressedResPostBlock(CompressedModule, ResPostBlock):
         if step is None:
             raise InputTypeError(NO_STEP)
         x = step.reduce(x, self.drop_path1(self.norm1(self.attn(x, step))))
-        return x + self.drop_path2(self.norm2(self.mlp(x)))
+        return step.add(x, self.drop_path2(self.norm2(self.mlp(x))))
 
 
 class CompressedVisionTransformer(CompressedTransformer, VisionTransformer):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..compression.costing import Unit
 from ..schedule import Schedule
 from ..training.records import Measure, is_recorded, readable_json
 
@@ -19,11 +20,12 @@ class StepRecord:
     loss: float
     """Mean cross entropy over the batch, in nats; of a model without classes 1 - cosine of the features."""
     flops_loss: float
-    """The FLOPs term, its weight included."""
+    """The term for the cost, its weight included."""
     accuracy: float
     """Share of the batch whose most probable class is its label (the uncompressed model's, without labels); of a model
     without classes the mean cosine of its features and the uncompressed ones."""
-    gflops: float
+    cost: float
+    """In the unit of the target."""
     lr: float
     after_pruning: tuple[int, ...] | None
     """Tokens that each block keeps after pruning; None in a family that is only merged."""
@@ -40,14 +42,16 @@ class SearchHistory:
         tokens: tokens that enter each block when nothing is compressed.
         records: in the order of their steps, not all of a long search.
         measure: what their accuracy is.
+        unit: of the target and of what is spent: GFLOPs of one image, or milliseconds of a batch by a cost table.
     """
 
-    target_gflops: float
-    uncompressed_gflops: float
+    target: float
+    uncompressed: float
     steps: int
     tokens: tuple[int, ...]
     records: tuple[StepRecord, ...] = ()
     measure: Measure = "accuracy"
+    unit: Unit = "GFLOPs"
 
     def wants(self, step: int) -> bool:
         """Whether a step is among those that are recorded."""
@@ -62,10 +66,11 @@ class SearchHistory:
 
     def to_json(self) -> str:
         """For people and other programs: every number under the name of what it is."""
+        cost = "gflops" if self.unit == "GFLOPs" else "milliseconds"
         return readable_json(
             {
-                "target_gflops": self.target_gflops,
-                "uncompressed_gflops": self.uncompressed_gflops,
+                f"target_{cost}": self.target,
+                f"uncompressed_{cost}": self.uncompressed,
                 "steps": self.steps,
                 "uncompressed_tokens_of_each_block": self.tokens,
                 "records": [
@@ -74,7 +79,7 @@ class SearchHistory:
                         "loss": record.loss,
                         "flops_loss": record.flops_loss,
                         self.measure: record.accuracy,
-                        "gflops": record.gflops,
+                        cost: record.cost,
                         "learning_rate": record.lr,
                         "tokens_after_pruning": record.after_pruning,
                         "tokens_after_merging": record.after_merging,

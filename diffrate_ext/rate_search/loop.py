@@ -18,10 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..answers import answer_of, has_classes
 from ..compression.copies import compressed_copy, uncompressed_copy
+from ..compression.costing import Unit, costing_of
 from ..compression.flops import flops
 from ..compression.patching import remove_plans
-from ..compression.targets import gflops_of
 from ..compression.uniform import uniform_schedule
+from ..cost_table import CostTable
 from ..errors import DivergedError, InputValueError
 from ..evaluation import Batch, Evaluation, evaluate_all, split_batch
 from ..methods import Method
@@ -62,9 +63,13 @@ class SearchResult:
     evaluation: Evaluation | None
     """Of the model under the schedule on the validation images, in agreement with the uncompressed model; None without
     such images."""
-    target_gflops: float
-    searched_gflops: float
-    """Where the search itself ended, before its rates were shifted to the target."""
+    target: float
+    """GFLOPs of one image, or milliseconds of a batch by the cost table."""
+    unit: Unit
+    searched: float
+    """Where the search itself ended, in that unit, before its rates were shifted to the target."""
+    cost: float
+    """Of the schedule, in that unit."""
     gflops: float
     """Of the schedule."""
     steps_before: int
@@ -74,9 +79,12 @@ class SearchResult:
 def search(
     model: nn.Module,
     loader: Loader,
-    target_gflops: float | str,
+    target_gflops: float | str | None = None,
     settings: SearchSettings | None = None,
     *,
+    speedup: float | None = None,
+    latency: float | None = None,
+    costs: CostTable | None = None,
     validation: Iterable[Batch] | None = None,
     output: str | PathLike[str] | None = None,
     resume: bool = False,
@@ -84,7 +92,7 @@ def search(
     report: Callable[[StepRecord], None] | None = None,
     fingerprint: Mapping[str, Fact] | None = None,
 ) -> SearchResult:
-    """Learn a schedule of ``target_gflops`` for a model from images.
+    """Learn a schedule of ``target_gflops``, or of so much time, for a model from images.
 
     Only the compression rates train; the model itself is left as it is. The rates are held at the target from the first
     step on, or drawn there by a term in the loss (``settings.flops_loss``). At the end they are shifted to where the
@@ -103,6 +111,9 @@ def search(
             skips none by iterating.
         target_gflops: multiply-accumulates of one image, in units of 1e9; or a share of the uncompressed model's, such
             as ``"60%"``.
+        speedup: in place of GFLOPs, how many times as fast as uncompressed the model is to be, by ``costs``.
+        latency: in place of GFLOPs, what a batch is to take, in milliseconds, by ``costs``.
+        costs: of :func:`profile_model`.
         settings: how to search; by default ``SearchSettings()``.
         validation: batches to evaluate the schedule on, as :func:`diffrate_ext.evaluate` takes them.
         output: a folder for ``schedule.json``, ``history.json``, ``search.png`` and ``checkpoint.pt``, each of which is
@@ -129,32 +140,49 @@ def search(
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise InputValueError(f"checkpoint_every must be a whole number of at least 1, got {checkpoint_every!r}")
     settings = settings or SearchSettings()
-    target_gflops = gflops_of(model, target_gflops)
-    check_target(model, target_gflops, settings.granularity, method=settings.method)
+    target = costing_of(model, costs).target(target_gflops, speedup=speedup, latency=latency)
+    check_target(model, target, settings.granularity, method=settings.method, costs=costs)
     plain = uncompressed_copy(model)  # shares the weights; its modules are those that change
-    rates = RateSearch(plain, settings.granularity, mask_gradient=settings.mask_gradient, method=settings.method)
+    rates = RateSearch(
+        plain, settings.granularity, mask_gradient=settings.mask_gradient, method=settings.method, costs=costs
+    )
     try:
-        run = _Search(rates, target_gflops, settings, None if output is None else SearchFolder(output))
+        run = _Search(rates, target, settings, None if output is None else SearchFolder(output))
         run.start({**(fingerprint or {}), **model_fingerprint(plain)}, resume)
         searched = run.steps(loader, checkpoint_every, report)
         schedule = run.finish()
-        searched_gflops, found_gflops = (flops(plain, one) / 1e9 for one in (searched, schedule))
+        searched_cost, cost = (_cost_of(rates, one) for one in (searched, schedule))
+        gflops = flops(plain, schedule) / 1e9
     finally:
         remove_plans(plain)
     evaluation = None
     if validation is not None:
         evaluation = run.processes.from_first(lambda: _evaluation(plain, schedule, rates.method, validation))
-    return SearchResult(schedule, run.history, evaluation, run.target, searched_gflops, found_gflops, run.steps_before)
+    unit = rates.costing.unit
+    return SearchResult(schedule, run.history, evaluation, target, unit, searched_cost, cost, gflops, run.steps_before)
 
 
-def check_target(model: nn.Module, gflops: float, granularity: int = 1, *, method: str | Method = "diffrate") -> None:
+def check_target(
+    model: nn.Module,
+    target: float,
+    granularity: int = 1,
+    *,
+    method: str | Method = "diffrate",
+    costs: CostTable | None = None,
+) -> None:
     """Raise InputValueError when no search can reach a target, with the range that it can reach."""
     plain = uncompressed_copy(model)
-    rates = RateSearch(plain, granularity, method=method)
+    rates = RateSearch(plain, granularity, method=method, costs=costs)
     try:
-        check_reachable(rates, gflops)
+        check_reachable(rates, target)
     finally:
         remove_plans(plain)
+
+
+def _cost_of(rates: RateSearch, schedule: Schedule) -> float:
+    kept = adapter_for(rates.model).kept_numbers(schedule)
+    cost: float = rates.costing.of([[merged for _, merged in numbers] for numbers in kept])
+    return cost
 
 
 def _evaluation(plain: nn.Module, schedule: Schedule, method: Method, validation: Iterable[Batch]) -> Evaluation:
@@ -164,10 +192,8 @@ def _evaluation(plain: nn.Module, schedule: Schedule, method: Method, validation
 class _Search:
     """The state of one search, from its first step to its schedule."""
 
-    def __init__(
-        self, rates: RateSearch, target_gflops: float, settings: SearchSettings, folder: SearchFolder | None
-    ) -> None:
-        self.rates, self.target, self.settings, self.folder = rates, target_gflops, settings, folder
+    def __init__(self, rates: RateSearch, target: float, settings: SearchSettings, folder: SearchFolder | None) -> None:
+        self.rates, self.target, self.settings, self.folder = rates, target, settings, folder
         self.processes = Processes.current()
         own = next(rates.model.parameters())
         self.device, self.dtype = own.device, own.dtype
@@ -178,13 +204,13 @@ class _Search:
             self.logits.values(), lr=settings.first_lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
         if settings.start == "uniform":
-            rates.set_schedule(uniform_schedule(rates.model, target_gflops, method=rates.method))
+            rates.set_schedule(uniform_schedule(rates.model, method=rates.method, **rates.costing.options(target)))
         self._return_to_target()
         self.direction = rates.tilt_direction()
-        self.uncompressed = flops(rates.model) / 1e9
+        self.uncompressed = rates.costing.uncompressed
         stages = adapter_for(rates.model).stages
         tokens = tuple(stage.tokens for stage in stages for _ in stage.blocks)
-        self.history = SearchHistory(target_gflops, self.uncompressed, settings.steps, tokens)
+        self.history = SearchHistory(target, self.uncompressed, settings.steps, tokens, unit=rates.costing.unit)
         self.step = self.steps_before = 0
         self.saved: int | None = None  # the step of the checkpoint on disk
         self.has_classes = has_classes(rates.model)
@@ -197,7 +223,11 @@ class _Search:
 
     def start(self, fingerprint: Mapping[str, Fact], resume: bool) -> None:
         """Take over the state of the search in the folder, or see that there is none."""
-        self.fingerprint = {"target_gflops": self.target, **self.settings.fingerprint(), **fingerprint}
+        self.fingerprint = {
+            f"target in {self.rates.costing.unit}": self.target,
+            **self.settings.fingerprint(),
+            **fingerprint,
+        }
         state = self.processes.from_first(lambda: self._find_state(resume))
         if state is not None:
             with torch.no_grad():
@@ -267,8 +297,7 @@ class _Search:
             return finished
         from .plot import draw_search
 
-        gflops = flops(self.rates.model, schedule) / 1e9
-        figure = draw_search(self.history, schedule, gflops)
+        figure = draw_search(self.history, schedule, _cost_of(self.rates, schedule))
         with replacing(self.folder.plot) as temporary:
             figure.savefig(temporary, dpi=110, format="png")
         self.folder.save_schedule(schedule)  # the last file: where it is, the search is finished
@@ -285,21 +314,22 @@ class _Search:
         for logits, gradient in zip(self.logits.values(), gradients, strict=True):
             logits.grad = gradient
         # one wait for the device, and the same numbers in every process: all go on, or none
-        loss, cost, accuracy, gflops, finite = self.processes.mean(numbers).tolist()
-        if not math.isfinite(loss + cost) or finite < 1:
-            raise DivergedError(self._diverged(loss, cost))
+        loss, term, accuracy, cost, finite = self.processes.mean(numbers).tolist()
+        if not math.isfinite(loss + term) or finite < 1:
+            raise DivergedError(self._diverged(loss, term))
         after_pruning, after_merging = kept_after(self.rates.schedule())
         lr = self.optimizer.param_groups[0]["lr"] = settings.lr_at(step)
         self.optimizer.step()
         self._return_to_target()
-        return StepRecord(step, loss, cost, accuracy, gflops, lr, after_pruning, after_merging)
+        return StepRecord(step, loss, term, accuracy, cost, lr, after_pruning, after_merging)
 
     @torch.no_grad()
     def _choose_start(self, batches: Sequence[Batch]) -> None:
         """Start from the simple schedule of the least loss on these batches, which then train, too."""
         self.rates.eval()
         placed = [self._on_device(batch) for batch in batches]
-        schedules, losses = list(simple_schedules(self.rates.model, self.target, self.rates.method)), []
+        rates = self.rates
+        schedules, losses = list(simple_schedules(rates.model, self.target, rates.method, rates.costs)), []
         for schedule in schedules:
             self.rates.set_schedule(schedule)
             losses.append(torch.stack([self._answer_to(images, labels)[0] for images, labels in placed]).mean())
@@ -334,24 +364,24 @@ class _Search:
             with_flops: 0-d; 1, or 0 to go without the FLOPs term.
 
         Returns:
-            five numbers (the loss but for the FLOPs, the FLOPs loss, accuracy, GFLOPs, 1 if all gradients are finite),
-            and the gradients of the logits.
+            five numbers (the loss without the term for the cost, that term, accuracy, cost, 1 if all gradients are
+            finite), and the gradients of the logits.
         """
         settings, rates = self.settings, self.rates
         self.optimizer.zero_grad()
         lesson, accuracy = self._answer_to(images, labels)
-        gflops = rates.gflops()
+        spent = rates.cost()
         kind: Literal["relative", "absolute"] = "absolute" if settings.flops_loss == "absolute" else "relative"
-        cost = with_flops * flops_loss(gflops, self.target, self.uncompressed, settings.weight_of_flops, kind)
+        cost = with_flops * flops_loss(spent, self.target, self.uncompressed, settings.weight_of_flops, kind)
         held = settings.holds_target
-        slopes = torch.autograd.grad(gflops, list(self.logits.values()), retain_graph=True) if held else ()
+        slopes = torch.autograd.grad(spent, list(self.logits.values()), retain_graph=True) if held else ()
         (lesson + cost).backward()
 
         gradients = [p.grad for p in self.logits.values() if p.grad is not None]
         if held:
             gradients = along_target(gradients, slopes, self.direction)
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
-        parts = (lesson, cost, accuracy, gflops, finite)
+        parts = (lesson, cost, accuracy, spent, finite)
         return torch.stack([part.detach().double() for part in parts]), *gradients
 
     def _answer_to(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:

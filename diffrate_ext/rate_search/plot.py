@@ -23,16 +23,16 @@ LOSS, ACCURACY, SEARCHED = CURVES[3], CURVES[2], CURVES[0]
 KEPT, MERGED, PRUNED = "#33608f", "#e0952b", "#d9d6d0"
 
 
-def draw_search(history: SearchHistory, schedule: Schedule, gflops: float) -> Figure:
+def draw_search(history: SearchHistory, schedule: Schedule, cost: float) -> Figure:
     """Draw how a search went, and the schedule that came out.
 
     Above, over the steps: the tokens that leave each block, and how many each block prunes and merges. Below: the final
-    schedule, the FLOPs beside the target, loss and accuracy on the batches with their running means.
+    schedule, the cost beside the target, loss and accuracy on the batches with their running means.
 
     Args:
         history: at least one record of the search.
         schedule: what it found.
-        gflops: what the model takes under this schedule.
+        cost: of the model under this schedule, in the unit of the target.
 
     Returns:
         a matplotlib figure, made without pyplot: nothing global changes.
@@ -50,9 +50,9 @@ def draw_search(history: SearchHistory, schedule: Schedule, gflops: float) -> Fi
 
     figure = Figure(figsize=(15, 8.2), layout="constrained", facecolor="white")
     figure.suptitle(
-        f"Search for a schedule of {history.target_gflops:.4g} GFLOPs "
-        f"({history.target_gflops / history.uncompressed_gflops:.0%} of the uncompressed "
-        f"{history.uncompressed_gflops:.4g})",
+        f"Search for a schedule of {history.target:.4g} {history.unit} "
+        f"({history.target / history.uncompressed:.0%} of the uncompressed "
+        f"{history.uncompressed:.4g})",
         fontsize=14,
         fontweight="bold",
         color=INK,
@@ -65,7 +65,7 @@ def draw_search(history: SearchHistory, schedule: Schedule, gflops: float) -> Fi
     bar = figure.colorbar(image, ax=axes[0, 1:], label="tokens that the block removes (white: none)", pad=0.02)
     bar.locator = MaxNLocator(integer=True)
     _plot_schedule(axes[1, 0], schedule, history.tokens)
-    _plot_gflops(axes[1, 1], steps, history, gflops)
+    _plot_cost(axes[1, 1], steps, history, cost)
     _plot_loss(axes[1, 2], steps, history)
     for axis in axes.flat:
         axis.title.set_color(INK)
@@ -155,16 +155,16 @@ def _plot_schedule(axis: Axes, schedule: Schedule, tokens: Sequence[int]) -> Non
     _plain(axis)
 
 
-def _plot_gflops(axis: Axes, steps: NDArray[np.int64], history: SearchHistory, gflops: float) -> None:
-    target, searched = history.target_gflops, [record.gflops for record in history.records]
+def _plot_cost(axis: Axes, steps: NDArray[np.int64], history: SearchHistory, cost: float) -> None:
+    target, searched = history.target, [record.cost for record in history.records]
     axis.axhline(target, color=OWN, linestyle="--", linewidth=1.2, label=f"target: {target:.4g}")
     axis.plot(steps, searched, color=SEARCHED, linewidth=1.6, label="search")
-    axis.plot(steps[-1], gflops, "o", color=INK, markersize=6, label=f"schedule found: {gflops:.4g}", clip_on=False)
-    axis.set_title("GFLOPs beside the target", fontsize=11)
+    axis.plot(steps[-1], cost, "o", color=INK, markersize=6, label=f"schedule found: {cost:.4g}", clip_on=False)
+    axis.set_title(f"{history.unit} beside the target", fontsize=11)
     axis.set_xlabel("step")
-    axis.set_ylabel("GFLOPs")
+    axis.set_ylabel(history.unit)
     # at least so much: what whole tokens leave off the target is to look as small as it is
-    low, high = (f(0.95 * target, 1.05 * target, gflops, *searched) for f in (min, max))
+    low, high = (f(0.95 * target, 1.05 * target, cost, *searched) for f in (min, max))
     axis.set_ylim(low - 0.1 * (high - low), high + 0.25 * (high - low))
     axis.ticklabel_format(axis="y", useOffset=False)
     axis.legend(frameon=False, fontsize=9, loc="upper right")

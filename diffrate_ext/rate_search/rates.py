@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..compression.costing import costing_of
 from ..compression.flops import flops
 from ..compression.patching import install_plans, without_plans
-from ..compression.targets import gflops_of, share_meant
+from ..cost_table import CostTable
 from ..errors import DivergedError, InputTypeError, InputValueError
 from ..methods import METHODS, Method, MethodPlan, method_of
 from ..methods.masking import BlockRates, MaskGradient, everything
@@ -50,12 +51,14 @@ class RateSearch(nn.Module):
         mask_gradient: of a masked token, as for :func:`diffrate_ext.ops.masked_attention`: the paper's "derivative", or
             "difference", which no token that would outshine all others drowns in noise.
         method: what the rates are for, as for :func:`diffrate_ext.compress`: DiffRate with any options, or ToMe.
+        costs: of :func:`diffrate_ext.profile_model`: targets are milliseconds of a batch instead of GFLOPs.
 
     Attributes:
         model: the model.
         prune_logits: (compressible blocks, candidates); None where nothing is pruned.
         merge_logits: (compressible blocks, candidates); None where nothing is merged.
         method: the method.
+        costing: how targets are counted.
         n_patches, granularity, prefix: as above; the model's prefix tokens.
 
     Raises:
@@ -75,6 +78,7 @@ class RateSearch(nn.Module):
         mask_gradient: MaskGradient = "difference",
         *,
         method: str | Method = "diffrate",
+        costs: CostTable | None = None,
     ) -> None:
         super().__init__()
         if mask_gradient not in ("difference", "derivative"):
@@ -87,6 +91,7 @@ class RateSearch(nn.Module):
         self._adapter = adapter = adapter_for(model)
         stages = adapter.stages
         self.method = method = _searchable(method_of(method))
+        self.costs, self.costing = costs, costing_of(model, costs)
         method.check(adapter, [stage.all_tokens for stage in stages])
         with_rates = [index for index, stage in enumerate(stages) if any(method.compressible(stage))]
         if not with_rates:
@@ -115,9 +120,21 @@ class RateSearch(nn.Module):
     def gflops(self) -> Tensor:
         """Multiply-accumulates of one image at the current rates in units of 1e9, 0-d, differentiable.
 
+        As :meth:`cost`, whatever the targets are counted in.
+        """
+        return (self._adapter.cost.total(self._left()) / 1e9).to(self._proxies()[0].dtype)
+
+    def cost(self) -> Tensor:
+        """What the rates cost now, counted as the targets are: GFLOPs of one image, or milliseconds of a batch by the
+        cost table; 0-d, differentiable.
+
         A block passes on ``min(N, kept_p, kept_m)`` tokens; the gradient goes to both kept numbers alike, and none to
         N, not even in a block without rates (as in the authors' code).
         """
+        return self.costing.of(self._left()).to(self._proxies()[0].dtype)
+
+    def _left(self) -> list[list[Any]]:
+        """Tokens left after each block of each stage, 0-d and with a gradient where there are rates."""
         kept = self._kept()[0].double()  # sums of squares of token numbers need more digits than float32 has
         numbers: list[list[Any]] = []
         for index, stage in enumerate(self._adapter.stages):
@@ -129,7 +146,7 @@ class RateSearch(nn.Module):
                 if row is not None:
                     left = row.detach().amin().clamp(max=left) + (row - row.detach()).sum()
                 numbers[-1].append(left)
-        return (self._adapter.cost.total(numbers) / 1e9).to(self._proxies()[0].dtype)
+        return numbers
 
     def flops_loss(
         self, target_gflops: float, *, weight: float = 5.0, kind: Literal["relative", "absolute"] = "relative"
@@ -162,13 +179,13 @@ class RateSearch(nn.Module):
             method=str(self.method),
         )
 
-    def reachable_gflops(self) -> tuple[float, float]:
-        """The least and the most that any rates can lead to."""
+    def reachable(self) -> tuple[float, float]:
+        """The least and the most cost that any rates can lead to."""
         stages = self._adapter.stages
         stage, candidates = stages[self._stage_index], rate_candidates(self.n_patches, self.granularity)
         fewest = max(stage.fewest, candidates[-1] + self.prefix)
 
-        def gflops_at(kept: int) -> float:
+        def cost_at(kept: int) -> float:
             """If every block that has rates keeps so many tokens."""
             numbers = []
             for index, stage in enumerate(stages):
@@ -179,9 +196,10 @@ class RateSearch(nn.Module):
                     left -= max(0, removed if most is None else min(removed, most))
                     row.append(left)
                 numbers.append(row)
-            return self._adapter.cost.total(numbers) / 1e9
+            cost: float = self.costing.of(numbers)
+            return cost
 
-        return gflops_at(fewest), gflops_at(stage.tokens)
+        return cost_at(fewest), cost_at(stage.tokens)
 
     @torch.no_grad()
     def set_schedule(self, schedule: Schedule) -> None:
@@ -222,15 +240,15 @@ class RateSearch(nn.Module):
             proxies[0].fill_(NEVER)[:, 0] = 0.0
 
     @torch.no_grad()
-    def project(self, gflops: float | str, tolerance: float = 0.0) -> None:
-        """Shift the rates so that :meth:`schedule` takes so many GFLOPs, as nearly as whole tokens allow.
+    def project(self, target: float | str, tolerance: float = 0.0) -> None:
+        """Shift the rates so that :meth:`schedule` costs so much, as nearly as whole tokens allow.
 
         Every distribution over candidates is tilted by the same factor per patch, ``p_k ~ exp(logit_k + tilt * c_k)``:
         where the search was sure, little moves.
 
         Args:
-            gflops: multiply-accumulates of one image, in units of 1e9, or a share of the uncompressed model's, such as
-                ``"60%"``.
+            target: GFLOPs of one image (or, with a cost table, milliseconds of a batch), or a share of the uncompressed
+                model's, such as ``"60%"``.
             tolerance: the share of the target that it may be off: the first tilt that is near enough is taken, none
                 where the rates are near enough as they are.
 
@@ -238,17 +256,18 @@ class RateSearch(nn.Module):
             InputValueError: no rates lead there.
             DivergedError: the logits hold NaN or infinity.
         """
-        gflops = gflops_of(self.model, gflops)
-        check_reachable(self, gflops)
+        target = self.costing.number(target)
+        check_reachable(self, target)
         found = torch.stack(self._proxies(), dim=1).cpu()  # once: each tilt that is tried would stop the stream
         direction = self.tilt_direction().cpu()
-        stages, cost = self._adapter.stages, self._adapter.cost
+        stages = self._adapter.stages
 
         def error(tilt: float) -> float:
             numbers = self._numbers(self._kept(found + tilt * direction)[0], stages)
-            return cost.total([[merged for _, merged in row] for row in numbers]) / 1e9 - gflops
+            cost: float = self.costing.of([[merged for _, merged in row] for row in numbers])
+            return cost - target
 
-        tilt = nearest_tilt(error, tolerance * gflops)
+        tilt = nearest_tilt(error, tolerance * target)
         if tilt:
             for logits, tilted in zip(self._proxies(), (found + tilt * direction).unbind(1), strict=True):
                 logits.copy_(tilted)
@@ -397,14 +416,11 @@ def flops_loss(
     return FLOPS_SCALE * weight * (missing / uncompressed).square()
 
 
-def check_reachable(rates: RateSearch, gflops: float) -> None:
-    """Raise InputValueError when no rates lead to so many GFLOPs, with the range that they lead to."""
-    least, most = rates.reachable_gflops()
-    if not least <= gflops <= most * (1 + 1e-9):
-        raise InputValueError(
-            f"{gflops:g} GFLOPs cannot be reached: the model takes {most:.4g} uncompressed, and {least:.4g} "
-            "with all the tokens removed that may be removed" + share_meant(gflops, most)
-        )
+def check_reachable(rates: RateSearch, target: float) -> None:
+    """Raise InputValueError when no rates lead to such a cost, with the range that they lead to."""
+    least, most = rates.reachable()
+    if not least <= target <= most * (1 + 1e-9):
+        raise rates.costing.unreachable(target, least, "with all the tokens removed that may be removed")
 
 
 def _searchable(method: Method) -> Method:

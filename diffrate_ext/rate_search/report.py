@@ -12,6 +12,7 @@ from ..training.progress import RunningMeans, in_words, progress_of_steps
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..compression.costing import Unit
     from ..training.records import Measure
     from .history import StepRecord
 
@@ -20,7 +21,7 @@ Report = Callable[["StepRecord"], None]
 
 @contextmanager
 def progress_report(
-    console: Console, name: str, steps: int, target_gflops: float, *, measure: Measure = "accuracy"
+    console: Console, name: str, steps: int, target: str, *, unit: Unit = "GFLOPs", measure: Measure = "accuracy"
 ) -> Iterator[Report]:
     """Within a ``with`` block, a report that shows the progress of a search.
 
@@ -28,7 +29,8 @@ def progress_report(
         console: where to show it: a bar on a terminal, else some lines.
         name: what is searched for.
         steps: the length of the search.
-        target_gflops: where it is to go.
+        target: where it is to go, with its unit.
+        unit: of what the records cost.
         measure: what the records' accuracy is.
     """
     means = RunningMeans(2)
@@ -40,16 +42,16 @@ def progress_report(
         def report(record: StepRecord) -> None:
             nonlocal explained
             if not explained:  # not before: a search that was finished before says nothing
-                console.print(f"{name}: {good}, at a cost of {target_gflops:.4g} GFLOPs", soft_wrap=True, markup=False)
+                console.print(f"{name}: {good}, at a cost of {target}", soft_wrap=True, markup=False)
                 explained = True
             words = in_words(measure, *means(record.loss, record.accuracy))
-            show(record.step, [*words, f"now {record.gflops:.4g} GFLOPs"])
+            show(record.step, [*words, f"now {record.cost:.4g} {unit}"])
 
         yield report
 
 
 @contextmanager
-def tensorboard_report(folder: Path) -> Iterator[Report]:
+def tensorboard_report(folder: Path, unit: Unit = "GFLOPs") -> Iterator[Report]:
     """Within a ``with`` block, a report that logs every step for TensorBoard in ``folder``.
 
     Raises:
@@ -67,7 +69,7 @@ def tensorboard_report(folder: Path) -> Iterator[Report]:
             "loss/classification": record.loss,
             "loss/flops": record.flops_loss,
             "accuracy": record.accuracy,
-            "gflops": record.gflops,
+            "gflops" if unit == "GFLOPs" else "milliseconds": record.cost,
             "learning_rate": record.lr,
         }
         for kind, numbers in (("pruning", record.after_pruning), ("merging", record.after_merging)):

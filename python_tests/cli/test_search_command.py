@@ -57,7 +57,7 @@ def test_search_for_several_targets(tmp_path, capsys, monkeypatch):
     argv = search(folder, "--gflops", "0.25", "0.15", "--tensorboard")
     from diffrate_ext.rate_search.rates import RateSearch
 
-    gflops, calls = RateSearch.gflops, []
+    gflops, calls = RateSearch.cost, []
 
     def interrupt_in_the_second(self):
         calls.append(None)
@@ -66,7 +66,7 @@ def test_search_for_several_targets(tmp_path, capsys, monkeypatch):
         return gflops(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RateSearch, "gflops", interrupt_in_the_second)
+        patch.setattr(RateSearch, "cost", interrupt_in_the_second)
         assert main(argv) == 130
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("diffrate: search stopped after step 1 of 2")

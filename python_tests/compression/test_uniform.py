@@ -9,7 +9,10 @@ import pytest
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from tiny_costs import table_of
+from tiny_models import tiny_vit
 
+from diffrate_ext import InputTypeError, InputValueError
 from diffrate_ext.compression.flops import flops
 from diffrate_ext.compression.uniform import is_uniform, uniform_schedule
 from diffrate_ext.schedule import Schedule
@@ -73,3 +76,40 @@ def test_fewer_tokens_than_the_rule_may_leave_are_not_uniform() -> None:
     with torch.device("meta"):
         model = timm.create_model("deit_tiny_patch16_224")
     assert not is_uniform(model, Schedule([197, *[2] * 11], [197, *[2] * 11]))
+
+
+def test_a_target_of_time() -> None:
+    """Where an MLP costs nothing and attention everything, the tokens that come are what counts."""
+    model = tiny_vit(depth=8)
+    costs = table_of(model, mlp=lambda tokens: 0.0, reduction=lambda tokens: 0.0, fixed=0.0)
+    faster = uniform_schedule(model, speedup=1.5, costs=costs)
+    came = [17, *faster.after_merging[:-1]]
+    assert sum(came) == pytest.approx(17 * 8 / 1.5, abs=3)
+    same = uniform_schedule(model, latency=0.1 * 17 * 8 / 1.5, costs=costs)
+    assert same == faster
+    assert faster != uniform_schedule(model, f"{100 / 1.5}%")
+
+
+def test_targets_of_time_that_are_refused() -> None:
+    model, costs = tiny_vit(), table_of(tiny_vit())
+    for options, message in (
+        ({}, "name one target: gflops, speedup or latency; got none"),
+        ({"gflops": "60%", "speedup": 2}, "got gflops and speedup"),
+        ({"speedup": 2}, "speedup needs costs: what diffrate_ext.profile_model"),
+        ({"gflops": "60%", "costs": costs}, "with costs name a target of time"),
+        ({"speedup": True, "costs": costs}, "speedup must be a number, got bool"),
+        ({"speedup": 2, "costs": "table.json"}, "costs must be a CostTable, .* got str"),
+    ):
+        with pytest.raises(InputTypeError, match=message):
+            uniform_schedule(model, **options)
+    for options, message in (
+        ({"speedup": 0.0}, "speedup must be positive and finite, got 0"),
+        ({"latency": float("inf")}, "latency must be positive and finite, got inf"),
+        ({"speedup": 50}, "ms cannot be reached: the model takes 21.4 uncompressed, and .* as few tokens as a uniform"),
+    ):
+        with pytest.raises(InputValueError, match=message):
+            uniform_schedule(model, costs=costs, **options)
+    with pytest.raises(InputValueError, match=r"another model, .* 4 blocks on 17 tokens .*: profile it"):
+        uniform_schedule(tiny_vit(depth=5), speedup=1.2, costs=costs)
+    with pytest.raises(InputValueError, match="the costs are of another model"):
+        uniform_schedule(tiny_vit(embed_dim=32), speedup=1.2, costs=costs)

@@ -110,7 +110,7 @@ def test_schedules_gflops_and_targets(method: str, kind: str) -> None:
     model, random = build(kind), torch.Generator().manual_seed(3)
     images = tiny_images(model)
     rates = RateSearch(model, method=method)
-    low, high = rates.reachable_gflops()
+    low, high = rates.reachable()
     for spread in (0.0, 0.2, 2.0, 20.0, 200.0):
         for logits in proxies_of(rates):
             logits.data = spread * torch.randn(logits.shape, generator=random)

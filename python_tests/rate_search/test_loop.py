@@ -51,7 +51,7 @@ def test_the_search_itself_nears_the_target():
             settings=SearchSettings(steps=40, start="zeros", flops_loss="relative"),
             report=records.append,
         )
-        missing = [abs(record.gflops - gflops_of(model, share)) / gflops_of(model, 1) for record in records]
+        missing = [abs(record.cost - gflops_of(model, share)) / gflops_of(model, 1) for record in records]
         assert missing[-1] < 0.1 < missing[0] + 0.1
         assert missing[-1] < missing[0]
 
@@ -127,7 +127,7 @@ def test_first_record():
     assert record.step == 0
     assert record.loss == pytest.approx(F.cross_entropy(logits, batch[1]).item(), rel=1e-6)
     assert record.accuracy == (logits.argmax(1) == batch[1]).float().mean().item()
-    assert record.gflops == pytest.approx(rates.gflops().item(), rel=1e-6)
+    assert record.cost == pytest.approx(rates.gflops().item(), rel=1e-6)
     schedule = rates.schedule()
     assert (record.after_pruning, record.after_merging) == (schedule.after_pruning, schedule.after_merging)
     assert record.lr == pytest.approx(0.3)
@@ -140,7 +140,7 @@ def test_flops_losses(share):
     for kind, weight in (("relative", 5.0), ("absolute", 5.0), ("relative", 2.0), ("absolute", 0.0)):
         settings = SearchSettings(steps=2, lr=0.1, flops_loss=kind, flops_weight=weight)
         record = quick(model, batches, share, settings=settings).history.records[0]
-        missing = record.gflops - gflops_of(model, share)
+        missing = record.cost - gflops_of(model, share)
         if kind == "relative":
             expected = 106 * weight / 5 * (missing / gflops_of(model, 1)) ** 2
         else:
@@ -357,7 +357,7 @@ def test_report_is_called_after_every_step():
 @pytest.mark.parametrize("share", [0.01, 1.01])
 def test_a_target_out_of_reach(share, tmp_path):
     model, touched = plain_model(), []
-    least, most = RateSearch(copy.deepcopy(model)).reachable_gflops()
+    least, most = RateSearch(copy.deepcopy(model)).reachable()
     with pytest.raises(ValueError, match="cannot be reached") as error:
         quick(model, lambda start: touched.append(start), share, output=tmp_path / "search")
     assert f"{most:.4g} uncompressed" in str(error.value)
@@ -389,7 +389,7 @@ def test_divergence_keeps_the_state_before(part, tmp_path, monkeypatch):
     if part == "loss":
         batches[2] = (batches[2][0] * math.nan, batches[2][1])
     else:
-        gflops, calls = RateSearch.gflops, []
+        gflops, calls = RateSearch.cost, []
 
         def poisoned(self):
             result = gflops(self)
@@ -398,7 +398,7 @@ def test_divergence_keeps_the_state_before(part, tmp_path, monkeypatch):
                 result.register_hook(lambda gradient: gradient * math.nan)
             return result
 
-        monkeypatch.setattr(RateSearch, "gflops", poisoned)
+        monkeypatch.setattr(RateSearch, "cost", poisoned)
     with pytest.raises(FloatingPointError, match="step 2: the loss or its gradient is not finite") as error:
         quick(plain_model(), batches, settings=SearchSettings(steps=4, lr=0.1), output=tmp_path)
     assert ("classification nan" in str(error.value)) == (part == "loss")

@@ -178,7 +178,7 @@ def test_every_rate_pays_for_its_tokens(model: nn.Module) -> None:
 
 def test_a_search_for_flops_alone_finds_them(model: nn.Module) -> None:
     rates = RateSearch(model)
-    low, high = rates.reachable_gflops()
+    low, high = rates.reachable()
     target = low + 0.6 * (high - low)
     optimizer = torch.optim.Adam(proxies_of(rates), lr=0.1)
     for _ in range(150):
@@ -190,7 +190,7 @@ def test_a_search_for_flops_alone_finds_them(model: nn.Module) -> None:
 
 def test_projection_meets_the_target(model: nn.Module) -> None:
     rates = searching(model)
-    low, high = rates.reachable_gflops()
+    low, high = rates.reachable()
     assert high == pytest.approx(flops(model) / 1e9)
     one_token = (high - low) / rates.n_patches  # more than a token more in one block costs
     for part in (0.0, 0.1, 0.5, 0.9, 1.0):
@@ -264,7 +264,7 @@ def test_gflops_follow_the_model() -> None:
     model.reset_classifier(1000)
     assert rates.gflops().item() * 1e9 == pytest.approx(before * 1e9 + 16 * 995, rel=1e-6)
     assert rates.gflops().item() == pytest.approx(flops(model, rates.schedule()) / 1e9, rel=1e-6)
-    assert rates.reachable_gflops()[1] == pytest.approx(flops(model) / 1e9)
+    assert rates.reachable()[1] == pytest.approx(flops(model) / 1e9)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -275,7 +275,7 @@ def test_rates_that_are_no_numbers_say_that_the_search_diverged(model: nn.Module
     for training in (False, True):
         with pytest.raises(DivergedError, match="the search diverged: the logits of the rates hold NaN or infinity"):
             rates.train(training)(tiny_images(model))
-    for call in (rates.schedule, lambda: rates.project(rates.reachable_gflops()[1])):
+    for call in (rates.schedule, lambda: rates.project(rates.reachable()[1])):
         with pytest.raises(DivergedError, match="the search diverged"):
             call()
 

@@ -24,7 +24,7 @@ def record(step: int, *, prune: bool = True) -> StepRecord:
         loss=2 - 0.01 * step,
         flops_loss=0.5,
         accuracy=0.25,
-        gflops=3.0,
+        cost=3.0,
         lr=0.1,
         after_pruning=(65, 60 - step // 4, 50 - step // 4) if prune else None,
         after_merging=(65, 55 - step // 4, 45 - step // 4),
@@ -41,7 +41,7 @@ def history(steps: int, **options) -> SearchHistory:
 def told(steps: int, *, first: int = 0, terminal: bool = False, width: int = 160, name="2 GFLOPs", **options) -> str:
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=width, highlight=False)
-    with progress_report(console, name, steps, 2.0, **options) as report:
+    with progress_report(console, name, steps, "2 GFLOPs", **options) as report:
         for step in range(first, steps):
             report(record(step))
     return output.getvalue()
@@ -170,7 +170,7 @@ def test_no_tokens_are_white_in_the_heat_maps_and_few_are_not():
 
 def test_the_target_is_met_in_the_picture():
     found = history(30)
-    found = replace(found, records=tuple(replace(one, gflops=2.0 + 0.001 * (one.step % 2)) for one in found.records))
+    found = replace(found, records=tuple(replace(one, cost=2.0 + 0.001 * (one.step % 2)) for one in found.records))
     axis = panel(draw_search(found, Schedule([65, 53, 43], [65, 48, 38]), 2.002), "GFLOPs beside the target")
     low, high = axis.get_ylim()
     assert low < 1.9 < 2.1 < high  # a thousandth off the target looks like one
@@ -193,7 +193,7 @@ def test_the_loss_fills_its_axis():
 def test_pictures_differ_with_the_history():
     schedule = Schedule([65, 53, 43], [65, 48, 38])
     other = history(30)
-    other = replace(other, records=(*other.records[:-1], replace(other.records[-1], gflops=1.0)))
+    other = replace(other, records=(*other.records[:-1], replace(other.records[-1], cost=1.0)))
     assert not np.array_equal(drawn(draw_search(history(30), schedule, 2.0)), drawn(draw_search(other, schedule, 2.0)))
 
 

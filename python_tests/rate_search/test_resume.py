@@ -182,7 +182,7 @@ def test_a_search_is_not_overwritten(unbroken):
         ({}, 0.6, {"lr": 0.1}, None, "lr: 0.2 then, 0.1 now"),
         ({}, 0.6, {"steps": 11}, None, "steps: 12 then, 11 now"),
         ({}, 0.6, {"steps": 20, "seed": 4}, None, "seed: 3 then, 4 now"),
-        ({}, 0.5, {}, None, "target_gflops: "),
+        ({}, 0.5, {}, None, "target in GFLOPs: "),
         ({"depth": 5}, 0.6, {}, None, "blocks: 4 then, 5 now"),
         ({"num_classes": 6}, 0.6, {}, None, "weights: "),
         ({}, 0.6, {}, {"images": "others"}, "images: None then, 'others' now"),

@@ -77,7 +77,7 @@ def test_what_chooses_trains_too() -> None:
     assert len(set(losses)) == 6
     # with one schedule to choose from it is a search from there
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "simple_schedules", lambda model, gflops, method: [uniform_schedule(model, gflops)])
+        patch.setattr(loop, "simple_schedules", lambda model, gflops, *_: [uniform_schedule(model, gflops)])
         chosen = quick(model, batches, settings=SearchSettings(steps=6, lr=0.1)).history
     uniform = quick(model, batches, settings=SearchSettings(steps=6, lr=0.1, start="uniform")).history
     assert chosen == uniform

@@ -1,0 +1,122 @@
+"""``diffrate profile``: what a model's blocks cost in time by their tokens, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import (
+    add_machine_options,
+    add_method_option,
+    add_no_pretrained_option,
+    consoles,
+    device_named,
+    say_if_busy,
+)
+from .parsing import add_command, positive
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..cost_table import CostTable
+
+CHECKED = ("80%", "60%", "50%")
+"""Uniform schedules of so much of the FLOPs are measured, to see what the table says of them."""
+
+
+def add_profile_command(commands: Any) -> None:
+    """Add ``profile`` to the commands of a parser."""
+    parser = add_command(
+        commands,
+        "profile",
+        help="measure what tokens cost in time on this machine",
+        description="Times the pieces of a model's blocks over numbers of tokens and writes a cost table, by which "
+        "diffrate search learns a schedule for time (--speedup 1.5 --costs FILE) instead of FLOPs. Ends with what the "
+        "table says of some schedules beside what they take. Weights are random: they do not matter for the speed.",
+        examples=[
+            "diffrate profile",
+            "diffrate profile --model vit_base_patch16_224 --device cuda --dtype bfloat16 --batch-size 32",
+        ],
+    )
+    parser.add_argument("--model", metavar="NAME", help="of timm or transformers: (default: the embedded one)")
+    add_no_pretrained_option(parser, "random weights, as always here")
+    add_method_option(parser)
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="images in a batch (default: 16)")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="rounds of timing (default: 5)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(default: float32)"
+    )
+    add_machine_options(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("diffrate_costs.json"),
+        metavar="FILE",
+        help="the cost table (default: diffrate_costs.json); its plot goes beside it",
+    )
+    parser.set_defaults(command=_profile)
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    import torch
+    from rich.progress import Progress
+
+    from .. import embedded
+    from ..model_loading import load_model
+    from ..profile_plot import draw_costs
+    from ..profiling import profile_model
+    from ..visualization import check_output
+
+    plot = check_output(arguments.output.with_suffix(".png"))
+    results, remarks = consoles()
+    model = load_model(arguments.model, pretrained=False) if arguments.model else embedded.build_model()
+    model.to(device_named(arguments), getattr(torch, arguments.dtype)).eval()
+    say_if_busy(remarks)
+    with Progress(console=remarks) as progress:
+        task = progress.add_task("timing blocks", total=None)
+        table = profile_model(
+            model,
+            batch_size=arguments.batch_size,
+            method=arguments.method or "diffrate",
+            rounds=arguments.rounds,
+            on_progress=lambda done, of: progress.update(task, completed=done, total=of),
+        )
+    table.save(arguments.output)
+    draw_costs(table).savefig(plot, dpi=110)
+    results.print(_checks(model, table, arguments.rounds))
+    results.print(f"Cost table: {arguments.output}\nPlot: {plot}", soft_wrap=True, markup=False)
+
+
+def _checks(model: nn.Module, table: CostTable, rounds: int) -> Any:
+    """What the table says of uniform schedules, and what they take."""
+    from rich.table import Table
+
+    from ..compression.costing import costing_of
+    from ..compression.uniform import uniform_schedule
+    from ..errors import InputValueError
+    from ..models import adapter_for
+    from ..timing import Comparison, random_images
+
+    schedules = {}
+    for share in CHECKED:
+        try:
+            schedules[share] = uniform_schedule(model, share, method=table.method)
+        except InputValueError:  # CAFormer, say, cannot go down as far
+            continue
+    comparison = Comparison(model, list(schedules.values()), random_images(model, table.batch_size))
+    for _ in comparison.run(rounds):
+        pass
+    adapter, costing = adapter_for(model), costing_of(model, table)
+    shown = Table(title=f"{table.model or 'model'}, batch of {table.batch_size}, {table.device}")
+    for heading in ("FLOPs", "ms by the table", "ms measured", "off", "speed-up by the table", "measured"):
+        shown.add_column(heading, justify="right")
+    uncompressed = costing.uncompressed
+    took = table.uncompressed
+    shown.add_row("100%", f"{uncompressed:.4g}", f"{took:.4g}", f"{uncompressed / took - 1:+.1%}")
+    for (share, schedule), measured in zip(schedules.items(), comparison.results(), strict=True):
+        told = costing.of([[left for _, left in numbers] for numbers in adapter.kept_numbers(schedule)])
+        took = 1e3 * measured.seconds
+        cells = f"{told:.4g}", f"{took:.4g}", f"{told / took - 1:+.1%}", f"{uncompressed / told:.2f}x"
+        shown.add_row(share, *cells, f"{measured.speed_up:.2f}x ±{measured.speed_up_spread:.2f}")
+    return shown

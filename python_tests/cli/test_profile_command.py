@@ -1,0 +1,83 @@
+"""``diffrate profile``, and searches by what it wrote."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from command_line import assert_is_a_drawing, fails, rows, search
+from tiny_costs import table_of
+from tiny_models import tiny_caformer
+
+from diffrate_ext import CostTable, Schedule, embedded, flops
+from diffrate_ext.cli.main import main
+from diffrate_ext.compression.costing import costing_of
+from diffrate_ext.models import adapter_for
+
+
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory):
+    """Of the embedded model, where an attention half takes nothing but every MLP."""
+    path = tmp_path_factory.mktemp("costs") / "costs.json"
+    table_of(embedded.build_model(), attention=lambda tokens: 0.0, reduction=lambda tokens: 0.0, every=8).save(path)
+    return path
+
+
+def test_profile(tmp_path, capsys):
+    output = tmp_path / "mine.json"
+    argv = ["profile", "--model", "test_vit", "--batch-size", "2", "--rounds", "1", "--output", str(output)]
+    assert main(argv) == 0
+    table = CostTable.load(output)
+    assert (table.model, table.batch_size, table.threads) == ("test_vit.r160_in1k", 2, torch.get_num_threads())
+    found = rows(capsys.readouterr().out)
+    assert list(found) == ["100%", "80%", "60%", "50%"]
+    assert all(re.fullmatch(r"[+-]\d+\.\d%", cells[2]) for cells in found.values())
+    assert float(found["100%"][1]) == pytest.approx(table.uncompressed, rel=1e-3)
+    assert_is_a_drawing(tmp_path / "mine.png", ink=0.01)
+
+
+def test_search_for_a_speed_up(costs, tmp_path, capsys):
+    folder = tmp_path / "found"
+    assert main(search(folder, "--speedup", "1.5", "--costs", str(costs))) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"1\.5x, the search ended at .* ms for a batch, the schedule is to take .* GFLOPs", out)
+    model, schedule = embedded.build_model(), Schedule.load(folder / "schedule.json")
+    costing = costing_of(model, CostTable.load(costs))
+    kept = [[left for _, left in numbers] for numbers in adapter_for(model).kept_numbers(schedule)]
+    assert costing.of(kept) == pytest.approx(costing.uncompressed / 1.5, rel=0.01)
+    assert flops(model, schedule) < flops(model)
+
+
+def test_several_targets_and_the_comparison_with_uniform(costs, tmp_path, capsys):
+    quick = ["--held-out", "16", "--steps", "1", "--batch-size", "2", "--workers", "0"]
+    argv = ["search", *quick, "--costs", str(costs), "--speedup", "1.2", "1.4", "--output", str(tmp_path / "f")]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert (tmp_path / "f/1.2x/schedule.json").exists()
+    assert (tmp_path / "f/1.4x/search.png").exists()
+    assert len(re.findall(r"ms on 16 images that were not learned from", out)) == 2
+
+
+def test_latency(costs, tmp_path, capsys):
+    target = 0.8 * costing_of(embedded.build_model(), CostTable.load(costs)).uncompressed
+    assert main(search(tmp_path / "f", "--latency", f"{target:.6f}", "--costs", str(costs))) == 0
+    assert "1.25x, the search ended at" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--speedup", "1.5"], "--speedup needs --costs FILE, which diffrate profile writes"),
+        (["--costs", "COSTS"], "--costs are for targets of time: add --speedup or --latency"),
+        (["--costs", "COSTS", "--speedup", "1.5", "--gflops", "60%"], "name different kinds of targets"),
+        (["--costs", "COSTS", "--speedup", "1.5", "1.5"], "--speedup names a target twice: 1.5x 1.5x"),
+        (["--costs", "COSTS", "--speedup", "0"], "expected a number above 0, got '0'"),
+        (["--costs", "COSTS", "--speedup", "500"], "ms cannot be reached"),
+        (["--costs", "OTHER", "--speedup", "1.5"], "the costs are of another model"),
+    ],
+)
+def test_errors(options, message, costs, tmp_path, capsys):
+    table_of(tiny_caformer()).save(tmp_path / "other.json")
+    names = {"COSTS": str(costs), "OTHER": str(tmp_path / "other.json")}
+    assert message in fails(search(tmp_path / "f", *(names.get(one, one) for one in options)), capsys)
