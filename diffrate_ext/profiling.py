@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compression.copies import uncompressed_copy
+from .compression.copies import compressed_copy, uncompressed_copy
 from .compression.flops import flops
 from .compression.patching import install_plans
+from .compression.uniform import uniform_schedule
 from .cost_table import CostTable, StageTimes
 from .costs import BlockCost
 from .errors import InputValueError
@@ -26,10 +28,13 @@ from .methods.dropping import DropTokens
 from .models import Stage, adapter_for
 from .models.adapter import TokenRules
 from .models.compressed import NewStep, Plan, Step, TokenState
+from .schedule import KeptNumbers, Schedule
 from .timing import random_images
 
 POINTS = 24
 """Numbers of tokens that are tried, about."""
+MIDDLING = ("65%", "80%", "90%")
+"""FLOPs of a whole compressed model that is timed, too: the first that the method's rule reaches."""
 REMOVED = 0.15
 """Of the patches: what a block removes where that is timed."""
 
@@ -46,7 +51,8 @@ def profile_model(
 
     Runs on the device and in the dtype of the model's parameters, in evaluation mode, without gradients. The model
     itself runs, with all its blocks, each of which keeps the tokens that it gets; every second one also removes some,
-    which is timed and thrown away. Numbers of tokens take turns, ``rounds`` times, and medians count.
+    which is timed and thrown away. Numbers of tokens take turns, ``rounds`` times, and medians count. What a whole
+    compressed model takes beyond the sum of its pieces is put down to removing tokens.
 
     Args:
         model: a supported model (docs/models.md), compressed or not. It is left as it is.
@@ -70,7 +76,10 @@ def profile_model(
     clock = _Clock(images.device)
     plans = [_Profile(method, adapter.rules, stage, adapter.prunes, clock) for stage in adapter.stages]
     install_plans(adapter, plans)
-    order, whole, rest = list(range(max(len(plan.tokens) for plan in plans))), [], []
+    schedule = _middling(plain, method)
+    whole_models = [plain] if schedule is None else [plain, compressed_copy(model, schedule, method=method).eval()]
+    order, rest = list(range(max(len(plan.tokens) for plan in plans))), list[float]()
+    wholes: list[list[float]] = []
     shuffled = random.Random(0)
 
     @torch.inference_mode()
@@ -91,9 +100,11 @@ def profile_model(
                 rest.append(seconds - sum(blocks))
             if on_progress is not None:
                 on_progress((turn + 1) * len(order) + done + 1, (rounds + 1) * len(order))
-        whole.append(run(plain))
+        wholes.append([run(form) for form in whole_models])
+    stages = [plan.times(cost.blocks[0]) for plan, cost in zip(plans, adapter.cost.stages, strict=True)]
+    uncompressed, *compressed = (1e3 * statistics.median(times) for times in zip(*wholes[1:], strict=True))
     own = next(model.parameters())
-    return CostTable(
+    table = CostTable(
         model=adapter.name,
         method=str(method),
         batch_size=batch_size,
@@ -104,9 +115,38 @@ def profile_model(
         prefix=adapter.rules.prefix,
         gflops=flops(plain) / 1e9,
         fixed=1e3 * statistics.median(rest),
-        stages=tuple(plan.times(cost.blocks[0]) for plan, cost in zip(plans, adapter.cost.stages, strict=True)),
-        uncompressed=1e3 * statistics.median(whole[1:]),
+        stages=tuple(stages),
+        uncompressed=uncompressed,
     )
+    if schedule is None:
+        return table
+    return _with_what_is_missing(table, adapter.kept_numbers(schedule), compressed[0])
+
+
+def _middling(model: nn.Module, method: Method) -> Schedule | None:
+    """A schedule that removes tokens in most blocks; None where the method's rule has none."""
+    for share in MIDDLING:
+        try:
+            return uniform_schedule(model, share, method=method)
+        except InputValueError:
+            continue
+    return None
+
+
+def _with_what_is_missing(table: CostTable, numbers: Sequence[KeptNumbers], measured: float) -> CostTable:
+    """The table, with more time for removing tokens where a whole compressed model took more than it says.
+
+    What a block takes beside others of the same size is not all: sizes that change cost memory its reuse.
+    """
+    missing = measured - table.total([[left for _, left in stage] for stage in numbers])
+    blocks = 0
+    for stage, kept in zip(table.stages, numbers, strict=True):
+        before = stage.entering
+        for _, left in kept:
+            blocks, before = blocks + (left < before), left
+    more = max(0.0, missing) / max(1, blocks)
+    stages = (replace(one, reduction=tuple(time + more for time in one.reduction)) for one in table.stages)
+    return replace(table, stages=tuple(stages))
 
 
 class _Clock:
@@ -170,18 +210,26 @@ class _Profile(Plan):
             moments.append((step.reduced, step.added))
             begun = step.added
         durations = self.clock.between(moments)
-        kept = [self.clock.between(step.moments) for step in self.watched]
-        plain = [sum(parts) for step, parts in zip(self.watched, kept, strict=True) if step.less is None]
-        first = self.now < self.stage.tokens  # which comes down to so many tokens
-        for index, (step, parts) in enumerate(zip(self.watched, kept, strict=True)):
-            if not keep or (first and index == 0):
-                continue
-            if step.less is None:
-                self.samples["attention"][self.now].append(durations[2 * index])
-            elif plain:
-                self.samples["reduction"][self.now].append(sum(parts[:-1]) - statistics.median(plain[first:] or plain))
-            self.samples["mlp"][self.now].append(durations[2 * index + 1])
+        if keep:
+            self._take_down(durations, [sum(self.clock.between(step.moments)) for step in self.watched])
         return sum(durations)
+
+    def _take_down(self, durations: Sequence[float], reductions: Sequence[float]) -> None:
+        """One sample of each piece: the mean over blocks, of which some are slow in every pass."""
+        first = int(self.now < self.stage.tokens)  # the first block comes down to so many tokens, and does not count
+        blocks = range(first, len(self.watched))
+        keeping = [index for index in blocks if self.watched[index].less is None]
+        removing = [index for index in blocks if self.watched[index].less is not None]
+        samples: dict[str, list[float]] = {
+            "attention": [durations[2 * index] for index in keeping],
+            "mlp": [durations[2 * index + 1] for index in blocks],
+        }
+        if keeping:
+            usual = statistics.mean(reductions[index] for index in keeping)
+            samples["reduction"] = [reductions[index] - usual for index in removing]
+        for piece, found in samples.items():
+            if found:
+                self.samples[piece][self.now].append(statistics.mean(found))
 
     def times(self, cost: BlockCost) -> StageTimes:
         def medians(piece: str) -> tuple[float, ...]:
@@ -207,6 +255,7 @@ class _Watched(Step):
     def __init__(self, keep: Step, less: Step | None, clock: _Clock) -> None:
         self.keep, self.less, self.clock = keep, less, clock
         self.moments: list[tuple[Any, Any]] = []
+        """Of attention and reduction, as the second step does them; as the first does, where there is no second."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         for step in (self.keep, self.less):
@@ -236,7 +285,8 @@ class _Watched(Step):
         begun = self.clock.mark()
         left = call(self.keep)
         self.reduced = self.clock.mark()
-        self.moments.append((begun, self.reduced))
+        if self.less is None:
+            self.moments.append((begun, self.reduced))
         self.after, self.slot, self.source = self.keep.after, self.keep.slot, self.keep.source
         return left
 

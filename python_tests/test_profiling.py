@@ -78,6 +78,16 @@ def test_every_piece_is_timed_at_its_number_of_tokens(monkeypatch: pytest.Monkey
     assert stage.mlp == pytest.approx([1e6 * tokens for tokens in stage.tokens])
 
 
+def test_what_a_whole_model_takes_beyond_its_pieces_is_put_down_to_removing_tokens() -> None:
+    table = table_of(tiny_vit())
+    numbers = [((17, 17), (17, 14), (14, 14), (14, 9))]
+    kept = [[17, 14, 14, 9]]
+    mended = profiling._with_what_is_missing(table, numbers, table.total(kept) + 3.0)
+    assert mended.total(kept) == pytest.approx(table.total(kept) + 3.0)
+    assert mended.total([[17] * 4]) == table.total([[17] * 4])
+    assert profiling._with_what_is_missing(table, numbers, table.total(kept) - 1) == table  # removing is never free
+
+
 def test_a_compressed_model_stays_so() -> None:
     model = tiny_vit()
     compress(model, gflops="70%")
