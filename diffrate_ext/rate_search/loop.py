@@ -79,7 +79,7 @@ class SearchResult:
 def search(
     model: nn.Module,
     loader: Loader,
-    target_gflops: float | str | None = None,
+    gflops: float | str | None = None,
     settings: SearchSettings | None = None,
     *,
     speedup: float | None = None,
@@ -92,7 +92,7 @@ def search(
     report: Callable[[StepRecord], None] | None = None,
     fingerprint: Mapping[str, Fact] | None = None,
 ) -> SearchResult:
-    """Learn a schedule of ``target_gflops``, or of so much time, for a model from images.
+    """Learn a schedule of ``gflops``, or of so much time, for a model from images.
 
     Only the compression rates train; the model itself is left as it is. The rates are held at the target from the first
     step on, or drawn there by a term in the loss (``settings.flops_loss``). At the end they are shifted to where the
@@ -109,7 +109,7 @@ def search(
             size, labels (B,) of an integer dtype or probabilities (B, classes). Any iterable; it is iterated again and
             again. Or a function that takes a step and returns the batches from that step on, so that a resumed search
             skips none by iterating.
-        target_gflops: multiply-accumulates of one image, in units of 1e9; or a share of the uncompressed model's, such
+        gflops: multiply-accumulates of one image, in units of 1e9; or a share of the uncompressed model's, such
             as ``"60%"``.
         speedup: in place of GFLOPs, how many times as fast as uncompressed the model is to be, by ``costs``.
         latency: in place of GFLOPs, what a batch is to take, in milliseconds, by ``costs``.
@@ -140,7 +140,7 @@ def search(
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise InputValueError(f"checkpoint_every must be a whole number of at least 1, got {checkpoint_every!r}")
     settings = settings or SearchSettings()
-    target = costing_of(model, costs).target(target_gflops, speedup=speedup, latency=latency)
+    target = costing_of(model, costs).target(gflops, speedup=speedup, latency=latency)
     check_target(model, target, settings.granularity, method=settings.method, costs=costs)
     plain = uncompressed_copy(model)  # shares the weights; its modules are those that change
     rates = RateSearch(
@@ -152,14 +152,16 @@ def search(
         searched = run.steps(loader, checkpoint_every, report)
         schedule = run.finish()
         searched_cost, cost = (_cost_of(rates, one) for one in (searched, schedule))
-        gflops = flops(plain, schedule) / 1e9
+        found_gflops = flops(plain, schedule) / 1e9
     finally:
         remove_plans(plain)
     evaluation = None
     if validation is not None:
         evaluation = run.processes.from_first(lambda: _evaluation(plain, schedule, rates.method, validation))
     unit = rates.costing.unit
-    return SearchResult(schedule, run.history, evaluation, target, unit, searched_cost, cost, gflops, run.steps_before)
+    return SearchResult(
+        schedule, run.history, evaluation, target, unit, searched_cost, cost, found_gflops, run.steps_before
+    )
 
 
 def check_target(
