@@ -11,6 +11,7 @@ from ..models import adapter_for
 from ..schedule import Schedule
 from .costing import costing_of
 from .flops import flops
+from .free_tokens import keep_free_tokens
 
 SHARES = (0.80, 0.65, 0.50)
 """Of the uncompressed model's FLOPs: the targets when nobody names others."""
@@ -33,6 +34,8 @@ def uniform_schedule(
     - ``"tome"`` merges the same number in every block, as long as there are so many to merge.
     - ``"evit"`` keeps the same share of the patches in the blocks after each quarter of the depth, DynamicViT in those
       that have a predictor, by default the same.
+
+    Of a target of time it keeps tokens that cost none, where time falls in steps.
 
     The GFLOPs are as near to ``gflops`` as whole tokens allow: within 1 % but for models of few tokens. So is the time.
 
@@ -77,7 +80,7 @@ def uniform_schedule(
             after_pruning.append(kept + (tokens - kept) // 2)
             after_merging.append(kept)
             tokens = kept
-    return Schedule(
+    schedule = Schedule(
         after_pruning if adapter.prunes and method.prunes_and_merges else None,
         after_merging,
         prefix=adapter.rules.prefix,
@@ -86,6 +89,7 @@ def uniform_schedule(
         stages=[len(stage.blocks) for stage in stages] if len(stages) > 1 else None,
         method=str(method),
     )
+    return schedule if costs is None else keep_free_tokens(model, schedule, costs)
 
 
 def is_uniform(model: nn.Module, schedule: Schedule) -> bool:

@@ -20,6 +20,7 @@ from ..answers import answer_of, has_classes
 from ..compression.copies import compressed_copy, uncompressed_copy
 from ..compression.costing import Unit, costing_of
 from ..compression.flops import flops
+from ..compression.free_tokens import keep_free_tokens
 from ..compression.patching import remove_plans
 from ..compression.uniform import uniform_schedule
 from ..cost_table import CostTable
@@ -292,6 +293,8 @@ class _Search:
     def _keep_schedule(self) -> Schedule:
         """The schedule in the folder, written if it is not there yet."""
         schedule = self.rates.schedule()
+        if self.rates.costs is not None:
+            schedule = keep_free_tokens(self.rates.model, schedule, self.rates.costs)
         if self.folder is None:
             return schedule
         finished = self.folder.load_schedule() if self.steps_before == self.settings.steps else None
