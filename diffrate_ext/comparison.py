@@ -110,9 +110,8 @@ def compare(
 
     with _pooled_features(timing.models) as cosines:
         evaluations = evaluate_all(timing.models, watched())
-    evaluations[0] = replace(evaluations[0], agreement=1.0)
-    if not with_classes:
-        evaluations = [replace(evaluation, agreement=None) for evaluation in evaluations]
+    if with_classes:
+        evaluations[0] = replace(evaluations[0], agreement=1.0)
     for done in timing.run(rounds):
         if on_progress is not None:
             on_progress("timing", done)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .answers import answer_of
+from .answers import answer_of, has_classes
 from .errors import InputTypeError, InputValueError
 from .modes import evaluating
 
@@ -25,13 +25,15 @@ class Evaluation:
     n: int
     """Number of images."""
     top1: float | None
-    """Share of the images whose most probable class is their label; None without labels."""
+    """Share of the images whose most probable class is their label; None without labels or classes."""
     loss: float | None
-    """Mean cross-entropy in nats; None without labels."""
+    """Mean cross-entropy in nats; None without labels or classes."""
     agreement: float | None
-    """Share of the images that the reference puts in the same class; None without a reference."""
+    """Share of the images that the reference puts in the same class; None without a reference or classes."""
     predictions: Tensor = field(repr=False, compare=False)
-    """Most probable class of each image, (n,) int64 on the CPU."""
+    """Most probable class of each image, (n,) int64 on the CPU; of a model without classes the largest feature."""
+    cosine: float | None = None
+    """Of a model without classes, between its features and the reference's; the mean over images."""
 
 
 def evaluate(model: nn.Module, loader: Iterable[Batch], reference: nn.Module | Tensor | None = None) -> Evaluation:
@@ -41,20 +43,26 @@ def evaluate(model: nn.Module, loader: Iterable[Batch], reference: nn.Module | T
     each of their modules is left in the mode it came in.
 
     Args:
-        model: a classifier, images (B, C, H, W) -> logits (B, classes), compressed or not.
+        model: a classifier, images (B, C, H, W) -> logits (B, classes), or a model without classes (``num_classes=0``,
+            or one of transformers that is no classifier), whose features are compared; compressed or not.
         loader: batches, each either images or (images, labels) with labels (B,) of an integer dtype. A DataLoader,
             or any other iterable.
         reference: the model to agree with (usually the uncompressed one), or the predictions (n,) of an earlier
             evaluation of the same images in the same order, which saves running it again.
 
     Raises:
-        InputValueError: no images, only some batches with labels, labels that do not fit the images or the classes, or
-            reference predictions of another number of images.
+        InputValueError: no images, only some batches with labels, labels that do not fit the images or the classes,
+            reference predictions of another number of images, or such of a model without classes.
         InputTypeError: batches, logits or labels of another type.
     """
+    classes = has_classes(model)
+    if isinstance(reference, Tensor) and not classes:
+        raise InputValueError("the model has no classes to agree on: the reference must be a model, for its features")
     found = evaluate_all([model, *([reference] if isinstance(reference, nn.Module) else [])], loader)
     if reference is None:
-        return found[0]
+        return replace(found[0], cosine=None)
+    if not classes:
+        return replace(found[0], cosine=found[1].cosine)
     wanted = reference.cpu() if isinstance(reference, Tensor) else found[1].predictions
     if wanted.shape != found[0].predictions.shape:
         raise InputValueError(f"reference holds predictions of shape {tuple(wanted.shape)}, expected ({found[0].n},)")
@@ -62,7 +70,7 @@ def evaluate(model: nn.Module, loader: Iterable[Batch], reference: nn.Module | T
 
 
 def evaluate_all(models: Sequence[nn.Module], loader: Iterable[Batch]) -> list[Evaluation]:
-    """Several models on the same images, which are read once. Agreement is with the first model.
+    """Several models on the same images, which are read once. Agreement and cosine are with the first model.
 
     Arguments and errors as for :func:`evaluate`.
     """
@@ -73,10 +81,13 @@ def evaluate_all(models: Sequence[nn.Module], loader: Iterable[Batch]) -> list[E
 @torch.inference_mode()
 def _evaluate_all(models: Sequence[nn.Module], loader: Iterable[Batch]) -> list[Evaluation]:
     predictions: list[list[Tensor]] = [[] for _ in models]
-    hits, losses = [0] * len(models), [0.0] * len(models)
+    hits, losses, cosines = [0] * len(models), [0.0] * len(models), [0.0] * len(models)
+    classes, reference = has_classes(models[0]), torch.empty(0)
     n, labelled = 0, False
     for batch in loader:
         images, labels = split_batch(batch)
+        if not classes:
+            labels = None  # they say nothing about features
         if n and (labels is not None) != labelled:
             raise InputValueError("some batches of the loader have labels and some have none")
         labelled = labels is not None
@@ -84,6 +95,10 @@ def _evaluate_all(models: Sequence[nn.Module], loader: Iterable[Batch]) -> list[
         for i, model in enumerate(models):
             logits = logits_of(model, images)
             predictions[i].append(logits.argmax(1).cpu())
+            if not classes:
+                features = logits.to("cpu", torch.float32)
+                reference = features if i == 0 else reference
+                cosines[i] += float(F.cosine_similarity(features, reference).sum())
             if labels is not None:
                 check_labels(labels, logits)
                 truth = labels.to(logits.device, torch.int64)
@@ -95,6 +110,8 @@ def _evaluate_all(models: Sequence[nn.Module], loader: Iterable[Batch]) -> list[
         Evaluation(n, hit / n if labelled else None, loss / n if labelled else None, None, torch.cat(parts))
         for hit, loss, parts in zip(hits, losses, predictions, strict=True)
     ]
+    if not classes:
+        return [replace(one, cosine=cosine / n) for one, cosine in zip(found, cosines, strict=True)]
     return [found[0], *(_agreeing(evaluation, found[0].predictions) for evaluation in found[1:])]
 
 

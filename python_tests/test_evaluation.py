@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from tiny_models import tiny_images, tiny_schedule, tiny_vit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from diffrate_ext.evaluation import evaluate
+from diffrate_ext import InputValueError, compressed_copy
+from diffrate_ext.evaluation import evaluate, evaluate_all
 
 
 class PixelClassifier(nn.Module):
@@ -112,3 +114,22 @@ def test_modules_that_were_frozen_in_evaluation_mode_stay_so():
     assert False in before
     evaluate(model, [torch.randn(2, 1, 2, 2)])
     assert [module.training for module in model.modules()] == before
+
+
+def test_features_are_compared_by_their_cosine() -> None:
+    model = tiny_vit(num_classes=0)
+    images, labels = tiny_images(model, 6), torch.tensor([0, 1, 2, 3, 4, 0])
+    batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
+    compressed = compressed_copy(model, tiny_schedule(model))
+    found = evaluate(compressed, batches, model)
+    with torch.no_grad():
+        expected = torch.nn.functional.cosine_similarity(compressed(images), model(images)).mean()
+    assert found.cosine == pytest.approx(float(expected), abs=1e-6)
+    assert found.cosine < 0.999
+    assert (found.top1, found.loss, found.agreement) == (None, None, None)
+    assert evaluate(compressed, batches).cosine is None
+    first, second = evaluate_all([model, compressed], batches)
+    assert (first.cosine, second.cosine) == (pytest.approx(1), pytest.approx(found.cosine))
+    with pytest.raises(InputValueError, match="no classes to agree on: the reference must be a model"):
+        evaluate(compressed, batches, first.predictions)
+    assert evaluate(tiny_vit(), batches).cosine is None

@@ -125,7 +125,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 "gflops": compressed.gflops if compressed else speed[0].uncompressed_gflops,
                 "top1": result.top1,
                 "loss": result.loss,
-                "agreement": result.agreement if i else 1.0,
+                "agreement": result.agreement if i or result.cosine is not None else 1.0,
+                "cosine": result.cosine,
                 "images_per_second": compressed.images_per_second
                 if compressed
                 else speed[0].uncompressed_images_per_second,
@@ -150,7 +151,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _images_and_model(arguments: argparse.Namespace, remarks: Console) -> tuple[ImageSource, nn.Module]:
-    from ..answers import number_of_classes
+    from ..answers import has_classes, number_of_classes
     from ..images.sources import match_classes, open_images, spread_over, without_labels
 
     images = open_images(arguments.images, split=arguments.split, purpose="evaluation")
@@ -159,6 +160,8 @@ def _images_and_model(arguments: argparse.Namespace, remarks: Console) -> tuple[
     model = model_named(arguments)
     if arguments.model is None or not images.labelled:
         return images, model
+    if not has_classes(model):
+        return without_labels(images), model
     try:
         return match_classes(images, number_of_classes(model)), model
     except InputValueError as error:
@@ -180,14 +183,16 @@ def _table(setting: dict[str, Any], content: list[dict[str, Any]], speed: list[B
     from ..demo import add_names_column, with_spread
     from ..machine import place
 
+    features = content[0]["cosine"] is not None
+    kept = "cosine: with the uncompressed features" if features else "agreement: same class as uncompressed"
     table = Table(
         title=f"{setting['model']} on {setting['number_of_images']:,} images of {setting['images']}",
-        caption=f"agreement: same class as uncompressed; speed: medians of {setting['rounds']} interleaved rounds, "
+        caption=f"{kept}; speed: medians of {setting['rounds']} interleaved rounds, "
         f"± half the distance between quartiles, batches of {setting['batch_size']}, {place(setting['device'])}",
         pad_edge=False,  # for terminals of 80 columns
     )
     add_names_column(table)
-    for heading in ("GFLOPs", "top-1", "loss", "agree-\nment", "images\n/s", "speed-up"):
+    for heading in ("GFLOPs", "top-1", "loss", "cosine" if features else "agree-\nment", "images\n/s", "speed-up"):
         table.add_column(heading, justify="right")
     speed_ups = ["1.00x", *map(with_spread, speed)]
     for row, speed_up in zip(content, speed_ups, strict=True):
@@ -196,7 +201,7 @@ def _table(setting: dict[str, Any], content: list[dict[str, Any]], speed: list[B
             f"{row['gflops']:.4g}",
             "-" if row["top1"] is None else f"{row['top1']:.2%}",
             "-" if row["loss"] is None else f"{row['loss']:.4f}",
-            f"{row['agreement']:.2%}",
+            f"{row['cosine']:.4f}" if features else f"{row['agreement']:.2%}",
             f"{row['images_per_second']:.4g}",
             speed_up,
         )

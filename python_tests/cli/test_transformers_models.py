@@ -143,6 +143,14 @@ def test_search_and_finetune(two_classes, saved, labelled, tmp_path, capsys):
     assert not all(torch.equal(weights[name], before[name]) for name in weights)
     assert FinetuneSettings().drop_path > 0  # which the layers of this model have no place for
     features = saved("DINOv2")
+    argv = ["evaluate", "--model", features, "--images", str(labelled), "--gflops", "70%", "--workers", "0"]
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["results"]
+    assert (first["agreement"], second["agreement"], first["cosine"]) == (None, None, pytest.approx(1))
+    assert 0 < second["cosine"] < 1
+    assert main(argv) == 0
+    assert "cosine: with the uncompressed features" in capsys.readouterr().out
     assert main([*search(tmp_path / "kept", "--model", features, "--images", str(labelled)), "--gflops", "70%"]) == 0
     capsys.readouterr()
 
