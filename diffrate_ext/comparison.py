@@ -18,7 +18,7 @@ from .compression.flops import flops
 from .compression.targets import gflops_of
 from .compression.uniform import SHARES, uniform_schedule
 from .errors import InputTypeError, InputValueError
-from .evaluation import Batch, Evaluation, evaluate_all, split_batch
+from .evaluation import Batch, Evaluation, evaluate_all
 from .methods import METHODS, Method, method_of
 from .models import adapter_for
 from .schedule import Schedule
@@ -100,17 +100,16 @@ def compare(
         random_images(model, batch_size),
         methods=[one.method for one in settings],
     )
-    with_classes = has_classes(model)
 
     def watched() -> Iterator[Batch]:
         for index, batch in enumerate(loader):
-            yield batch if with_classes else split_batch(batch)[0]  # labels say nothing about features
+            yield batch
             if on_progress is not None:
                 on_progress("images", index + 1)
 
     with _pooled_features(timing.models) as cosines:
         evaluations = evaluate_all(timing.models, watched())
-    if with_classes:
+    if has_classes(model):
         evaluations[0] = replace(evaluations[0], agreement=1.0)
     for done in timing.run(rounds):
         if on_progress is not None:

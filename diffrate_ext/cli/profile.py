@@ -95,7 +95,6 @@ def _checks(model: nn.Module, table: CostTable, rounds: int) -> Any:
     from ..compression.costing import costing_of
     from ..compression.uniform import uniform_schedule
     from ..errors import InputValueError
-    from ..models import adapter_for
     from ..timing import Comparison, random_images
 
     schedules = {}
@@ -107,7 +106,7 @@ def _checks(model: nn.Module, table: CostTable, rounds: int) -> Any:
     comparison = Comparison(model, list(schedules.values()), random_images(model, table.batch_size))
     for _ in comparison.run(rounds):
         pass
-    adapter, costing = adapter_for(model), costing_of(model, table)
+    costing = costing_of(model, table)
     shown = Table(title=f"{table.model or 'model'}, batch of {table.batch_size}, {table.device}")
     for heading in ("FLOPs", "ms by the table", "ms measured", "off", "speed-up by the table", "measured"):
         shown.add_column(heading, justify="right")
@@ -115,7 +114,7 @@ def _checks(model: nn.Module, table: CostTable, rounds: int) -> Any:
     took = table.uncompressed
     shown.add_row("100%", f"{uncompressed:.4g}", f"{took:.4g}", f"{uncompressed / took - 1:+.1%}")
     for (share, schedule), measured in zip(schedules.items(), comparison.results(), strict=True):
-        told = costing.of([[left for _, left in numbers] for numbers in adapter.kept_numbers(schedule)])
+        told = costing.of_schedule(schedule)
         took = 1e3 * measured.seconds
         cells = f"{told:.4g}", f"{took:.4g}", f"{told / took - 1:+.1%}", f"{uncompressed / told:.2f}x"
         shown.add_row(share, *cells, f"{measured.speed_up:.2f}x ±{measured.speed_up_spread:.2f}")

@@ -12,6 +12,7 @@ from torch import nn
 from ..cost_table import CostTable
 from ..errors import InputTypeError, InputValueError
 from ..models import Adapter, adapter_for
+from ..schedule import Schedule
 from .targets import gflops_of, share_in, share_meant
 
 Unit = Literal["GFLOPs", "ms"]
@@ -39,6 +40,11 @@ class Costing:
         Tokens are whole numbers or, in the rate search, 0-d tensors with a gradient; so is the result.
         """
         return self.adapter.cost.total(kept) / 1e9 if self.costs is None else self.costs.total(kept)
+
+    def of_schedule(self, schedule: Schedule) -> float:
+        """The model's cost under a schedule that fits it."""
+        kept = self.adapter.kept_numbers(schedule)
+        return float(self.of([[left for _, left in numbers] for numbers in kept]))
 
     def target(
         self, gflops: float | str | None = None, *, speedup: float | None = None, latency: float | None = None

@@ -152,7 +152,7 @@ def search(
         run.start({**(fingerprint or {}), **model_fingerprint(plain)}, resume)
         searched = run.steps(loader, checkpoint_every, report)
         schedule = run.finish()
-        searched_cost, cost = (_cost_of(rates, one) for one in (searched, schedule))
+        searched_cost, cost = map(rates.costing.of_schedule, (searched, schedule))
         found_gflops = flops(plain, schedule) / 1e9
     finally:
         remove_plans(plain)
@@ -180,12 +180,6 @@ def check_target(
         check_reachable(rates, target)
     finally:
         remove_plans(plain)
-
-
-def _cost_of(rates: RateSearch, schedule: Schedule) -> float:
-    kept = adapter_for(rates.model).kept_numbers(schedule)
-    cost: float = rates.costing.of([[merged for _, merged in numbers] for numbers in kept])
-    return cost
 
 
 def _evaluation(plain: nn.Module, schedule: Schedule, method: Method, validation: Iterable[Batch]) -> Evaluation:
@@ -302,7 +296,7 @@ class _Search:
             return finished
         from .plot import draw_search
 
-        figure = draw_search(self.history, schedule, _cost_of(self.rates, schedule))
+        figure = draw_search(self.history, schedule, self.rates.costing.of_schedule(schedule))
         with replacing(self.folder.plot) as temporary:
             figure.savefig(temporary, dpi=110, format="png")
         self.folder.save_schedule(schedule)  # the last file: where it is, the search is finished

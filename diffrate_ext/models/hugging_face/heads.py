@@ -14,9 +14,6 @@ from ..pooling import masked_attention_to, weighted_mean
 from .forms import MODELS
 from .layers import CompressedHost
 
-ORDER = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
-"""Of a model's outputs as a tuple."""
-
 
 class CompressedClassifier(CompressedHost):
     """A classifier that averages over patches."""
@@ -61,7 +58,7 @@ class CompressedAttentionPooled(CompressedHost):
         weights: list[Tensor | None] = options.setdefault("diffrate_weights", [])
         output = super().forward(*arguments, return_dict=True, **options)
         output["pooler_output"] = self.head(output.last_hidden_state, weights)
-        output = type(output)(**{name: output.get(name) for name in ORDER})  # it was added at the end
+        output = type(output)(**output)  # in the order of its class: the answer was added at the end
         return output.to_tuple() if as_tuple else output
 
 
