@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffrate_ext.paired import Interval
+
 Record = dict[str, Any]
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -83,11 +85,17 @@ class Results:
 
 def page(path: Path, content: dict[str, Any]) -> str:
     """The Markdown page of a results file: its name says what it holds."""
-    tables = {"ops": operators_table, "models": models_table, "search": search_table, "families": families_table}
+    tables = {
+        "ops": operators_table,
+        "models": models_table,
+        "search": search_table,
+        "families": families_table,
+        "equal_time": equal_time_table,
+    }
     parts = [
         machine_line(content["machine"]),
         *(f"**Failed**: {', '.join(map(str, failure.values()))}" for failure in content.get("failures", [])),
-        tables[path.stem.split("_")[1]](content["records"]),
+        tables[path.stem.partition("_")[2].removesuffix("_bfloat16")](content["records"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -242,6 +250,47 @@ def kept_table(records: Sequence[Record]) -> str:
             + [format(value, form) for value in shown]
         )
     return _table(["model", "FLOPs", "pictures", "what is kept", *methods], rows)
+
+
+def equal_time_table(records: Sequence[Record]) -> str:
+    """Of each model and share whether a search for time loses less than one for FLOPs, then every schedule."""
+    first = ["model", "FLOPs", "time, for time / for FLOPs (quartiles)", "pictures", "measure"]
+    first += ["error, for FLOPs", "for time", "difference (95 %)", "verdict"]
+    rows, schedules = [], []
+    for record in records:
+        mean = {
+            kind: sum(row["error"] for row in record["rows"] if row["searched"] == kind) * 2 / len(record["rows"])
+            for kind in ("for FLOPs", "for time")
+        }
+        difference = record["difference"]
+        rows.append(
+            [
+                record["title"],
+                record["share"],
+                times(record["time_ratio"]),
+                str(record["pictures"]),
+                record["measure"],
+                *(f"{error:.4f}" for error in mean.values()),
+                f"{difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})",
+                Interval(**difference).verdict,
+            ]
+        )
+        schedules += [
+            [
+                record["model"],
+                record["share"],
+                row["searched"],
+                str(row["seed"]),
+                f"{row['gflops_share']:.1%}",
+                f"{row['predicted_speed_up']:.2f}x",
+                f"{row['speed_up']:.2f}x",
+                f"{row['error']:.4f}",
+                " ".join(map(str, row["kept"][1])),
+            ]
+            for row in record["rows"]
+        ]
+    second = ["model", "aim", "searched", "seed", "FLOPs", "speed-up by the table", "measured", "error"]
+    return f"{_table(first, rows)}\n\n{_table([*second, 'tokens after each block'], schedules)}"
 
 
 def bars_table(records: Iterable[Record]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,13 @@ from numpy.typing import NDArray
 from diffrate_ext.paired import Interval, paired_interval
 
 from .runs import Outcome
+
+
+class WithErrors(Protocol):
+    """Whatever was judged image by image."""
+
+    @property
+    def errors(self) -> NDArray[np.float64]: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ def summarize(outcomes: Sequence[Outcome]) -> Summary:
     )
 
 
-def paired(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Interval:
+def paired(ours: Sequence[WithErrors], theirs: Sequence[WithErrors]) -> Interval:
     """Our error minus theirs, on the same images: each image's errors are first averaged over seeds.
 
     The interval tells of images that were not drawn. That seeds differ comes on top where there are several: their
@@ -59,7 +67,7 @@ def paired(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Interval:
     return paired_interval(_by_image(ours), _by_image(theirs), variance)
 
 
-def _by_image(outcomes: Sequence[Outcome]) -> NDArray[np.float64]:
+def _by_image(outcomes: Sequence[WithErrors]) -> NDArray[np.float64]:
     return np.mean([outcome.errors for outcome in outcomes], axis=0)
 
 
