@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from checks import WrongResultError
-from harness import COMPILED, GRAPH, Timings, captured, compiled, measure, peak_memory
+from harness import COMPILED, GRAPH, Timings, compiled, measure, peak_memory
 from machine import cache_bytes, measure_bandwidth, measure_rate
 from torch import Tensor
+
+from diffrate_ext.running import captured
 
 OURS, EAGER, FLOOR = "diffrate_ext", "eager", "floor"
 PEAK_MEMORY = ": peak memory"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -137,7 +137,7 @@ def measured(subject: Subject, costs: CostTable, share: str, effort: Effort) -> 
     }
 
 
-def difference(judgements: dict[str, Sequence[Judgement]]) -> Interval:
+def difference(judgements: Mapping[str, Sequence[Judgement]]) -> Interval:
     """Of the errors, searched for time minus searched for FLOPs."""
     return paired(judgements[FOR_TIME], judgements[BY_FLOPS])
 

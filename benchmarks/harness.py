@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from machine import synchronize
 
+from diffrate_ext import running
+from diffrate_ext.running import captured
+
 Call = Callable[..., object]
 PLAIN, GRAPH, COMPILED = "plain", "CUDA graph", "compiled"
 """How a contender is run: as it is, replayed from a CUDA graph, or by torch.compile."""
@@ -127,50 +130,9 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
 
 
 def compiled(call: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Callable[..., Any] | None, str | None]:
-    """``torch.compile`` of a callable for these input shapes.
-
-    Returns:
-        the compiled callable and None, or None and the reason why this machine cannot compile it.
-    """
-    # whatever other shapes made of the same function, it does not count towards this one's recompilation limit
+    """As ``running.compiled``. Whatever was compiled before does not count towards the limit of recompilations."""
     torch._dynamo.reset()
-    fast = torch.compile(call, fullgraph=True, dynamic=False)
-    try:
-        fast(*inputs)
-    except Exception as error:  # the toolchain can fail in many ways, and all of them mean the same here
-        return None, summary(error)
-    return fast, None
-
-
-def captured(call: Callable[[], Any]) -> tuple[Callable[[], Any] | None, str | None]:
-    """A CUDA graph of one call. Its replays return the same tensors each time, computed anew.
-
-    After a capture that failed, torch's allocator and random numbers are not to be trusted any more: whoever gets a
-    reason must start a new process before the next capture.
-
-    Returns:
-        what replays the graph and None, or None and the reason why the call cannot be captured.
-    """
-    if not torch.cuda.is_available():
-        return None, "no GPU"
-    try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries and kernels set themselves up, which a capture cannot record
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = call()
-    except Exception as error:  # whatever the call does that a capture cannot record
-        return None, summary(error)
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay, None
+    return running.compiled(call, inputs)
 
 
 def graph_seconds(call: Callable[[], Any], device: torch.device, rounds: int) -> float:
@@ -183,9 +145,3 @@ def graph_seconds(call: Callable[[], Any], device: torch.device, rounds: int) ->
     if replay is None:
         raise RuntimeError(reason)
     return measure({GRAPH: replay}, [()], device=device, rounds=rounds, min_seconds=0).time(GRAPH).median
-
-
-def summary(error: Exception) -> str:
-    """Its type and its first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

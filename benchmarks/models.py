@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from cases import EAGER, OURS, Bar
 from checks import SUMMATION, WrongResultError, relative_error
-from harness import COMPILED, GRAPH, PLAIN, captured, compiled, measure, peak_memory
+from harness import COMPILED, GRAPH, PLAIN, compiled, measure, peak_memory
 from rival_model import EagerCompressed, compress_eager
 from tome import tome_of_flops
 from torch import Tensor, nn
 
-from diffrate_ext import Schedule, compress, compressed_copy, flops, reference, uncompressed_copy
+from diffrate_ext import Schedule, compress, compressed_copy, flops, reference, running, uncompressed_copy
 from diffrate_ext.embedded import build_model
 from diffrate_ext.timing import random_images
 
@@ -205,18 +205,7 @@ def in_way(way: str, contender: nn.Module, images: Tensor) -> tuple[Callable[[Te
     """The contender as it is, compiled for images like these or as a graph, or None and why that cannot be."""
     if way == COMPILED:
         return compiled(contender, (images,))
-    if way == PLAIN:
-        return contender, None
-    placed = images.clone()
-    replay, reason = captured(lambda: contender(placed))
-    if replay is None:
-        return None, reason
-
-    def call(images: Tensor) -> Tensor:
-        placed.copy_(images)
-        return replay()
-
-    return call, None
+    return running.in_way("graph" if way == GRAPH else "eager", contender, images)
 
 
 @dataclass(frozen=True)

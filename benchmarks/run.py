@@ -16,9 +16,11 @@ from typing import Any, NoReturn
 import torch
 from cases import DTYPES, Case, Ceilings, Settings, run_case
 from checks import WrongResultError
-from harness import GRAPH, summary
+from harness import GRAPH
 from machine import describe
 from report import RESULTS, Record, Results, bars_table, page, rewrite
+
+from diffrate_ext.running import summary
 
 OPERATORS = (
     "sort_tokens",

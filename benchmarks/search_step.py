@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from cases import OURS, PEAK_MEMORY, Bar
 from checks import WrongResultError, relative_error
-from harness import GRAPH, Spread, captured, measure, peak_memory, summary
+from harness import GRAPH, Spread, measure, peak_memory
 from models import timm_model
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from diffrate_ext.embedded import build_model
 from diffrate_ext.methods import masking
 from diffrate_ext.models.norm_ahead import NormAhead
 from diffrate_ext.rate_search import rates
+from diffrate_ext.running import captured, summary
 from diffrate_ext.timing import random_images
 
 RIVAL = "reference operators, with weight gradients"

@@ -25,8 +25,30 @@ def load_model(
     return load(name.removeprefix(PREFIX), pretrained=pretrained, weights=weights, num_classes=num_classes)
 
 
+def untrained_model(name: str, image_size: int | None = None) -> nn.Module:
+    """A model with random weights, in evaluation mode: for measurements of speed.
+
+    Args:
+        name: as for :func:`load_model`.
+        image_size: side of the images in pixels; by default the model's own.
+
+    Raises:
+        InputValueError: there is no such model, or none for images of that size.
+    """
+    if image_size is None:
+        return load_model(name, pretrained=False)
+    if name.startswith(PREFIX):
+        return load_transformers_model(name.removeprefix(PREFIX), pretrained=False, image_size=image_size)
+    return load_timm_model(name, pretrained=False, image_size=image_size)
+
+
 def load_timm_model(
-    name: str, *, pretrained: bool = True, weights: str | Path | None = None, num_classes: int | None = None
+    name: str,
+    *,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
 ) -> nn.Module:
     """A timm model in evaluation mode.
 
@@ -35,6 +57,7 @@ def load_timm_model(
         pretrained: load the published weights, from the cache or over the network; else weights are random.
         weights: a local checkpoint (.safetensors, .pth) instead of the published weights.
         num_classes: of the head, where it is not the published one's.
+        image_size: side of the images in pixels, where it is not the published one's.
 
     Raises:
         InputValueError: timm does not know the model, or the weights cannot be had or do not fit.
@@ -57,10 +80,11 @@ def load_timm_model(
         raise FileNotFoundError(f"no such file of weights: {weights}")
     reachable = not pretrained or hub_answers()
     try:
-        head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-        checkpoint = "" if weights is None else str(weights)
+        options: dict[str, Any] = {"pretrained": pretrained, "checkpoint_path": "" if weights is None else str(weights)}
+        if num_classes is not None:
+            options["num_classes"] = num_classes
         with nullcontext() if reachable else from_the_cache_alone():
-            model = timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint, **head)
+            model = timm.create_model(name, **options) if image_size is None else _sized(name, image_size, options)
     except Exception as error:  # the hub clients raise errors of their own HTTP libraries, torch of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if weights is not None:
@@ -73,6 +97,17 @@ def load_timm_model(
             raise no_pretrained(name, reason.rstrip(".")) from error
         raise InputValueError(f"timm cannot build {name}: {reason}") from error
     return model.eval()
+
+
+def _sized(name: str, image_size: int, options: dict[str, Any]) -> Any:
+    """A timm model for images of one size."""
+    import timm
+
+    try:
+        return timm.create_model(name, img_size=image_size, **options)
+    except TypeError:  # it takes images of any size, and its configuration says which it expects
+        overlay = {"input_size": (3, image_size, image_size)}
+        return timm.create_model(name, pretrained_cfg_overlay=overlay, **options)
 
 
 def _nearest(name: str, known: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from .compression.flops import flops
 from .errors import InputValueError
 from .images.data_config import data_config
 from .methods import Method, method_of
+from .running import UnavailableError, Way, in_way
 
 if TYPE_CHECKING:
     from .schedule import Schedule
@@ -117,7 +118,7 @@ class Comparison:
     """A model uncompressed and compressed by several schedules, timed in turn on the same images.
 
     All are copies that share the model's weights; the model is left as it is. Arguments and errors as for
-    :func:`benchmark`; ``methods``: one for each schedule, by default the schedule's own.
+    :func:`benchmark`; ``methods``: one for each schedule, by default the schedule's own; ``way``: how all are run.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Comparison:
         *,
         methods: Sequence[str | Method] | None = None,
         warmup: int = 2,
+        way: Way = "eager",
     ) -> None:
         if len(images) == 0:
             raise InputValueError("images must hold at least one image")
@@ -140,22 +142,33 @@ class Comparison:
         pairs = zip(schedules, methods or own, strict=True)
         copies = [compressed_copy(model, schedule, method=method) for schedule, method in pairs]
         self.models = [uncompressed_copy(model), *copies]
-        self.warmup = warmup
+        self.warmup, self.way = warmup, way
         self.seconds: list[list[float]] = []
 
     def run(self, rounds: int) -> Iterator[int]:
-        """Time every model ``rounds`` times; yields after each round, so that the caller can show progress."""
+        """Time every model ``rounds`` times; yields after each round, so that the caller can show progress.
+
+        Raises:
+            UnavailableError: this machine cannot run the models in that way.
+        """
         if rounds < 1:
             raise InputValueError(f"rounds must be at least 1, got {rounds}")
+        if self.way == "compiled":  # what was compiled for other shapes counts towards a limit
+            torch.compiler.reset()
         calls = [self._call(model.eval()) for model in self.models]
         for times in interleaved(calls, rounds, warmup=self.warmup, device=self.images.device):
             self.seconds.append(times)
             yield len(self.seconds)
 
     def _call(self, model: nn.Module) -> Callable[[], object]:
+        with torch.inference_mode():
+            run, reason = in_way(self.way, model, self.images)
+        if run is None:
+            raise UnavailableError(reason)
+
         def call() -> object:
             with torch.inference_mode():
-                return model(self.images)
+                return run(self.images)
 
         return call
 

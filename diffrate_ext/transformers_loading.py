@@ -32,7 +32,12 @@ _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 def load_transformers_model(
-    name: str, *, pretrained: bool = True, weights: str | Path | None = None, num_classes: int | None = None
+    name: str,
+    *,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
 ) -> nn.Module:
     """A vision transformer of ``transformers``, in evaluation mode; of a model of images and text the image tower.
 
@@ -41,6 +46,7 @@ def load_transformers_model(
         pretrained: load the published weights, from the cache or over the network; else weights are random.
         weights: a local checkpoint (.safetensors) of the same model instead of the published weights.
         num_classes: of the head, where it is not the published one's.
+        image_size: side of the images in pixels of a model with random weights.
 
     Raises:
         InputValueError: transformers is not installed, it has no such model, or it is of a type that is not supported;
@@ -75,7 +81,8 @@ def load_transformers_model(
             model, info = cls.from_pretrained(name, **known, **head, **options, output_loading_info=True)
             _check_complete(model, info, name, new_head=bool(head))
         else:
-            model = cls(cls.config_class.from_pretrained(name, **known, **head))
+            size = {} if image_size is None else {"image_size": image_size}
+            model = cls(cls.config_class.from_pretrained(name, **known, **head, **size))
     except InputValueError:
         raise
     except Exception as error:

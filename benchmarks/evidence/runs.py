@@ -26,6 +26,7 @@ from diffrate_ext import (
     train_predictors,
     uniform_schedule,
 )
+from diffrate_ext.compression.costing import costing_of
 from diffrate_ext.errors import InputValueError
 from diffrate_ext.evaluation import split_batch
 from diffrate_ext.methods import method_of
@@ -180,7 +181,9 @@ class Runs:
             )
             return found.schedule, found.searched
         if run.schedule in SIMPLE[1:]:
-            return list(simple_schedules(model, gflops, method_of(method)))[SIMPLE.index(run.schedule)], None
+            return list(simple_schedules(costing_of(model), gflops, method_of(method)))[
+                SIMPLE.index(run.schedule)
+            ], None
         if method == "dynamicvit":
             method = f"dynamicvit:predictors={self._predictors(run, gflops, on_step)}"
         return uniform_schedule(model, gflops, method=method), None

@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import (
+    add_machine_options,
     add_no_pretrained_option,
+    add_rounds_option,
     add_schedule_options,
-    add_timing_options,
     consoles,
     device_named,
     say_if_busy,
     schedules_named,
 )
-from .parsing import add_command
+from .parsing import UsageError, add_command, positive
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import nn
 
     from ..compression.choice import NamedSchedule
-    from ..timing import Benchmark
+    from ..speed import NotRun, Speed
+
+BATCH_SIZES = {"cpu": [1, 4, 16], "cuda": [1, 8, 32, 128]}
+WAYS = {"cpu": ["eager"], "cuda": ["eager", "graph"]}
 
 
 def add_benchmark_command(commands: Any) -> None:
     benchmark = add_command(
         commands,
         "benchmark",
-        help="speed of a model on this machine, with and without compression",
-        description="Times the uncompressed and the compressed model in turn, on random images and with random "
-        "weights, neither of which changes the speed: nothing is downloaded.",
+        help="does compression pay on this machine, and from which batch size on",
+        description="Times the uncompressed and the compressed model in turn, at several batch sizes and in the ways "
+        "that you may run them, and says from where on compression pays. Images and weights are random, neither of "
+        "which changes the speed: nothing is downloaded.",
         examples=[
             "diffrate benchmark --model deit_small_patch16_224",
-            "diffrate benchmark --model vit_base_patch16_224 --gflops 80% 60% --device cuda --dtype bfloat16",
+            "diffrate benchmark --model vit_base_patch16_224 --gflops 60% --batch-size 1 8 64 --run eager compiled "
+            "graph --device cuda --dtype bfloat16 --plot speed.png",
+            "diffrate benchmark --model vit_small_patch14_dinov2 --gflops 60% --batch-size 4 --image-size 112 224 448",
         ],
     )
     benchmark.add_argument(
@@ -41,98 +51,225 @@ def add_benchmark_command(commands: Any) -> None:
     )
     add_no_pretrained_option(benchmark, "random weights, as always here")
     add_schedule_options(benchmark)
-    add_timing_options(benchmark, batch_size=16, rounds=10)
+    benchmark.add_argument(
+        "--batch-size",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="images in a batch (default: 1 4 16; on a GPU 1 8 32 128)",
+    )
+    benchmark.add_argument(
+        "--image-size",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="sides of square images in pixels, for each of which the model is built (default: its own size)",
+    )
+    benchmark.add_argument(
+        "--run",
+        choices=("eager", "compiled", "graph"),
+        nargs="+",
+        help="how all models are run: as they are, by torch.compile (which takes minutes), as CUDA graphs (default: "
+        "eager; on a GPU eager graph)",
+    )
+    add_rounds_option(benchmark, 10)
+    add_machine_options(benchmark)
     benchmark.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(default: float32)"
     )
-    benchmark.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    benchmark.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    benchmark.add_argument("--plot", type=Path, metavar="FILE", help="draw the speeds, too")
     benchmark.set_defaults(command=_benchmark)
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:
-    import torch
     from rich.progress import Progress
 
-    from .. import embedded
-    from ..model_loading import load_model
-    from ..timing import Comparison, random_images
+    from ..speed import measure_speed
+    from ..visualization import check_output
 
+    plot = None if arguments.plot is None else check_output(arguments.plot)
     results, remarks = consoles()
-    model = load_model(arguments.model, pretrained=False) if arguments.model else embedded.build_model()
-    model.to(device_named(arguments), getattr(torch, arguments.dtype)).eval()
-    schedules = schedules_named(arguments, model)
-    comparison = Comparison(model, [named.schedule for named in schedules], random_images(model, arguments.batch_size))
+    device = device_named(arguments)
+    batch_sizes = sorted(set(arguments.batch_size or BATCH_SIZES.get(device.type, BATCH_SIZES["cpu"])))
+    ways = list(dict.fromkeys(arguments.run or WAYS.get(device.type, WAYS["cpu"])))
+    sizes = sorted(set(arguments.image_size)) if arguments.image_size else [None]
+    cases = [_case(arguments, size) for size in sizes]
     say_if_busy(remarks)
+    speeds: list[Speed] = []
+    not_run: list[NotRun] = []
     with Progress(console=remarks) as progress:
-        task = progress.add_task("timing, interleaved", total=arguments.rounds)
-        for done in comparison.run(arguments.rounds):
-            progress.update(task, completed=done)
-    measured = comparison.results()
-    name = arguments.model or "embedded ViT"
+        total = len(cases) * len(batch_sizes) * len(ways) * arguments.rounds
+        task = progress.add_task("timing, interleaved", total=total)
+        for model, schedules in cases:
+            measured, missing = measure_speed(
+                model,
+                schedules,
+                batch_sizes=batch_sizes,
+                ways=ways,
+                rounds=arguments.rounds,
+                on_progress=lambda: progress.advance(task),
+            )
+            speeds += measured
+            not_run += missing
+    if not speeds:
+        raise UsageError(f"nothing could be run: {not_run[0].reason}")
     if arguments.json:
-        setting = {
-            "model": name,
-            "device": arguments.device,
-            "dtype": arguments.dtype,
-            "threads": torch.get_num_threads(),
-        }
-        rows = zip(schedules, measured, strict=True)
-        print(json.dumps([{**setting, **_record(named, speed)} for named, speed in rows], indent=2))
+        print(json.dumps(_record(arguments, speeds, not_run), indent=2))
     else:
-        results.print(_table(name, arguments, schedules, measured))
+        results.print(_table(arguments, speeds))
+        for line in _verdicts(speeds, not_run):
+            results.print(line, soft_wrap=True, markup=False)
+    if plot is not None:
+        from ..machine import processor
+        from ..speed_plot import draw_speeds
+
+        draw_speeds(speeds, f"{_name(arguments)}, {arguments.dtype}\n{processor(device)}").savefig(plot, dpi=110)
+        remarks.print(f"Plot: {plot}", soft_wrap=True, markup=False)
 
 
-def _record(named: NamedSchedule, speed: Benchmark) -> dict[str, Any]:
+def _case(arguments: argparse.Namespace, image_size: int | None) -> tuple[nn.Module, list[NamedSchedule]]:
+    """The model for images of one size, and its schedules."""
+    import torch
+
+    from .. import embedded
+    from ..demo import uniform_schedules
+    from ..model_loading import untrained_model
+
+    if arguments.model is None and image_size is not None:
+        raise UsageError("--image-size needs --model NAME: the embedded model takes 28 x 28 pixels")
+    model = embedded.build_model() if arguments.model is None else untrained_model(arguments.model, image_size)
+    model.to(device_named(arguments), getattr(torch, arguments.dtype)).eval()
+    if image_size is not None and not (arguments.gflops or arguments.schedule):
+        return model, uniform_schedules(model, arguments.method or "diffrate")  # published ones are for one size
+    return model, schedules_named(arguments, model)
+
+
+def _name(arguments: argparse.Namespace) -> str:
+    return arguments.model or "embedded ViT"
+
+
+def _record(arguments: argparse.Namespace, speeds: list[Speed], not_run: list[NotRun]) -> dict[str, Any]:
+    import torch
+
+    from ..machine import processor
+    from ..speed import best_of, break_evens
+
     return {
-        "schedule": named.name,
-        "method": named.schedule.method,
-        "batch_size": speed.batch_size,
-        "rounds": speed.rounds,
-        "gflops": speed.gflops,
-        "uncompressed_gflops": speed.uncompressed_gflops,
-        "images_per_second": speed.images_per_second,
-        "uncompressed_images_per_second": speed.uncompressed_images_per_second,
-        "speed_up": speed.speed_up,
-        "speed_up_quartiles": speed.speed_up_quartiles,
-        "flops_ratio": speed.flops_ratio,
-        "realised_gain": speed.realised_gain,
+        "model": _name(arguments),
+        "device": arguments.device,
+        "processor": processor(torch.device(arguments.device)),
+        "dtype": arguments.dtype,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rounds": arguments.rounds,
+        "speeds": [
+            {
+                "schedule": one.name,
+                "method": one.method,
+                "run": one.way,
+                "tokens": one.tokens,
+                "batch_size": one.measured.batch_size,
+                "gflops": one.measured.gflops,
+                "uncompressed_gflops": one.measured.uncompressed_gflops,
+                "images_per_second": one.measured.images_per_second,
+                "uncompressed_images_per_second": one.measured.uncompressed_images_per_second,
+                "speed_up": one.measured.speed_up,
+                "speed_up_quartiles": one.measured.speed_up_quartiles,
+                "flops_ratio": one.measured.flops_ratio,
+                "realised_gain": one.measured.realised_gain,
+            }
+            for one in speeds
+        ],
+        "break_even": [
+            {
+                "schedule": one.name,
+                "run": one.way,
+                ("batch_size" if one.axis == "tokens" else "tokens"): one.where,
+                "along": one.axis,
+                "pays_from": one.begins_at,
+                "faster_at": one.faster,
+                "slower_at": one.slower,
+            }
+            for one in break_evens(speeds)
+        ],
+        "fastest": [
+            {
+                "tokens": one.tokens,
+                "batch_size": one.batch_size,
+                "uncompressed_run": one.uncompressed_way,
+                "schedule": one.compressed.name,
+                "run": one.compressed.way,
+                "speed_up": one.speed_up,
+            }
+            for one in best_of(speeds)
+        ],
+        "not_run": [asdict(one) for one in not_run],
     }
 
 
-def _table(
-    name: str, arguments: argparse.Namespace, schedules: list[NamedSchedule], measured: list[Benchmark]
-) -> Table:
+def _table(arguments: argparse.Namespace, speeds: list[Speed]) -> Table:
+    from itertools import groupby
+
     from rich.table import Table
 
     from ..demo import add_names_column
     from ..machine import place
 
     table = Table(
-        title=f"{name}, batches of {arguments.batch_size}, {arguments.dtype}, {place(arguments.device)}",
-        caption=f"medians of {arguments.rounds} interleaved rounds; gain: speed-up / FLOPs ratio",
+        title=f"{_name(arguments)}, {arguments.dtype}, {place(arguments.device)}",
+        caption=f"medians of {arguments.rounds} interleaved rounds; speed-up: over uncompressed, run alike; "
+        "gain: speed-up / FLOPs ratio",
     )
     add_names_column(table)
-    for heading in ("GFLOPs", "images/s", "speed-up", "quartiles", "FLOPs ratio", "gain"):
+    for heading in ("tokens", "batch", "run", "GFLOPs", "images/s", "speed-up", "quartiles", "FLOPs ratio", "gain"):
         table.add_column(heading, justify="right")
-    first = measured[0]
-    table.add_row(
-        "uncompressed",
-        f"{first.uncompressed_gflops:.3g}",
-        f"{first.uncompressed_images_per_second:.4g}",
-        "1.00x",
-        "",
-        "1.00x",
-        "",
-    )
-    for named, speed in zip(schedules, measured, strict=True):
-        low, high = speed.speed_up_quartiles
-        table.add_row(
-            named.name,
-            f"{speed.gflops:.3g}",
-            f"{speed.images_per_second:.4g}",
-            f"{speed.speed_up:.2f}x",
-            f"{low:.2f}-{high:.2f}",
-            f"{speed.flops_ratio:.2f}x",
-            f"{speed.realised_gain:.2f}",
-        )
+    for (tokens, batch, way), group in groupby(
+        speeds, lambda speed: (str(speed.tokens), str(speed.measured.batch_size), speed.way)
+    ):
+        rows = list(group)
+        first = rows[0].measured
+        rate = f"{first.uncompressed_images_per_second:.4g}"
+        place_cells = tokens, batch, way
+        table.add_row("uncompressed", *place_cells, f"{first.uncompressed_gflops:.3g}", rate, "1.00x", "", "1.00x", "")
+        for one in rows:
+            speed = one.measured
+            low, high = speed.speed_up_quartiles
+            table.add_row(
+                one.name,
+                *place_cells,
+                f"{speed.gflops:.3g}",
+                f"{speed.images_per_second:.4g}",
+                f"{speed.speed_up:.2f}x",
+                f"{low:.2f}-{high:.2f}",
+                f"{speed.flops_ratio:.2f}x",
+                f"{speed.realised_gain:.2f}",
+            )
+        table.add_section()
     return table
+
+
+def _verdicts(speeds: list[Speed], not_run: list[NotRun]) -> list[str]:
+    """From where on compression pays, and what is fastest."""
+    from ..speed import best_of, break_evens
+
+    several = len({one.tokens for one in speeds}) > 1
+    lines = []
+    for one in break_evens(speeds):
+        where = f" with {one.where} tokens" if several and one.axis == "batch size" else ""
+        lines.append(f"{one.name}, {one.way}{where}: {one.words}")
+    if len({one.way for one in speeds}) > 1:
+        for best in best_of(speeds):
+            where = (
+                f"{best.tokens} tokens, batch size {best.batch_size}" if several else f"batch size {best.batch_size}"
+            )
+            compressed = best.compressed
+            lines.append(
+                f"Fastest at {where}: {compressed.name}, {compressed.way}, is {best.speed_up:.2f}x as fast as "
+                f"uncompressed, {best.uncompressed_way}"
+            )
+    for missing in not_run:
+        lines.append(
+            f"Not run: {missing.way}, {missing.tokens} tokens, batch size {missing.batch_size}: {missing.reason}"
+        )
+    return lines

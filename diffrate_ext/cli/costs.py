@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..cost_table import CostTable
+    from ..schedule import Schedule
+    from ..timing import Benchmark
+
+ROUNDS = 7
+"""Of timing what a search found."""
 
 
 def add_time_options(parser: argparse.ArgumentParser) -> None:
@@ -51,3 +58,26 @@ def costs_named(arguments: argparse.Namespace, model: nn.Module) -> CostTable | 
     costs = CostTable.load(arguments.costs)
     costing_of(model, costs)  # is it this model's?
     return costs
+
+
+def same_machine(model: nn.Module, costs: CostTable) -> bool:
+    """Whether a cost table was measured on what the model would run on here."""
+    import torch
+
+    from ..machine import processor
+
+    device = next(model.parameters()).device
+    return processor(device) == costs.device and (device.type != "cpu" or torch.get_num_threads() == costs.threads)
+
+
+def measured_by(costs: CostTable, model: nn.Module, schedules: Sequence[Schedule]) -> list[Benchmark]:
+    """What the model takes under schedules, measured as the table was: its batch size and dtype, random images."""
+    import torch
+
+    from ..timing import Comparison, random_images
+
+    model = copy.deepcopy(model).to(getattr(torch, costs.dtype))
+    comparison = Comparison(model, schedules, random_images(model, costs.batch_size))
+    for _ in comparison.run(ROUNDS):
+        pass
+    return comparison.results()

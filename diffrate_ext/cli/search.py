@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..embedded import SEARCH_SHARE, SEARCH_STEPS
 from ..errors import InputValueError
 from .common import add_model_options, check_embedded_options, consoles, device_named, model_named, warnings_on
-from .costs import add_time_options, costs_named
+from .costs import add_time_options, costs_named, measured_by, same_machine
 from .held_out import add_held_out_option, compare_with_uniform, hold_out
 from .parsing import UsageError, add_command, amount, gflops_target, not_negative, positive
 from .training import (
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..images.sources import ImageSource
     from ..rate_search.loop import SearchResult
     from ..rate_search.settings import SearchSettings
+    from ..timing import Benchmark
     from ..training.processes import Processes
     from ..training.records import Measure
 
@@ -174,8 +175,9 @@ def _search(arguments: argparse.Namespace) -> None:
             job = _job(arguments, device, processes, remarks)
             targets = _targets(arguments, job)
             found = [_search_one(arguments, job, target) for target in targets]
-            for result, target in zip(found, targets, strict=True):
-                results.print(_summary(result, target, job), soft_wrap=True, markup=False)
+            speeds = _measured(job, found)
+            for result, target, speed in zip(found, targets, speeds, strict=True):
+                results.print(_summary(result, target, job, speed), soft_wrap=True, markup=False)
             if job.held_out is not None and processes.first:
                 for line in _comparison(arguments, job, found):
                     results.print(line, soft_wrap=True, markup=False)
@@ -328,7 +330,18 @@ def _comparison(arguments: argparse.Namespace, job: _Job, found: list[SearchResu
     return compare_with_uniform(job.model, found, loader, job.held_out.where, job.remarks, job.costs)
 
 
-def _summary(result: SearchResult, target: _Target, job: _Job) -> str:
+def _measured(job: _Job, found: list[SearchResult]) -> list[Benchmark | None]:
+    """What the schedules of targets of time take in truth, if this is the machine of the cost table."""
+    if job.costs is None or not job.processes.first:
+        return [None] * len(found)
+    if not same_machine(job.model, job.costs):
+        place = f"{job.costs.device}, {job.costs.threads} threads"
+        job.remarks.print(f"Not measured here: the costs are of {place}", soft_wrap=True, markup=False)
+        return [None] * len(found)
+    return [*measured_by(job.costs, job.model, [result.schedule for result in found])]
+
+
+def _summary(result: SearchResult, target: _Target, job: _Job, speed: Benchmark | None) -> str:
     from ..rate_search.checkpoints import SearchFolder
 
     off = result.cost / result.target - 1
@@ -348,5 +361,7 @@ def _summary(result: SearchResult, target: _Target, job: _Job) -> str:
             f"the search ended at {result.searched:.4g} ms for a batch, the schedule is to take {result.cost:.4g} "
             f"({verdict}), {result.gflops:.4g} GFLOPs"
         )
+    if speed is not None:
+        found += f"\n  measured: {1e3 * speed.seconds:.4g} ms, {speed.speed_up:.2f}x ±{speed.speed_up_spread:.2f}"
     files = SearchFolder(target.folder)
     return f"{target.words}, {before}{found}\n  {files.schedule}\n  {files.plot}"

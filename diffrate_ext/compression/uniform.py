@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..methods import Method, method_of
 from ..models import adapter_for
 from ..schedule import Schedule
-from .costing import costing_of
+from .costing import Costing, costing_of
 from .flops import flops
 from .free_tokens import keep_free_tokens
 
@@ -53,11 +53,22 @@ def uniform_schedule(
         InputValueError: the method cannot run the model; the target is more than the uncompressed model takes or less
             than the rule can reach; the costs are of another model.
     """
-    adapter, method = adapter_for(model), method_of(method)
-    stages = adapter.stages
-    method.check(adapter, [stage.all_tokens for stage in stages])
     costing = costing_of(model, costs)
     target = costing.target(gflops, speedup=speedup, latency=latency)
+    schedule = schedule_by_rule(costing, target, method_of(method))
+    return schedule if costs is None else keep_free_tokens(model, schedule, costs)
+
+
+def schedule_by_rule(costing: Costing, target: float, method: Method) -> Schedule:
+    """As :func:`uniform_schedule`, without the tokens that cost no time.
+
+    Args:
+        costing: of the model.
+        target: counted as it counts.
+        method: whose rule it is.
+    """
+    adapter, stages = costing.adapter, costing.adapter.stages
+    method.check(adapter, [stage.all_tokens for stage in stages])
 
     def cost_of(strength: float) -> float:
         return costing.of([method.uniform(stage, strength) for stage in stages])
@@ -80,7 +91,7 @@ def uniform_schedule(
             after_pruning.append(kept + (tokens - kept) // 2)
             after_merging.append(kept)
             tokens = kept
-    schedule = Schedule(
+    return Schedule(
         after_pruning if adapter.prunes and method.prunes_and_merges else None,
         after_merging,
         prefix=adapter.rules.prefix,
@@ -89,7 +100,6 @@ def uniform_schedule(
         stages=[len(stage.blocks) for stage in stages] if len(stages) > 1 else None,
         method=str(method),
     )
-    return schedule if costs is None else keep_free_tokens(model, schedule, costs)
 
 
 def is_uniform(model: nn.Module, schedule: Schedule) -> bool:

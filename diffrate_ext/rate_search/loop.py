@@ -22,7 +22,7 @@ from ..compression.costing import Unit, costing_of
 from ..compression.flops import flops
 from ..compression.free_tokens import keep_free_tokens
 from ..compression.patching import remove_plans
-from ..compression.uniform import uniform_schedule
+from ..compression.uniform import schedule_by_rule
 from ..cost_table import CostTable
 from ..errors import DivergedError, InputValueError
 from ..evaluation import Batch, Evaluation, evaluate_all, split_batch
@@ -201,7 +201,7 @@ class _Search:
             self.logits.values(), lr=settings.first_lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
         if settings.start == "uniform":
-            rates.set_schedule(uniform_schedule(rates.model, method=rates.method, **rates.costing.options(target)))
+            rates.set_schedule(schedule_by_rule(rates.costing, target, rates.method))
         self._return_to_target()
         self.direction = rates.tilt_direction()
         self.uncompressed = rates.costing.uncompressed
@@ -328,7 +328,7 @@ class _Search:
         self.rates.eval()
         placed = [self._on_device(batch) for batch in batches]
         rates = self.rates
-        schedules, losses = list(simple_schedules(rates.model, self.target, rates.method, rates.costs)), []
+        schedules, losses = list(simple_schedules(rates.costing, self.target, rates.method)), []
         for schedule in schedules:
             self.rates.set_schedule(schedule)
             losses.append(torch.stack([self._answer_to(images, labels)[0] for images, labels in placed]).mean())

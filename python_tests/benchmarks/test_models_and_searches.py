@@ -61,7 +61,7 @@ def test_realised_gain_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return replay, None
 
-    monkeypatch.setattr(models, "captured", captured)
+    monkeypatch.setattr(models.running, "captured", captured)
     graph = models.run_model(models.Run(models.EMBEDDED, 1, harness.GRAPH), CPU, torch.float32, quick=True)
     assert graph["relative_error"].keys() == {cases.OURS, cases.EAGER}
     assert set(graph["seconds"]) == {models.UNCOMPRESSED, cases.OURS, cases.EAGER}

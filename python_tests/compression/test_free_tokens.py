@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from tiny_costs import table_of
 from tiny_models import tiny_caformer, tiny_vit
 
@@ -49,11 +48,38 @@ def test_uniform_schedules_take_what_is_free() -> None:
     assert all(number in (5, 9, 13, 17) for number in schedule.after_merging[:-1])
 
 
-@pytest.mark.parametrize("pruned", [None])
-def test_several_stages(pruned: None) -> None:
+def test_merges_that_a_block_leaves_out_are_made_up_for() -> None:
+    """Removing is so dear that the second block leaves it to the third, which then merges for both."""
+    model = tiny_vit()
+    costs = table_of(model, reduction=lambda tokens: 1.0)
+    schedule = Schedule([17, 16, 12, 4], [17, 14, 10, 3], prefix=1, grid=(4, 4))
+    found = keep_free_tokens(model, schedule, costs)
+    assert found.after_merging == (17, 17, 10, 3)
+    assert found.after_pruning == (17, 17, 14, 4)
+    assert costing_of(model, costs).of_schedule(found) <= costing_of(model, costs).of_schedule(schedule)
+
+
+def test_a_block_that_removes_nothing_goes_with_the_one_before() -> None:
+    """EViT removes in three blocks, and is to remove in no others."""
+    model = tiny_vit(depth=8)
+    costs = table_of(model, attention=stairs, mlp=stairs, reduction=lambda tokens: 0.0)
+    schedule = Schedule(None, [17, 17, 11, 11, 8, 8, 3, 3], prefix=1, grid=(4, 4), method="evit")
+    assert keep_free_tokens(model, schedule, costs).after_merging == (17, 17, 13, 13, 9, 9, 5, 5)
+
+
+def test_tome_still_merges_half_of_a_block_at_most() -> None:
+    model = tiny_vit()
+    schedule = Schedule(None, [17, 17, 9, 5], prefix=1, grid=(4, 4), method="tome")
+    costs = table_of(model, attention=lambda n: 0.1 * (n > 9), mlp=lambda n: 0.0, reduction=lambda n: 5.0)
+    found = keep_free_tokens(model, schedule, costs)
+    compress(model, found)
+    assert found.after_merging == (17, 17, 9, 9)  # and not 17 in the third block, from which 5 is too far
+
+
+def test_several_stages() -> None:
     model = tiny_caformer()
     costs = table_of(model, attention=stairs, mlp=stairs, reduction=lambda tokens: 0.0)
-    schedule = Schedule(pruned, [16, 12, 10, 8, 4, 4], prefix=0, grid=(4, 4), stages=[4, 2])
+    schedule = Schedule(None, [16, 12, 10, 8, 4, 4], prefix=0, grid=(4, 4), stages=[4, 2])
     found = keep_free_tokens(model, schedule, costs)
     assert found.after_merging == (16, 13, 13, 9, 4, 4)
     assert adapter_for(model).kept_numbers(found)
