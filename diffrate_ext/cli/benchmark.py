@@ -133,16 +133,27 @@ def _case(arguments: argparse.Namespace, image_size: int | None) -> tuple[nn.Mod
     import torch
 
     from .. import embedded
-    from ..demo import uniform_schedules
+    from ..errors import InputError
     from ..model_loading import untrained_model
 
     if arguments.model is None and image_size is not None:
         raise UsageError("--image-size needs --model NAME: the embedded model takes 28 x 28 pixels")
-    model = embedded.build_model() if arguments.model is None else untrained_model(arguments.model, image_size)
-    model.to(device_named(arguments), getattr(torch, arguments.dtype)).eval()
-    if image_size is not None and not (arguments.gflops or arguments.schedule):
-        return model, uniform_schedules(model, arguments.method or "diffrate")  # published ones are for one size
-    return model, schedules_named(arguments, model)
+    try:
+        model = embedded.build_model() if arguments.model is None else untrained_model(arguments.model, image_size)
+        model.to(device_named(arguments), getattr(torch, arguments.dtype)).eval()
+        return model, _schedules(arguments, model)
+    except InputError as error:
+        if image_size is None:
+            raise
+        raise UsageError(f"--image-size {image_size}: {error}") from error
+
+
+def _schedules(arguments: argparse.Namespace, model: nn.Module) -> list[NamedSchedule]:
+    from ..demo import uniform_schedules
+
+    if arguments.image_size and not (arguments.gflops or arguments.schedule):
+        return uniform_schedules(model, arguments.method or "diffrate")  # published ones are for one size
+    return schedules_named(arguments, model)
 
 
 def _name(arguments: argparse.Namespace) -> str:

@@ -113,7 +113,7 @@ def test_what_is_timed_is_the_method(monkeypatch, capsys):
     argv = ["benchmark", "--gflops", "0.2", "--rounds", "1", "--batch-size", "1", "--method", "random"]
     assert main([*argv, "--json"]) == 0
     assert seen == ["random"]
-    assert [row["method"] for row in json.loads(capsys.readouterr().out)] == ["random"]
+    assert [row["method"] for row in json.loads(capsys.readouterr().out)["speeds"]] == ["random"]
     assert main(argv) == 0
     assert list(rows(capsys.readouterr().out)) == ["uncompressed", "random 0.2 GFLOPs"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from command_line import assert_is_a_drawing, fails, rows, search
 from tiny_costs import table_of
 from tiny_models import tiny_caformer
 
-from diffrate_ext import CostTable, Schedule, embedded, flops
+from diffrate_ext import CostTable, Schedule, embedded, flops, timing
 from diffrate_ext.cli.main import main
 from diffrate_ext.compression.costing import costing_of
+from diffrate_ext.machine import processor
 from diffrate_ext.models import adapter_for
 
 
@@ -42,11 +44,46 @@ def test_search_for_a_speed_up(costs, tmp_path, capsys):
     assert main(search(folder, "--speedup", "1.5", "--costs", str(costs))) == 0
     out = capsys.readouterr().out
     assert re.search(r"1\.5x, the search ended at .* ms for a batch, the schedule is to take .* GFLOPs", out)
+    assert "measured" not in out
     model, schedule = embedded.build_model(), Schedule.load(folder / "schedule.json")
     costing = costing_of(model, CostTable.load(costs))
     kept = [[left for _, left in numbers] for numbers in adapter_for(model).kept_numbers(schedule)]
     assert costing.of(kept) == pytest.approx(costing.uncompressed / 1.5, rel=0.01)
     assert flops(model, schedule) < flops(model)
+
+
+def test_a_search_ends_with_the_speed_up_as_measured(costs, tmp_path, monkeypatch, capsys):
+    table = CostTable.load(costs)
+    here = replace(table, device=processor(torch.device("cpu")), threads=torch.get_num_threads())
+    here.save(tmp_path / "here.json")
+    timed = []
+
+    def interleaved(calls, rounds, *, warmup, device):
+        timed.append(len(calls))
+        for _ in range(rounds):
+            yield [0.3, 0.2, 0.1]
+
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    argv = search(tmp_path / "f", "--speedup", "1.2", "1.4", "--costs", str(tmp_path / "here.json"))
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert timed == [3]  # the uncompressed model and both that were found
+    assert re.findall(r"measured: .*", captured.out) == [
+        "measured: 200 ms, 1.50x ±0.00",
+        "measured: 100 ms, 3.00x ±0.00",
+    ]
+    assert "Not measured" not in captured.err
+
+
+@pytest.mark.parametrize("change", [{"device": "another"}, {"threads": 99}])
+def test_a_table_of_another_machine_is_not_measured(change, costs, tmp_path, capsys):
+    table = CostTable.load(costs)
+    here = replace(table, device=processor(torch.device("cpu")), threads=torch.get_num_threads())
+    replace(here, **change).save(tmp_path / "there.json")
+    assert main(search(tmp_path / "f", "--speedup", "1.2", "--costs", str(tmp_path / "there.json"))) == 0
+    captured = capsys.readouterr()
+    assert "measured:" not in captured.out
+    assert "Not measured here: the costs are of " in captured.err
 
 
 def test_several_targets_and_the_comparison_with_uniform(costs, tmp_path, capsys):

@@ -60,4 +60,4 @@ def test_a_share_names_its_row(capsys: Any) -> None:
     assert main(["benchmark", "--batch-size", "1", "--rounds", "1", "--gflops", "60%", "0.3"]) == 0
     table = rows(capsys.readouterr().out)
     assert list(table) == ["uncompressed", "uniform 60%", "uniform 0.3 GFLOPs"]
-    assert [float(row[0]) for row in table.values()] == pytest.approx([0.351, 0.6 * 0.351, 0.3], abs=0.003)
+    assert [float(row[3]) for row in table.values()] == pytest.approx([0.351, 0.6 * 0.351, 0.3], abs=0.003)
