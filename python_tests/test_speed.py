@@ -6,10 +6,13 @@ import io
 
 import pytest
 import torch
-from tiny_models import tiny_vit
+from timm.models.metaformer import MetaFormer
+from tiny_hugging_face import MODELS
+from tiny_models import tiny_caformer, tiny_eva, tiny_vit
 
-from diffrate_ext import speed, timing, uniform_schedule
+from diffrate_ext import flops, speed, timing, uniform_schedule
 from diffrate_ext.compression.choice import NamedSchedule
+from diffrate_ext.models import adapter_for
 from diffrate_ext.running import UnavailableError
 from diffrate_ext.speed import NotRun, Speed, best_of, break_evens, measure_speed
 from diffrate_ext.speed_plot import draw_speeds
@@ -111,6 +114,19 @@ def test_every_batch_size_and_way_is_timed(model, schedules, monkeypatch):
     assert {one.tokens for one in speeds} == {17}
     assert not_run == []
     assert len(done) == 8
+
+
+@pytest.mark.parametrize("build", [tiny_eva, tiny_caformer, MODELS["DINOv3"], MODELS["SigLIP"]])
+@pytest.mark.parametrize("method", ["diffrate", "tome", "random"])
+def test_every_family_and_method(build, method):
+    model = build()
+    if method != "diffrate" and isinstance(model, MetaFormer):
+        method = "diffrate:operations=merge"
+    named = NamedSchedule("90%", uniform_schedule(model, "90%", method=method))
+    (found,), not_run = measure_speed(model, [named], batch_sizes=[2], rounds=1)
+    assert (found.method, found.measured.batch_size, not_run) == (method, 2, [])
+    assert found.tokens == adapter_for(model).stages[0].tokens
+    assert found.measured.flops_ratio == pytest.approx(flops(model) / flops(model, named.schedule))
 
 
 def test_what_cannot_be_run_is_told_and_no_graph_is_tried_again(model, schedules):
