@@ -32,6 +32,7 @@ from diffrate_ext.evaluation import Batch
 from diffrate_ext.images.loading import evaluation_loader
 from diffrate_ext.images.sources import ImageSource, open_images, spread_over
 from diffrate_ext.judging import judge
+from diffrate_ext.machine import settle_memory
 from diffrate_ext.models import adapter_for
 from diffrate_ext.timing import Comparison, random_images
 
@@ -133,6 +134,7 @@ def measured(one: Representative, *, rounds: int, most_pictures: int | None = No
     schedule = uniform_schedule(model, one.share)
     images = random_images(model, one.batch)
     comparison = Comparison(model, [schedule], images)
+    settle_memory()
     for _ in range(WARM_UP + rounds):
         comparison.seconds.append([cpu_seconds(form, images) for form in comparison.models])
     del comparison.seconds[:WARM_UP]

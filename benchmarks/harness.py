@@ -15,6 +15,7 @@ import torch
 from machine import synchronize
 
 from diffrate_ext import running
+from diffrate_ext.machine import settle_memory
 from diffrate_ext.running import captured
 
 Call = Callable[..., object]
@@ -89,6 +90,8 @@ def measure(
     """
     if rounds < 3:
         raise ValueError(f"rounds must be at least 3 to have quartiles, got {rounds}")
+    if device.type == "cpu":
+        settle_memory()
     calls = {}
     for name, call in contenders.items():
         _seconds(call, inputs, len(inputs), device)

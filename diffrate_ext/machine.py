@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+KEPT_BLOCKS = 31 * 2**20
+"""Bytes: just below the largest block that glibc ever keeps, M_MMAP_THRESHOLD's maximum."""
 BUSY = 0.5
 """Of the cores that this process may use; from here on timings are not to be trusted."""
 
@@ -27,6 +29,16 @@ def busy_machine() -> str | None:
     return (
         f"The machine is busy (load {load:.1f} on {cores} cores): speeds below are too low, and speed-ups less certain."
     )
+
+
+def settle_memory() -> None:
+    """Before a CPU is timed: let malloc keep what it gets, as in a process that has run for a while.
+
+    Until a block of some size was freed once, glibc gives such blocks back to the system after every use, and pays for
+    new pages when it takes the next. That costs the uncompressed model, whose activations are larger, up to a third of
+    its time, and hardly anything the compressed one; how much changes from process to process.
+    """
+    torch.empty(KEPT_BLOCKS, dtype=torch.uint8)
 
 
 def place(device: str) -> str:

@@ -22,7 +22,7 @@ from .compression.uniform import uniform_schedule
 from .cost_table import CostTable, StageTimes
 from .costs import BlockCost
 from .errors import InputValueError
-from .machine import processor
+from .machine import processor, settle_memory
 from .methods import Method, method_of
 from .methods.dropping import DropTokens
 from .models import Stage, adapter_for
@@ -88,6 +88,7 @@ def profile_model(
         form(images)
         return clock.between([(begun, clock.mark())])[0]
 
+    settle_memory()
     run(plain)
     for turn in range(-1, rounds):  # the first is to warm up
         shuffled.shuffle(order)

@@ -16,6 +16,7 @@ from .compression.copies import compressed_copy, uncompressed_copy
 from .compression.flops import flops
 from .errors import InputValueError
 from .images.data_config import data_config
+from .machine import settle_memory
 from .methods import Method, method_of
 from .running import UnavailableError, Way, in_way
 
@@ -206,6 +207,8 @@ def interleaved(
     Every round starts with another call, so that none always follows the same one.
     """
     on_cuda = device is not None and device.type == "cuda"
+    if not on_cuda:
+        settle_memory()
     for _ in range(warmup):
         for call in calls:
             call()

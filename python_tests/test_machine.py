@@ -1,0 +1,41 @@
+"""What is done before a CPU is timed."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource
+import torch
+from diffrate_ext.machine import settle_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        [torch.zeros(2**20) for _ in range(6)]  # 24 MiB in blocks of 4: 6,144 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if {settled}:
+    settle_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc does")
+def test_memory_is_kept_once_it_is_settled(tmp_path):
+    def faults(settled):
+        code = FAULTS.format(settled=settled)
+        # glibc's own settings would decide in place of what it has seen
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={"GLIBC_TUNABLES": ""}, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    assert faults(settled=True) < 1000
+    assert faults(settled=False) > 10_000  # else this test would show nothing
