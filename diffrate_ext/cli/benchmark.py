@@ -69,7 +69,7 @@ def add_benchmark_command(commands: Any) -> None:
         "--run",
         choices=("eager", "compiled", "graph"),
         nargs="+",
-        help="how all models are run: as they are, by torch.compile (which takes minutes), as CUDA graphs (default: "
+        help="how all models are run: as they are, by torch.compile, as CUDA graphs (default: "
         "eager; on a GPU eager graph)",
     )
     add_rounds_option(benchmark, 10)
@@ -229,30 +229,30 @@ def _table(arguments: argparse.Namespace, speeds: list[Speed]) -> Table:
 
     table = Table(
         title=f"{_name(arguments)}, {arguments.dtype}, {place(arguments.device)}",
-        caption=f"medians of {arguments.rounds} interleaved rounds; speed-up: over uncompressed, run alike; "
-        "gain: speed-up / FLOPs ratio",
+        caption=f"medians of {arguments.rounds} interleaved rounds, with quartiles\n"
+        "speed-up: over uncompressed, run alike; gain: speed-up / FLOPs ratio",
     )
     add_names_column(table)
-    for heading in ("tokens", "batch", "run", "GFLOPs", "images/s", "speed-up", "quartiles", "FLOPs ratio", "gain"):
-        table.add_column(heading, justify="right")
+    for heading in ("GFLOPs", "images/s", "speed-up", "FLOPs ratio", "gain"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    several = len({speed.tokens for speed in speeds}) > 1
     for (tokens, batch, way), group in groupby(
-        speeds, lambda speed: (str(speed.tokens), str(speed.measured.batch_size), speed.way)
+        speeds, lambda speed: (speed.tokens, speed.measured.batch_size, speed.way)
     ):
         rows = list(group)
         first = rows[0].measured
+        where = f"{tokens} tokens, batch {batch}, {way}" if several else f"batch {batch}, {way}"
+        table.add_row(where, style="bold")
         rate = f"{first.uncompressed_images_per_second:.4g}"
-        place_cells = tokens, batch, way
-        table.add_row("uncompressed", *place_cells, f"{first.uncompressed_gflops:.3g}", rate, "1.00x", "", "1.00x", "")
+        table.add_row("uncompressed", f"{first.uncompressed_gflops:.3g}", rate, "1.00x", "1.00x", "")
         for one in rows:
             speed = one.measured
             low, high = speed.speed_up_quartiles
             table.add_row(
                 one.name,
-                *place_cells,
                 f"{speed.gflops:.3g}",
                 f"{speed.images_per_second:.4g}",
-                f"{speed.speed_up:.2f}x",
-                f"{low:.2f}-{high:.2f}",
+                f"{speed.speed_up:.2f}x ({low:.2f}-{high:.2f})",
                 f"{speed.flops_ratio:.2f}x",
                 f"{speed.realised_gain:.2f}",
             )

@@ -115,7 +115,7 @@ def test_what_is_timed_is_the_method(monkeypatch, capsys):
     assert seen == ["random"]
     assert [row["method"] for row in json.loads(capsys.readouterr().out)["speeds"]] == ["random"]
     assert main(argv) == 0
-    assert list(rows(capsys.readouterr().out)) == ["uncompressed", "random 0.2 GFLOPs"]
+    assert list(rows(capsys.readouterr().out)) == ["batch 1, eager", "uncompressed", "random 0.2 GFLOPs"]
 
 
 @pytest.mark.parametrize("method", ["tome", "evit", "random"])
