@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,6 +200,7 @@ def _record(arguments: argparse.Namespace, speeds: list[Speed], not_run: list[No
                 "pays_from": one.begins_at,
                 "faster_at": one.faster,
                 "slower_at": one.slower,
+                "verdict": one.words,
             }
             for one in break_evens(speeds)
         ],
@@ -215,7 +215,10 @@ def _record(arguments: argparse.Namespace, speeds: list[Speed], not_run: list[No
             }
             for one in best_of(speeds)
         ],
-        "not_run": [asdict(one) for one in not_run],
+        "not_run": [
+            {"run": one.way, "tokens": one.tokens, "batch_size": one.batch_size, "reason": one.reason}
+            for one in not_run
+        ],
     }
 
 
@@ -271,13 +274,11 @@ def _verdicts(speeds: list[Speed], not_run: list[NotRun]) -> list[str]:
         lines.append(f"{one.name}, {one.way}{where}: {one.words}")
     if len({one.way for one in speeds}) > 1:
         for best in best_of(speeds):
-            where = (
-                f"{best.tokens} tokens, batch size {best.batch_size}" if several else f"batch size {best.batch_size}"
-            )
-            compressed = best.compressed
+            where = f"{best.tokens} tokens, " if several else ""
             lines.append(
-                f"Fastest at {where}: {compressed.name}, {compressed.way}, is {best.speed_up:.2f}x as fast as "
-                f"uncompressed, {best.uncompressed_way}"
+                f"At {where}batch size {best.batch_size} the fastest compressed model ({best.compressed.name}, "
+                f"{best.compressed.way}) is {best.speed_up:.2f}x as fast as the fastest uncompressed one "
+                f"({best.uncompressed_way})"
             )
     for missing in not_run:
         lines.append(

@@ -71,6 +71,7 @@ def test_json(speed_ups, capsys):
         assert row["realised_gain"] == pytest.approx(row["speed_up"] / row["flops_ratio"])
     (point,) = found["break_even"]
     assert (point["pays_from"], point["faster_at"], point["slower_at"]) == (4, [4], [1])
+    assert point["verdict"] == "pays from batch size 4 on, not at 1 (0.80x)"
     assert [(best["batch_size"], best["speed_up"]) for best in found["fastest"]] == [(1, 0.8), (4, 1.5)]
     assert found["not_run"] == []
 
@@ -86,7 +87,7 @@ def test_image_sizes_a_plot_and_what_cannot_be_run(tmp_path, capsys):
     assert re.search(r"uniform 60%, eager: (pays|does not pay) .*tokens", captured.out)
     for tokens in (17, 37):
         assert f"Not run: graph, {tokens} tokens, batch size 2: no GPU" in captured.out
-    assert "Fastest" not in captured.out  # there is one way
+    assert "fastest" not in captured.out  # there is one way
     assert_is_a_drawing(plot, ink=0.01)
 
 
@@ -95,7 +96,10 @@ def test_the_fastest_of_several_ways(speed_ups, monkeypatch, capsys):
     monkeypatch.setattr(timing, "in_way", lambda way, model, images: (model, None))
     assert main([*QUICK, "--batch-size", "1", "--run", "eager", "compiled"]) == 0
     out = capsys.readouterr().out
-    assert "Fastest at batch size 1: uniform 60%, eager, is 1.25x as fast as uncompressed, eager" in out
+    assert (
+        "At batch size 1 the fastest compressed model (uniform 60%, eager) is 1.25x as fast as the fastest uncompressed "
+        "one (eager)\n" in out
+    )
     assert "uniform 60%, compiled: pays at batch size 1" in out
 
 
