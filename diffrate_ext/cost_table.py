@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -133,13 +134,31 @@ class CostTable:
             assert content.pop("format") == FORMAT
             stages = tuple(map(_stage, content.pop("stages")))
             assert set(content) == {field.name for field in fields(cls)} - {"stages"}
-            return cls(**content, stages=stages)
+            table = cls(**content, stages=stages)
+            assert all(map(_is_whole, (table.batch_size, table.threads)))
+            assert all(map(_is_time, (table.gflops, table.fixed, table.uncompressed)))
+            return table
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise InputValueError(f"{path} is no cost table, as diffrate profile writes it") from error
+            raise InputValueError(f"{path} is not a cost table as diffrate profile writes it") from error
 
 
 def _stage(content: dict[str, Any]) -> StageTimes:
     values: dict[str, Any] = {name: tuple(row) if isinstance(row, list) else row for name, row in content.items()}
-    return StageTimes(**values)
+    stage = StageTimes(**values)
+    for times in (stage.attention, stage.reduction, stage.mlp):
+        assert len(times) == len(stage.tokens)
+        assert all(map(_is_time, times))
+    assert all(map(_is_whole, (stage.blocks, stage.per_token, stage.per_pair, *stage.tokens)))
+    assert list(stage.tokens) == sorted(set(stage.tokens))
+    assert stage.tokens[-1] == stage.entering
+    return stage
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < math.inf

@@ -115,7 +115,7 @@ def profile_model(
         versions={name: version(name) for name in ("torch", "diffrate_ext")},
         prefix=adapter.rules.prefix,
         gflops=flops(plain) / 1e9,
-        fixed=1e3 * statistics.median(rest),
+        fixed=max(0.0, 1e3 * statistics.median(rest)),
         stages=tuple(stages),
         uncompressed=uncompressed,
     )

@@ -115,8 +115,9 @@ class BreakEven:
         tried = list(self.speed_ups)
         others = [self._speed_up(value) for value in tried if value not in self.faster]
         if not others:
-            best = f"pays at every {'number of tokens' if self.axis == 'tokens' else self.axis}"
-            return f"{best} from {tried[0]} to {tried[-1]}" if len(tried) > 1 else f"pays at {self._place(tried[0])}"
+            values = ", ".join(map(str, tried))
+            every = f"every {'number of tokens' if self.axis == 'tokens' else self.axis} tried ({values})"
+            return f"pays at {every if len(tried) > 1 else self._place(tried[0])}"
         if not self.faster:
             return f"does not pay at {self._places(others)}"
         if self.begins_at is not None and len(self.faster) == tried[::-1].index(self.begins_at) + 1:
@@ -175,6 +176,9 @@ class Best:
 
     @property
     def speed_up(self) -> float:
+        """The median over the rounds where both are run alike; else a ratio of medians."""
+        if self.compressed.way == self.uncompressed_way:
+            return self.compressed.measured.speed_up
         return self.compressed.measured.images_per_second / self.uncompressed_images_per_second
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,14 +75,26 @@ def test_what_is_no_table(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     table_of(tiny_vit()).save(path)
     content = json.loads(path.read_text())
+    (stage,) = content["stages"]
+    damaged: list[dict[str, Any]] = [
+        {"tokens": stage["tokens"][1:]},
+        {"tokens": stage["tokens"][::-1]},
+        {"attention": [None, *stage["attention"][1:]]},
+        {"mlp": [-5.0, *stage["mlp"][1:]]},
+        {"entering": 99},
+        {"blocks": "four"},
+    ]
     wrong = [
         "no JSON",
         "[]",
         json.dumps({**content, "format": "another"}),
         json.dumps({name: value for name, value in content.items() if name != "fixed"}),
         json.dumps({**content, "more": 1}),
+        json.dumps({**content, "fixed": float("nan")}),
+        json.dumps({**content, "batch_size": "x"}),
+        *(json.dumps({**content, "stages": [{**content["stages"][0], **change}]}) for change in damaged),
     ]
     for text in wrong:
         path.write_text(text)
-        with pytest.raises(InputValueError, match=r"table\.json is no cost table, as diffrate profile writes it"):
+        with pytest.raises(InputValueError, match=r"table\.json is not a cost table as diffrate profile writes it"):
             CostTable.load(path)

@@ -19,6 +19,7 @@ def table_of(
     mlp: Callable[[int], float] = lambda tokens: 0.2 * tokens,
     fixed: float = 1.0,
     every: int = 1,
+    method: str = "diffrate",
 ) -> CostTable:
     """Milliseconds by formulas, at every so many tokens."""
     adapter, stages = adapter_for(model), []
@@ -31,7 +32,7 @@ def table_of(
         )
     return CostTable(
         model=adapter.name,
-        method="diffrate",
+        method=method,
         batch_size=4,
         dtype="float32",
         device="a table",

@@ -132,6 +132,7 @@ def _case(arguments: argparse.Namespace, image_size: int | None) -> tuple[nn.Mod
     import torch
 
     from .. import embedded
+    from ..compression.copies import compressed_copy
     from ..errors import InputError
     from ..model_loading import untrained_model
 
@@ -140,7 +141,10 @@ def _case(arguments: argparse.Namespace, image_size: int | None) -> tuple[nn.Mod
     try:
         model = embedded.build_model() if arguments.model is None else untrained_model(arguments.model, image_size)
         model.to(device_named(arguments), getattr(torch, arguments.dtype)).eval()
-        return model, _schedules(arguments, model)
+        schedules = _schedules(arguments, model)
+        for named in schedules:  # what does not fit is refused before anything is timed
+            compressed_copy(model, named.schedule)
+        return model, schedules
     except InputError as error:
         if image_size is None:
             raise

@@ -189,9 +189,9 @@ def schedules_named(arguments: argparse.Namespace, model: nn.Module) -> list[Nam
     from ..demo import published_schedules, uniform_schedules
 
     method = arguments.method or "diffrate"
-    given = schedules_in(arguments.schedule or [], model, any_model=arguments.any_model)
+    given = schedules_in(list(dict.fromkeys(arguments.schedule or [])), model, any_model=arguments.any_model)
     named = [with_method(one, arguments.method or one.schedule.method) for one in given]
-    named += [named_uniform(model, gflops, method) for gflops in arguments.gflops or []]
+    named += [named_uniform(model, gflops, method) for gflops in dict.fromkeys(arguments.gflops or [])]
     if named:
         return named
     published = published_schedules(arguments.model or "") if method == "diffrate" else []

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ..schedule import Schedule
     from ..timing import Benchmark
 
+TRUSTED = 0.05
+"""Share by which speed-ups by a table may be off those that are measured."""
 ROUNDS = 7
 """Of timing what a search found."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..embedded import SEARCH_SHARE, SEARCH_STEPS
 from ..errors import InputValueError
 from .common import add_model_options, check_embedded_options, consoles, device_named, model_named, warnings_on
-from .costs import add_time_options, costs_named, measured_by, same_machine
+from .costs import TRUSTED, add_time_options, costs_named, measured_by, same_machine
 from .held_out import add_held_out_option, compare_with_uniform, hold_out
 from .parsing import UsageError, add_command, amount, gflops_target, not_negative, positive
 from .training import (
@@ -342,6 +342,7 @@ def _measured(job: _Job, found: list[SearchResult]) -> list[Benchmark | None]:
 
 
 def _summary(result: SearchResult, target: _Target, job: _Job, speed: Benchmark | None) -> str:
+    from ..compression.costing import costing_of
     from ..rate_search.checkpoints import SearchFolder
 
     off = result.cost / result.target - 1
@@ -362,6 +363,10 @@ def _summary(result: SearchResult, target: _Target, job: _Job, speed: Benchmark 
             f"({verdict}), {result.gflops:.4g} GFLOPs"
         )
     if speed is not None:
+        assert job.costs is not None
+        promised = costing_of(job.model, job.costs).uncompressed / result.cost
         found += f"\n  measured: {1e3 * speed.seconds:.4g} ms, {speed.speed_up:.2f}x ±{speed.speed_up_spread:.2f}"
+        if abs(speed.speed_up / promised - 1) > TRUSTED:
+            found += f", for {promised:.2f}x by the table: profile again, and see what its check says"
     files = SearchFolder(target.folder)
     return f"{target.words}, {before}{found}\n  {files.schedule}\n  {files.plot}"

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..cost_table import CostTable
 from ..errors import InputTypeError, InputValueError
+from ..methods import Method
 from ..models import Adapter, adapter_for
 from ..schedule import Schedule
 from .targets import gflops_of, share_in, share_meant
@@ -104,6 +105,14 @@ def costing_of(model: nn.Module, costs: CostTable | None = None) -> Costing:
     if costs is not None:
         _check_fits(adapter, costs)
     return Costing(adapter, costs)
+
+
+def check_method(costs: CostTable | None, method: Method) -> None:
+    """Raise InputValueError where costs were measured with another method, whose removing takes another time."""
+    if costs is not None and costs.method.partition(":")[0] != method.name:
+        raise InputValueError(
+            f"the costs are of the method {costs.method}, and this is for {method}: profile the model with it"
+        )
 
 
 def _check_fits(adapter: Adapter, costs: CostTable) -> None:

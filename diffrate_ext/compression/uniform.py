@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..methods import Method, method_of
 from ..models import adapter_for
 from ..schedule import Schedule
-from .costing import Costing, costing_of
+from .costing import Costing, check_method, costing_of
 from .flops import flops
 from .free_tokens import keep_free_tokens
 
@@ -51,11 +51,12 @@ def uniform_schedule(
     Raises:
         InputTypeError: the model's family is not supported; there is not one target, or no cost table for it.
         InputValueError: the method cannot run the model; the target is more than the uncompressed model takes or less
-            than the rule can reach; the costs are of another model.
+            than the rule can reach; the costs are of another model or method.
     """
-    costing = costing_of(model, costs)
+    costing, method = costing_of(model, costs), method_of(method)
+    check_method(costs, method)
     target = costing.target(gflops, speedup=speedup, latency=latency)
-    schedule = schedule_by_rule(costing, target, method_of(method))
+    schedule = schedule_by_rule(costing, target, method)
     return schedule if costs is None else keep_free_tokens(model, schedule, costs)
 
 

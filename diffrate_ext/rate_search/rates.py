@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..compression.costing import costing_of
+from ..compression.costing import check_method, costing_of
 from ..compression.flops import flops
 from ..compression.patching import install_plans, without_plans
 from ..cost_table import CostTable
@@ -92,6 +92,7 @@ class RateSearch(nn.Module):
         stages = adapter.stages
         self.method = method = _searchable(method_of(method))
         self.costs, self.costing = costs, costing_of(model, costs)
+        check_method(costs, method)
         method.check(adapter, [stage.all_tokens for stage in stages])
         with_rates = [index for index, stage in enumerate(stages) if any(method.compressible(stage))]
         if not with_rates:

@@ -40,7 +40,7 @@ def speed_ups(monkeypatch):
 
 def test_several_batch_sizes_and_the_verdict(speed_ups, capsys):
     speed_ups({1: 0.8, 2: 1.0, 3: 1.5})
-    assert main([*QUICK, "--batch-size", "3", "1", "2", "3"]) == 0
+    assert main([*QUICK, "60%", "--batch-size", "3", "1", "2", "3"]) == 0
     out = capsys.readouterr().out
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     assert [(row[0], row[3]) for row in cells] == [

@@ -116,7 +116,7 @@ def test_out_of_memory_is_an_error_of_one_line(monkeypatch, capsys):
     def exhausted(*_, **__):
         raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
 
-    monkeypatch.setattr("diffrate_ext.timing.random_images", exhausted)
+    monkeypatch.setattr("diffrate_ext.embedded.build_model", exhausted)
     assert "--batch-size" in fails(["benchmark"], capsys)
 
 
@@ -125,7 +125,7 @@ def test_bugs_keep_their_traceback(error, monkeypatch):
     def broken(*_, **__):
         raise error("a bug")
 
-    monkeypatch.setattr("diffrate_ext.timing.random_images", broken)
+    monkeypatch.setattr("diffrate_ext.embedded.build_model", broken)
     with pytest.raises(error, match="a bug"):
         main(["benchmark"])
 
@@ -135,5 +135,5 @@ def test_what_the_caller_can_mend_gets_one_line(error, monkeypatch, capsys):
     def refuse(*_, **__):
         raise error("bad input")
 
-    monkeypatch.setattr("diffrate_ext.timing.random_images", refuse)
+    monkeypatch.setattr("diffrate_ext.embedded.build_model", refuse)
     assert fails(["benchmark"], capsys) == "diffrate: error: bad input\n"

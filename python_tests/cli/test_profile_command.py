@@ -6,12 +6,13 @@ import re
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from command_line import assert_is_a_drawing, fails, rows, search
 from tiny_costs import table_of
 from tiny_models import tiny_caformer
 
-from diffrate_ext import CostTable, Schedule, embedded, flops, timing
+from diffrate_ext import CostTable, Schedule, embedded, flops, profiling, timing, uniform_schedule
 from diffrate_ext.cli.main import main
 from diffrate_ext.compression.costing import costing_of
 from diffrate_ext.machine import processor
@@ -61,7 +62,7 @@ def test_a_search_ends_with_the_speed_up_as_measured(costs, tmp_path, monkeypatc
     def interleaved(calls, rounds, *, warmup, device):
         timed.append(len(calls))
         for _ in range(rounds):
-            yield [0.3, 0.2, 0.1]
+            yield [0.24, 0.2, 0.1]
 
     monkeypatch.setattr(timing, "interleaved", interleaved)
     argv = search(tmp_path / "f", "--speedup", "1.2", "1.4", "--costs", str(tmp_path / "here.json"))
@@ -69,8 +70,8 @@ def test_a_search_ends_with_the_speed_up_as_measured(costs, tmp_path, monkeypatc
     captured = capsys.readouterr()
     assert timed == [3]  # the uncompressed model and both that were found
     assert re.findall(r"measured: .*", captured.out) == [
-        "measured: 200 ms, 1.50x ±0.00",
-        "measured: 100 ms, 3.00x ±0.00",
+        "measured: 200 ms, 1.20x ±0.00",
+        "measured: 100 ms, 2.40x ±0.00, for 1.40x by the table: profile again, and see what its check says",
     ]
     assert "Not measured" not in captured.err
 
@@ -118,3 +119,46 @@ def test_errors(options, message, costs, tmp_path, capsys):
     table_of(tiny_caformer()).save(tmp_path / "other.json")
     names = {"COSTS": str(costs), "OTHER": str(tmp_path / "other.json")}
     assert message in fails(search(tmp_path / "f", *(names.get(one, one) for one in options)), capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("plot.png", "--output: expected a name that ends in .json, beside which the plot goes; got"),
+        ("folder.json", "folder.json is a folder, or there is none to hold it"),
+        ("missing/costs.json", "costs.json is a folder, or there is none to hold it"),
+    ],
+)
+def test_where_a_table_cannot_go(name, message, tmp_path, capsys):
+    (tmp_path / "folder.json").mkdir()
+    assert message in fails(["profile", "--output", str(tmp_path / name)], capsys)
+
+
+@pytest.mark.parametrize("speed_up", [1.0, 3.0])
+def test_a_table_that_is_off_says_so(speed_up, tmp_path, monkeypatch, capsys):
+    """The check is given times in place of measuring them."""
+
+    def interleaved(calls, rounds, *, warmup, device):
+        for _ in range(rounds):
+            yield [1.0, *[1.0 / speed_up] * (len(calls) - 1)]
+
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    monkeypatch.setattr(profiling, "profile_model", lambda model, **_: table_of(model))
+    assert main(["profile", "--model", "test_vit", "--output", str(tmp_path / "c.json")]) == 0
+    assert re.search(r"The table is off by \d+%: measure again", capsys.readouterr().err)
+
+
+def test_a_table_that_is_right_does_not(tmp_path, monkeypatch, capsys):
+    model = timm.create_model("test_vit")
+    table = table_of(model)
+    costing = costing_of(model, table)
+    monkeypatch.setattr(profiling, "profile_model", lambda model, **_: table)
+    schedules = [uniform_schedule(model, share) for share in ("80%", "60%", "50%")]
+
+    def interleaved(calls, rounds, *, warmup, device):
+        for _ in range(rounds):
+            yield [costing.uncompressed, *map(costing.of_schedule, schedules)]
+
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    assert main(["profile", "--model", "test_vit", "--output", str(tmp_path / "c.json")]) == 0
+    assert "off by" not in capsys.readouterr().err

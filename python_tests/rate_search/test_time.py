@@ -44,7 +44,7 @@ def time_of(model: Any, schedule: Schedule, costs: CostTable) -> float:
 @pytest.mark.parametrize("kind", ["relative", "none"])
 def test_a_search_ends_at_its_time(method: str, kind: Any, tmp_path: Path) -> None:
     model = tiny_vit(depth=8)
-    costs = table_of(model, **UNEVEN)
+    costs = table_of(model, method=method, **UNEVEN)
     settings = SearchSettings(steps=6, method=method, flops_loss=kind)
     result = search(model, batches(), settings=settings, speedup=1.3, costs=costs, output=tmp_path / "found")
     assert result.unit == "ms"
@@ -103,5 +103,11 @@ def test_refused() -> None:
         search(model, batches(), speedup=1.5)
     with pytest.raises(InputTypeError, match="name one target"):
         search(model, batches())
+    for refused in (lambda: RateSearch(model, method="tome", costs=table_of(model)),
+                    lambda: uniform_schedule(model, method="tome", speedup=1.1, costs=table_of(model))):  # fmt: skip
+        with pytest.raises(InputValueError, match="the costs are of the method diffrate, and this is for tome"):
+            refused()
+    merging = "diffrate:operations=merge"  # one method, with another option
+    assert uniform_schedule(model, method=merging, speedup=1.1, costs=table_of(model)).method == merging
     with pytest.raises(InputValueError, match="the costs are of another model"):
         RateSearch(model, costs=table_of(tiny_caformer()))
