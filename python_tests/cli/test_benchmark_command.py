@@ -76,6 +76,18 @@ def test_json(speed_ups, capsys):
     assert found["not_run"] == []
 
 
+def test_published_schedules_where_there_are_any(capsys):
+    argv = ["benchmark", "--model", "deit_tiny_patch16_224", "--batch-size", "1", "--rounds", "1", "--json"]
+    assert main([*argv, "--dtype", "bfloat16"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dtype"] == "bfloat16"
+    published = (1.0, 0.9, 0.8, 0.7, 0.6)
+    assert [row["schedule"] for row in found["speeds"]] == [f"published {gflops:g}" for gflops in published]
+    for row, gflops in zip(found["speeds"], published, strict=True):
+        assert row["gflops"] == pytest.approx(gflops, abs=0.06)
+        assert row["flops_ratio"] == pytest.approx(row["uncompressed_gflops"] / row["gflops"])
+
+
 def test_image_sizes_a_plot_and_what_cannot_be_run(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("a GPU, where graphs can be run")

@@ -110,25 +110,6 @@ def test_visualize_a_users_picture(folder, tmp_path):
     assert_is_a_drawing(output)
 
 
-def test_benchmark(capsys):
-    assert main(["benchmark", "--batch-size", "2", "--rounds", "1", "--gflops", "0.3", "0.2"]) == 0
-    table = rows(capsys.readouterr().out)
-    assert list(table) == ["uncompressed", "uniform 0.3 GFLOPs", "uniform 0.2 GFLOPs"]
-    assert [float(row[0]) for row in table.values()] == pytest.approx([0.351, 0.3, 0.2], abs=0.003)
-
-
-def test_benchmark_as_json_with_published_schedules(capsys):
-    argv = ["benchmark", "--model", "deit_tiny_patch16_224", "--batch-size", "1", "--rounds", "1", "--json"]
-    assert main([*argv, "--dtype", "bfloat16"]) == 0
-    results = json.loads(capsys.readouterr().out)
-    assert [result["schedule"] for result in results] == [f"published {g:g}" for g in (1.0, 0.9, 0.8, 0.7, 0.6)]
-    for result, gflops in zip(results, (1.0, 0.9, 0.8, 0.7, 0.6), strict=True):
-        assert result["gflops"] == pytest.approx(gflops, abs=0.06)
-        assert result["dtype"] == "bfloat16"
-        assert result["flops_ratio"] == pytest.approx(result["uncompressed_gflops"] / result["gflops"])
-        assert result["realised_gain"] == pytest.approx(result["speed_up"] / result["flops_ratio"])
-
-
 def test_info_as_json(capsys):
     assert main(["info", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
