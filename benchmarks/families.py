@@ -10,9 +10,7 @@ model's answers is kept. Needs the packages transformers and onnx; pip downloads
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ import torch
 from evidence.dinov2 import PICTURES, SHOWN, WEIGHTS, Crops, dinov2, wheel
 from machine import describe
 from models import timm_model
+from options import parse
 from report import RESULTS, Record, Results, rewrite
 from torch import Tensor, nn
 
@@ -186,31 +185,21 @@ def kept(model: nn.Module, share: str, pictures: ImageSource) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="in seconds and without a download: three models, 3 rounds, 50 pictures, results in a temporary folder",
-    )
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/diffrate_dinov2"), help="where the packages are kept")
-    parser.add_argument("--resume", action="store_true", help="keep the records of an interrupted run and go on")
-    parser.add_argument("--output", type=Path, help="folder for the results (default: benchmarks/results)")
-    options = parser.parse_args(argv)
-    folder = options.output or (Path(tempfile.mkdtemp(prefix="diffrate_families_")) if options.quick else RESULTS)
+    options = parse(argv, __doc__, quick="in seconds and without a download: three models, 3 rounds, 50 pictures")
 
     import transformers
 
     torch.set_num_threads(1)
     machine = describe(torch.device("cpu"))
     machine["remark"] = f"Written by `python benchmarks/families.py`, with transformers {transformers.__version__}."
-    results = Results(folder / "cpu_families.json", machine, resume=options.resume)
+    results = Results(options.output / "cpu_families.json", machine, resume=options.resume)
     for one in representatives(options.cache):
         if (one.quick or not options.quick) and not results.has(one.key):
             print(*one.key.values(), file=sys.stderr, flush=True)
             limits = {"rounds": 3, "most_pictures": 50} if options.quick else {"rounds": 7}
             results.add(measured(one, **limits))
-    if folder.resolve() == RESULTS:
-        rewrite(folder)
+    if options.output.resolve() == RESULTS:
+        rewrite(options.output)
     print(results.path.with_suffix(".md").read_text(encoding="utf-8"))
 
 

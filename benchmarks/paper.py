@@ -148,10 +148,8 @@ def speed_ups(runs: Runs, form: Form, rounds: int) -> dict[str, float]:
                 labels.append(f"{part.title}: {row.label}")
                 compressed.append(outcome.schedule)
     model = runs.subject.model
-    timing = Comparison(model, compressed, random_images(model, 16))
-    for _ in timing.run(rounds):
-        pass
-    found = {label: result.speed_up for label, result in zip(labels, timing.results(), strict=True)}
+    timed = Comparison(model, compressed, random_images(model, 16)).measured(rounds)
+    found = {label: result.speed_up for label, result in zip(labels, timed, strict=True)}
     path.write_text(json.dumps(found), encoding="utf-8")
     return found
 

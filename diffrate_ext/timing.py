@@ -99,10 +99,7 @@ def benchmark(
         check_made_for(model, schedule)
     if images is None:
         images = random_images(model, batch_size)
-    comparison = Comparison(model, [schedule], images, warmup=warmup)
-    for _ in comparison.run(rounds):
-        pass
-    return comparison.results()[0]
+    return Comparison(model, [schedule], images, warmup=warmup).measured(rounds)[0]
 
 
 def random_images(model: nn.Module, batch_size: int) -> Tensor:
@@ -160,6 +157,12 @@ class Comparison:
         for times in interleaved(calls, rounds, warmup=self.warmup, device=self.images.device):
             self.seconds.append(times)
             yield len(self.seconds)
+
+    def measured(self, rounds: int) -> list[Benchmark]:
+        """The results of so many rounds, for callers that show no progress; errors as for :meth:`run`."""
+        for _ in self.run(rounds):
+            pass
+        return self.results()
 
     def _call(self, model: nn.Module) -> Callable[[], object]:
         with torch.inference_mode():

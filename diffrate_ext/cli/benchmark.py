@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from .common import (
     add_machine_options,
-    add_no_pretrained_option,
     add_rounds_option,
     add_schedule_options,
     consoles,
@@ -18,6 +17,7 @@ from .common import (
     schedules_named,
 )
 from .parsing import UsageError, add_command, positive
+from .untrained import add_untrained_options, untrained_named
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,10 +45,7 @@ def add_benchmark_command(commands: Any) -> None:
             "diffrate benchmark --model vit_small_patch14_dinov2 --gflops 60% --batch-size 4 --image-size 112 224 448",
         ],
     )
-    benchmark.add_argument(
-        "--model", metavar="NAME", help="a model of timm or transformers (default: the embedded one)"
-    )
-    add_no_pretrained_option(benchmark, "random weights, as always here")
+    add_untrained_options(benchmark)
     add_schedule_options(benchmark)
     benchmark.add_argument(
         "--batch-size",
@@ -73,9 +70,6 @@ def add_benchmark_command(commands: Any) -> None:
     )
     add_rounds_option(benchmark, 10)
     add_machine_options(benchmark)
-    benchmark.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(default: float32)"
-    )
     benchmark.add_argument("--json", action="store_true", help="print JSON instead of tables")
     benchmark.add_argument("--plot", type=Path, metavar="FILE", help="draw the speeds, too")
     benchmark.set_defaults(command=_benchmark)
@@ -129,18 +123,13 @@ def _benchmark(arguments: argparse.Namespace) -> None:
 
 def _case(arguments: argparse.Namespace, image_size: int | None) -> tuple[nn.Module, list[NamedSchedule]]:
     """The model for images of one size, and its schedules."""
-    import torch
-
-    from .. import embedded
     from ..compression.copies import compressed_copy
     from ..errors import InputError
-    from ..model_loading import untrained_model
 
     if arguments.model is None and image_size is not None:
         raise UsageError("--image-size needs --model NAME: the embedded model takes 28 x 28 pixels")
     try:
-        model = embedded.build_model() if arguments.model is None else untrained_model(arguments.model, image_size)
-        model.to(device_named(arguments), getattr(torch, arguments.dtype)).eval()
+        model = untrained_named(arguments, image_size)
         schedules = _schedules(arguments, model)
         for named in schedules:  # what does not fit is refused before anything is timed
             compressed_copy(model, named.schedule)

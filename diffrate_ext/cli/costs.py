@@ -79,7 +79,4 @@ def measured_by(costs: CostTable, model: nn.Module, schedules: Sequence[Schedule
     from ..timing import Comparison, random_images
 
     model = copy.deepcopy(model).to(getattr(torch, costs.dtype))
-    comparison = Comparison(model, schedules, random_images(model, costs.batch_size))
-    for _ in comparison.run(ROUNDS):
-        pass
-    return comparison.results()
+    return Comparison(model, schedules, random_images(model, costs.batch_size)).measured(ROUNDS)

@@ -6,15 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import (
-    add_machine_options,
-    add_no_pretrained_option,
-    consoles,
-    device_named,
-    say_if_busy,
-)
+from .common import add_timing_options, consoles, say_if_busy
 from .costs import TRUSTED
-from .parsing import UsageError, add_command, method_text, positive
+from .parsing import UsageError, add_command, method_text
+from .untrained import add_untrained_options, untrained_named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,17 +34,11 @@ def add_profile_command(commands: Any) -> None:
             "diffrate profile --model vit_base_patch16_224 --device cuda --dtype bfloat16 --batch-size 32",
         ],
     )
-    parser.add_argument("--model", metavar="NAME", help="a model of timm or transformers (default: the embedded one)")
-    add_no_pretrained_option(parser, "random weights, as always here")
+    add_untrained_options(parser)
     parser.add_argument(
         "--method", type=method_text, default="diffrate", metavar="NAME", help="what removes tokens (default: diffrate)"
     )
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="images in a batch (default: 16)")
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="rounds of timing (default: 5)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(default: float32)"
-    )
-    add_machine_options(parser)
+    add_timing_options(parser, batch_size=16, rounds=5)
     parser.add_argument(
         "--output",
         type=Path,
@@ -61,11 +50,8 @@ def add_profile_command(commands: Any) -> None:
 
 
 def _profile(arguments: argparse.Namespace) -> None:
-    import torch
     from rich.progress import Progress
 
-    from .. import embedded
-    from ..model_loading import load_model
     from ..profile_plot import draw_costs
     from ..profiling import profile_model
     from ..visualization import check_output
@@ -77,8 +63,7 @@ def _profile(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--output: {table_file} is a folder, or there is none to hold it")
     plot = check_output(table_file.with_suffix(".png"))
     results, remarks = consoles()
-    model = load_model(arguments.model, pretrained=False) if arguments.model else embedded.build_model()
-    model.to(device_named(arguments), getattr(torch, arguments.dtype)).eval()
+    model = untrained_named(arguments)
     say_if_busy(remarks)
     with Progress(console=remarks) as progress:
         task = progress.add_task("timing blocks", total=None)
@@ -118,8 +103,6 @@ def _checks(model: nn.Module, table: CostTable, rounds: int) -> tuple[Any, float
         except InputValueError:  # CAFormer, say, cannot go down as far
             continue
     comparison = Comparison(model, list(schedules.values()), random_images(model, table.batch_size))
-    for _ in comparison.run(rounds):
-        pass
     costing = costing_of(model, table)
     shown = Table(title=f"{table.model or 'model'}, batch of {table.batch_size}, {table.device}")
     for heading in ("FLOPs", "ms by the table", "ms measured", "off", "speed-up by the table", "measured"):
@@ -127,7 +110,7 @@ def _checks(model: nn.Module, table: CostTable, rounds: int) -> tuple[Any, float
     uncompressed, most = costing.uncompressed, 0.0
     took = table.uncompressed
     shown.add_row("100%", f"{uncompressed:.4g}", f"{took:.4g}", f"{uncompressed / took - 1:+.1%}")
-    for (share, schedule), measured in zip(schedules.items(), comparison.results(), strict=True):
+    for (share, schedule), measured in zip(schedules.items(), comparison.measured(rounds), strict=True):
         told = costing.of_schedule(schedule)
         took = 1e3 * measured.seconds
         cells = f"{told:.4g}", f"{took:.4g}", f"{told / took - 1:+.1%}", f"{uncompressed / told:.2f}x"
