@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from command_line import assert_is_a_drawing, fails, rows
 
 from diffrate_ext import embedded, flops, timing
 from diffrate_ext.cli.main import main
+from diffrate_ext.cli.untrained import untrained_named
 
 QUICK = ["benchmark", "--rounds", "1", "--gflops", "60%"]
 SMALL = ["--model", "test_vit", "--image-size", "64", "96"]
@@ -86,6 +88,18 @@ def test_published_schedules_where_there_are_any(capsys):
     for row, gflops in zip(found["speeds"], published, strict=True):
         assert row["gflops"] == pytest.approx(gflops, abs=0.06)
         assert row["flops_ratio"] == pytest.approx(row["uncompressed_gflops"] / row["gflops"])
+
+
+def test_the_model_that_is_timed():
+    asked = Namespace(model="test_vit", device="cpu", threads=None, dtype="bfloat16")
+    model = untrained_named(asked, 64)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.patch_embed.img_size == (64, 64)
+    assert not model.training
+    assert untrained_named(Namespace(**{**vars(asked), "model": None, "dtype": "float32"})).patch_embed.img_size == (
+        28,
+        28,
+    )
 
 
 def test_image_sizes_a_plot_and_what_cannot_be_run(tmp_path, capsys):
